@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+.DELETE_ON_ERROR:
+.PHONY: demo check test test-all bench-engine gpu constraints
+
+demo: .venv/core
+	$(BIN)/mmroute demo
+check: .venv/dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+test: check
+	$(BIN)/python -m pytest -n 2
+test-all: check
+	$(BIN)/python -m pytest -n 2 -m 'not gpu'
+bench-engine: .venv/core
+	$(BIN)/python -m mmroute.bench.engine --out results/engine
+gpu: .venv/dev
+	$(BIN)/python -m pytest -m gpu
+constraints: .venv/dev
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > constraints.txt
+
+.venv/core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmroute needs Python >= 3.11; try: make PYTHON=python3.12")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install -U pip
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+.venv/dev: .venv/core
+	$(BIN)/python -m pip install -c constraints.txt -e ".[all]" --group dev
+	@touch $@

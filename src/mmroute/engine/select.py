@@ -1,0 +1,128 @@
+"""Static-count selection: which candidates stay is decided on the device, how many is known in Python.
+
+Legend: B batch, N positions of this call, W candidates of a group.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmroute.tokens import NUM_MODALITIES, Modality, Tokens
+
+__all__ = ["Group", "first_true", "group_positions", "narrow", "top"]
+
+
+@dataclass
+class Group:
+    """The positions of one (hop, modality) in one call, and which of them may still compete."""
+
+    hop: int
+    modality: int
+    size: list[int]
+    """[row]: valid positions, protected ones included; the base of every keep rate."""
+    protected: list[int]
+    """[row]: of these, protected."""
+    width: list[int]
+    """[row]: free positions that may compete at this layer."""
+    free: Tensor
+    """(B, W) int64: their columns, ascending; beyond `width` meaningless."""
+
+
+def first_true(mask: Tensor, count: int) -> Tensor:
+    """Columns of the first `count` True entries of each row, ascending; no device sync.
+
+    Args:
+        mask: (..., N) bool with at least `count` True entries in some row.
+    """
+    return (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :count]
+
+
+def group_positions(tokens: Tokens, num_hops: int, first_hop: int = 0) -> tuple[list[Group], list[int]]:
+    """All (hop, modality) groups of a call, with sizes per row from ONE device read.
+
+    Returns:
+        The groups that are not empty, and the number of valid positions per row.
+    """
+    B, N = tokens.shape
+    codes = ((tokens.hop - first_hop).clamp(0, num_hops - 1) * NUM_MODALITIES + tokens.modality) * 2
+    codes = codes + tokens.protected.long()
+    num_codes = num_hops * NUM_MODALITIES * 2
+    table = torch.zeros(B, num_codes, dtype=torch.long, device=codes.device)
+    sizes = table.scatter_add_(1, codes, tokens.valid.long()).tolist()
+    groups = []
+    for code in range(num_codes // 2):
+        free = [row[2 * code] for row in sizes]
+        protected = [row[2 * code + 1] for row in sizes]
+        if not any(free) and not any(protected):
+            continue
+        candidates = tokens.valid & (codes == 2 * code)
+        groups.append(
+            Group(
+                hop=first_hop + code // NUM_MODALITIES,
+                modality=code % NUM_MODALITIES,
+                size=[f + p for f, p in zip(free, protected, strict=True)],
+                protected=protected,
+                width=free,
+                free=first_true(candidates, max(free)),
+            )
+        )
+    return groups, [sum(row) for row in sizes]
+
+
+def narrow(group: Group, scores: Tensor, take: list[int]) -> Group:
+    """The group after only the best `take` of its candidates per row went on.
+
+    Ties go to the lower column: candidates are ascending and the descending sort is stable.
+
+    Args:
+        scores: (B, N); larger stays.
+        take: [row], at most `group.width`.
+    """
+    most = max(take)
+    if take == group.width:
+        return group
+    ranked = scores.gather(1, group.free)
+    if min(group.width) < group.free.shape[1]:
+        width = torch.tensor(group.width, device=scores.device)
+        beyond = torch.arange(group.free.shape[1], device=scores.device) >= width[:, None]
+        ranked = ranked.masked_fill(beyond, float("-inf"))
+    order = ranked.argsort(dim=1, descending=True, stable=True)[:, :most]
+    if min(take) < most:  # rows with fewer: push what they do not take behind what they do, then sort by column
+        spare = torch.arange(most, device=scores.device) >= torch.tensor(take, device=scores.device)[:, None]
+        columns = group.free.gather(1, order).masked_fill(spare, scores.shape[1]).sort(dim=1).values
+        columns = columns.clamp(max=scores.shape[1] - 1)
+    else:
+        columns = group.free.gather(1, order).sort(dim=1).values
+    return Group(group.hop, group.modality, group.size, group.protected, list(take), columns)
+
+
+def top(
+    scores: Tensor, tokens: Tokens, groups: list[Group], take: dict[int, list[int]]
+) -> tuple[Tensor, list[list[int]]]:
+    """Protected positions and the best free ones of each group.
+
+    Args:
+        scores: (B, N) fp32; larger stays.
+        take: group index to [row] counts, protected ones included.
+
+    Returns:
+        (B, N) bool, and [row][modality] counts.
+    """
+    B, N = tokens.shape
+    # One spare column takes the writes of rows that keep fewer than the widest row.
+    mask = torch.zeros(B, N + 1, dtype=torch.bool, device=scores.device)
+    mask[:, :N] = tokens.protected & tokens.valid
+    ran = [[0] * len(Modality) for _ in range(B)]
+    for i, group in enumerate(groups):
+        free = [k - p for k, p in zip(take[i], group.protected, strict=True)]
+        if any(free):
+            chosen = narrow(group, scores, free)
+            columns = chosen.free
+            if min(free) < columns.shape[1]:
+                spare = torch.arange(columns.shape[1], device=scores.device)
+                columns = columns.masked_fill(spare >= torch.tensor(free, device=scores.device)[:, None], N)
+            mask.scatter_(1, columns, True)
+        for b in range(B):
+            ran[b][group.modality] += take[i][b]
+    return mask[:, :N], ran

@@ -1,0 +1,45 @@
+"""What each position of one forward call is; knows no model.
+
+Legend: B batch, N positions of this call.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+__all__ = ["NUM_MODALITIES", "Modality", "Tokens"]
+
+
+class Modality(IntEnum):
+    """What a position holds."""
+
+    TEXT = 0
+    VISION = 1
+    LATENT = 2
+
+
+NUM_MODALITIES = len(Modality)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The N new positions of this call."""
+
+    modality: Int[Tensor, "B N"]
+    """`Modality` values."""
+    hop: Int[Tensor, "B N"]
+    """Reasoning hop, from 0 (the prompt)."""
+    valid: Bool[Tensor, "B N"]
+    """False at padding."""
+    protected: Bool[Tensor, "B N"]
+    """Never pruned: the first positions of each hop, the last of each segment, delimiters."""
+    generated: Bool[Tensor, "B N"]
+    """Written by the model (or teacher-forced in its place) rather than given to it."""
+    position: Int[Tensor, "B N"]
+    """Logical column: index in the whole padded sequence of this session, cached part included."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.modality.shape[0], self.modality.shape[1]
