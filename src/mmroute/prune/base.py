@@ -4,7 +4,8 @@ A pruner is a pure function of hidden states and of what the engine hands it in 
 and no Transformers. One that ranks fills `rate` and `scores`; one whose choice is a set, or that gates and learns,
 overrides `keep`.
 
-Legend: B batch, N positions of this call, M kept positions, D hidden, H query heads, K key-value heads, E head dim.
+Legend: B batch, N positions of this call, M kept positions, D hidden, H query heads, K key-value heads, E head dim,
+C slots of one layer's cache.
 """
 
 import math
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmroute.config import options, parse
@@ -22,7 +23,7 @@ from mmroute.errors import ConfigError
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 
-__all__ = ["NEEDS", "Keep", "Pruner", "Site", "keep_count"]
+__all__ = ["NEEDS", "Keep", "Pruner", "Site", "Slots", "keep_count"]
 
 NEEDS = frozenset({"normed", "final_normed", "keys", "qk", "row", "relevance", "scores_kept"})
 """What a pruner may ask the engine for; each costs something, so it is named and counted."""
@@ -75,6 +76,21 @@ class Keep:
     def counts(self) -> list[int]:
         """[row]: positions that run."""
         return [sum(row) for row in self.ran]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What one layer's cache holds, slot by slot; ascending in position."""
+
+    score: Float[Tensor, "B C"] | None
+    """The `Keep.logits` each slot was stored with, for pruners whose `needs` has scores_kept."""
+    modality: Int[Tensor, "B C"]
+    hop: Int[Tensor, "B C"]
+    protected: Bool[Tensor, "B C"]
+    position: Int[Tensor, "B C"]
+    """Logical column."""
+    valid: Bool[Tensor, "B C"]
+    """False at free slots."""
 
 
 @dataclass
@@ -175,9 +191,14 @@ class Pruner(nn.Module):
         """One generated position: None runs and caches it (the default); a threshold method says otherwise."""
         return None
 
-    def close(self, score: Float[Tensor, " n"], modality: Tensor, hop: Tensor, layer: int) -> Bool[Tensor, " n"]:
-        """Hop close: which unprotected stored slots of one row and layer stay. Pure; the default keeps them all."""
-        return score == score
+    def close(self, slots: Slots, closing: Int[Tensor, " B"], layer: int) -> Bool[Tensor, "B C"]:
+        """Hop close: which stored slots of this layer stay. Pure; protected slots stay whatever it says.
+
+        Args:
+            slots: what the layer's cache holds.
+            closing: hop that has just ended in each row; -1 in a row where none did.
+        """
+        return slots.valid
 
     @property
     def closes(self) -> bool:

@@ -1,0 +1,96 @@
+"""Pure tensor functions that several pruners rank with; none draws from a generator, none reads the device.
+
+Legend: B batch, N positions of this call, K key-value heads, E head dim.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mmroute.engine.select import Group
+from mmroute.tokens import Tokens
+
+__all__ = ["hashed", "hop_rank", "key_difference", "key_norm", "last_valid", "lexicographic", "running"]
+
+_MASK = 0xFFFFFFFF
+_ODD = 0x45D9F3B  # 27 bits: times a 32-bit number it stays inside int64
+_FRESH = 0x9E3779B1
+
+_Bits = TypeVar("_Bits", int, Tensor)
+
+
+def hop_rank(tokens: Tokens) -> Int[Tensor, "B N"]:
+    """How many valid positions of the same hop stand before each position in this call.
+
+    Counted from the row's own first valid position, so that padding never moves it, and from the hop's start, so that
+    a hop that enters a cache alone counts as it does in one pass over all hops.
+    """
+    before = tokens.valid.long().cumsum(1) - tokens.valid.long()
+    starts = torch.ones_like(tokens.valid)
+    starts[:, 1:] = tokens.hop[:, 1:] != tokens.hop[:, :-1]
+    return before - before.masked_fill(~starts, 0).cummax(1).values
+
+
+def hashed(tokens: Tokens, seed: int, layer: int) -> Float[Tensor, "B N"]:
+    """Uniform numbers in [0, 1) that depend on (seed, layer, hop, rank in the hop) alone: not on batch or device."""
+    key = _mix(_mix(_MASK & (seed * _FRESH + layer)) ^ (tokens.hop.long() * _ODD & _MASK))
+    # 24 bits are exact in fp32.
+    return (_mix(key ^ hop_rank(tokens)) >> 8).float() / (1 << 24)
+
+
+def _mix(x: _Bits) -> _Bits:
+    """32-bit integer avalanche; tensors are int64, so that every device computes the same numbers."""
+    x = ((x >> 16) ^ x) * _ODD & _MASK
+    x = ((x >> 16) ^ x) * _ODD & _MASK
+    return (x >> 16) ^ x
+
+
+def lexicographic(
+    first: Float[Tensor, "B N"], second: Float[Tensor, "B N"], valid: Bool[Tensor, "B N"]
+) -> Float[Tensor, "B N"]:
+    """Scores that order by `first` and, where that ties, by `second`; -rank among the row's valid positions.
+
+    Padding ranks last, so a row scores alone what it scores in a batch.
+    """
+    order = second.argsort(dim=1, descending=True, stable=True)
+    primary = first.float().masked_fill(~valid, float("-inf")).gather(1, order)
+    order = order.gather(1, primary.argsort(dim=1, descending=True, stable=True))
+    rank = torch.arange(order.shape[1], device=order.device, dtype=torch.float32)
+    return torch.empty_like(primary).scatter_(1, order, -rank.expand_as(primary))
+
+
+def last_valid(valid: Bool[Tensor, "B N"]) -> Int[Tensor, " B"]:
+    """Column of each row's last valid position."""
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    return (columns * valid).amax(1)
+
+
+def running(tokens: Tokens, groups: Sequence[Group]) -> Bool[Tensor, "B N"]:
+    """Who may run this layer: protected positions and each group's candidates."""
+    B, N = tokens.shape
+    mask = torch.zeros(B, N + 1, dtype=torch.bool, device=tokens.valid.device)
+    mask[:, :N] = tokens.protected & tokens.valid
+    for group in groups:
+        columns = group.free
+        if min(group.width) < columns.shape[1]:
+            width = torch.tensor(group.width, device=columns.device)
+            beyond = torch.arange(columns.shape[1], device=columns.device) >= width[:, None]
+            columns = columns.masked_fill(beyond, N)  # the spare column takes what is meaningless
+        mask.scatter_(1, columns, True)
+    return mask[:, :N]
+
+
+def key_norm(keys: Float[Tensor, "B N K E"]) -> Float[Tensor, "B N"]:
+    """L2 norm of each position's key, mean over key-value heads."""
+    return keys.float().norm(dim=-1).mean(dim=-1)
+
+
+def key_difference(keys: Float[Tensor, "B N K E"], valid: Bool[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    """How far each key points away from the row's mean direction: -cosine, mean over key-value heads."""
+    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+    unit = unit * valid[:, :, None, None]
+    centre = torch.nn.functional.normalize(unit.sum(dim=1, keepdim=True), dim=-1)
+    return -(unit * centre).sum(dim=-1).mean(dim=-1)

@@ -1,0 +1,62 @@
+"""Which positions go on: random ones, a fresh set per layer or one set for good.
+
+Legend: B batch, N positions, D hidden.
+Source: the control every selection must beat at equal counts.
+Deviates: "random" is a hash of (seed, layer, hop, rank of the position in its hop), never a draw: a row keeps the same
+    positions alone and in a batch, padded or not, cached or not, on every device. Two rows of one length keep the same.
+Checked: twin (tests/unit/prune/test_random.py).
+"""
+
+from typing import Annotated, Any
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from mmroute.config import options
+from mmroute.prune import _rank
+from mmroute.prune._budget import constant
+from mmroute.prune.base import Pruner, Site
+from mmroute.tokens import Modality, Tokens
+
+__all__ = ["Random"]
+
+
+class Random(Pruner):
+    """Control: hashed scores at given rates."""
+
+    @options
+    class Config:
+        vision_keep: Annotated[float, Field(ge=0, le=1)] = 0.5
+        """Share of vision positions that runs each layer from `start_layer` on."""
+        text_keep: Annotated[float, Field(ge=0, le=1)] = 1.0
+        """The same for text."""
+        start_layer: Annotated[int, Field(ge=0)] = 0
+        """First layer, counted from 0, that prunes."""
+        seed: int = 0
+        """Another seed, another set."""
+        once: bool = False
+        """One set that is dropped for good at `start_layer`, instead of a fresh set per layer."""
+
+    config: Config
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        if self.config.once:
+            self.action = "drop"  # type: ignore[misc]  # an option decides; the class says the default
+
+    @classmethod
+    def plan(cls, budget: float, num_layers: int, start_layer: int = 0) -> dict[str, Any]:
+        """Options that make the mean share of vision positions over all layers `budget`, or BudgetError."""
+        return {"vision_keep": constant(budget, num_layers, start_layer), "start_layer": start_layer}
+
+    def acts(self, layer: int, num_layers: int) -> bool:
+        return layer >= self.config.start_layer
+
+    def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
+        if layer < self.config.start_layer or modality is Modality.LATENT:
+            return None
+        return self.config.vision_keep if modality is Modality.VISION else self.config.text_keep
+
+    def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
+        return _rank.hashed(tokens, self.config.seed, self.config.start_layer if self.config.once else site.layer)
