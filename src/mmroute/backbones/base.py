@@ -1,0 +1,193 @@
+"""What the engine must know of a model family, and nothing about routing.
+
+A family is stateless: every fact is read off the model it is given. Adding one is a file beside this one and a line in
+`backbones/__init__.py`.
+
+Legend: B batch, N positions, D hidden, H query heads, K key-value heads, E head dim.
+"""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mmroute.errors import InputError, UnsupportedBackbone, UnsupportedCall
+from mmroute.trace import Shape
+
+__all__ = ["Family", "rotate", "running_positions"]
+
+
+def rotate(x: Float[Tensor, "B H N E"], cos: Float[Tensor, "b N E"], sin: Float[Tensor, "b N E"]) -> Tensor:
+    """`x` with its halves turned by the position angles, as all our families rotate queries and keys."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def running_positions(mask: Int[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+    """Each real position's place in its row, from 0; padding is 0 and nobody reads it."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0).masked_fill(mask == 0, 0)
+
+
+class Family(ABC):
+    """Facts of one model family."""
+
+    name: ClassVar[str]
+    """The family's `config.model_type`."""
+    example: ClassVar[str]
+    """A checkpoint of the family, for messages."""
+    tuple_out: ClassVar[bool] = False
+    """Whether a decoder layer returns a tuple that starts with the hidden states, rather than the tensor."""
+    qk_norm: ClassVar[bool] = False
+    """Whether attention normalises queries and keys before it rotates them."""
+    image_tensors: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    """Tensors of a prepared batch that belong to its images."""
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether the model is of this family."""
+        config = getattr(model, "config", None)
+        return getattr(config, "model_type", None) == self.name
+
+    def check(self, model: nn.Module) -> None:
+        """Whether this very model can be routed.
+
+        Raises:
+            UnsupportedBackbone: its text layers use a sliding window, or its weights are quantised.
+        """
+        config: Any = model.config
+        text = config.get_text_config(decoder=True)
+        if getattr(config, "quantization_config", None) is not None:
+            method = getattr(config.quantization_config, "quant_method", "unknown")
+            raise UnsupportedBackbone(
+                f"{self.name}: the weights are quantised ({method}); routing takes float32, bfloat16 or float16; "
+                "load the checkpoint without quantization_config"
+            )
+        kinds = getattr(text, "layer_types", None)
+        window = getattr(text, "sliding_window", None)
+        if window is not None and (kinds is None or "sliding_attention" in kinds):
+            raise UnsupportedBackbone(
+                f"{self.name}: the text layers attend to a sliding window of {window} positions; routing needs full "
+                "causal attention. If your sequences are shorter than that, load the model with sliding_window=None "
+                "in its text config (use_sliding_window=False on Qwen-VL): the logits are the same"
+            )
+
+    # where things are
+
+    def base_model(self, model: Any) -> nn.Module:
+        """The module that `model(...)`, `generate` and embedding calls all pass through."""
+        return model.model
+
+    @abstractmethod
+    def text_model(self, model: Any) -> Any:
+        """The module that owns `.layers`, `.norm`, `.rotary_emb` and `.embed_tokens`."""
+
+    @abstractmethod
+    def vision_ids(self, model: Any) -> list[int]:
+        """Token ids, ascending, that stand for image content; each is below the vocabulary size."""
+
+    def shape(self, model: Any) -> Shape:
+        """The sizes of the text model that costs depend on."""
+        config = model.config.get_text_config(decoder=True)
+        attention = self.text_model(model).layers[0].self_attn
+        return Shape(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            mlp=config.intermediate_size,
+            vocab=config.vocab_size,
+            itemsize=attention.k_proj.weight.element_size(),
+        )
+
+    # what a layer computes
+
+    def normed(self, layer: Any, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """The residual stream as the layer's attention projects it."""
+        return layer.input_layernorm(x)
+
+    def qk(
+        self,
+        layer: Any,
+        x: Float[Tensor, "B N D"],
+        cos: Float[Tensor, "b N E"],
+        sin: Float[Tensor, "b N E"],
+    ) -> tuple[Float[Tensor, "B H N E"], Float[Tensor, "B K N E"]]:
+        """Queries and keys of the residual stream `x`, as the layer's attention would use them.
+
+        Args:
+            layer: one of `text_model(model).layers`.
+            x: the layer's input, before its norm.
+            cos: of the positions' angles, as the text model hands them to its layers; `b` is 1 or B.
+            sin: likewise.
+        """
+        attention = layer.self_attn
+        B, N, _ = x.shape
+        normed = self.normed(layer, x)
+        q = attention.q_proj(normed).view(B, N, -1, attention.head_dim)
+        k = attention.k_proj(normed).view(B, N, -1, attention.head_dim)
+        if self.qk_norm:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        return rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
+
+    def eager(self, layer: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The family's own explicit attention function, the one `attn_implementation="eager"` runs."""
+        return sys.modules[type(layer.self_attn).__module__].eager_attention_forward
+
+    # positions and images
+
+    def positions(
+        self,
+        model: Any,
+        ids: Int[Tensor, "B N"],
+        mask: Int[Tensor, "B N"],
+        grids: Int[Tensor, "images 3"] | None = None,
+        mm_token_type_ids: Int[Tensor, "B N"] | None = None,
+    ) -> Tensor:
+        """Explicit position ids of a whole sequence; drivers slice what is new.
+
+        Args:
+            model: the model the ids are for.
+            ids: the whole sequence of each row, left-padded.
+            mask: 1 where an id is real.
+            grids: `image_grid_thw` of every image, row by row (Qwen-VL; ignored elsewhere).
+            mm_token_type_ids: 1 at image placeholders; found from the ids where it is None.
+
+        Returns:
+            (B, N), or (3, B, N) where positions have a time, a row and a column (Qwen-VL).
+        """
+        return running_positions(mask)
+
+    def generate_positions(self, positions: Tensor, mask: Int[Tensor, "B N"]) -> Tensor:
+        """`positions` in the form `generate()` takes: (4, B, N) on Qwen-VL, unchanged elsewhere."""
+        return positions
+
+    def image_kwargs(self, batch: Mapping[str, Any]) -> list[str]:
+        """Names of the batch's tensors that belong to its images, and not to its text."""
+        return [name for name in self.image_tensors if batch.get(name) is not None]
+
+    @abstractmethod
+    def image_grid(self, model: Any, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """(rows, columns) of vision positions in the text model, for each image of the batch in order."""
+
+    def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
+        pixels = batch.get("pixel_values")
+        if pixels is None:
+            raise InputError(f"{self.name}: the batch holds no pixel_values, so no image; pass at least one image")
+        return pixels
+
+    # image output
+
+    def unlock_images(self, model: Any) -> None:
+        """Lets the model write image tokens.
+
+        Raises:
+            UnsupportedCall: the family has none to write.
+        """
+        raise UnsupportedCall(f"{self.name} writes text only; image thoughts need chameleon (Anole weights)")
+
+    def lock_images(self, model: Any) -> None:  # noqa: B027 (optional, like unlock_images)
+        """Undoes `unlock_images`; nothing to do where there is nothing to unlock."""

@@ -1,0 +1,57 @@
+"""Chameleon and Anole: images are 8192 words of the vocabulary, read and (Anole) written like text.
+
+Legend: B batch, N positions, D hidden.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mmroute.backbones.base import Family
+
+__all__ = ["Chameleon"]
+
+
+class Chameleon(Family):
+    """One stack for text and image tokens; a layer returns a tuple."""
+
+    name: ClassVar[str] = "chameleon"
+    example: ClassVar[str] = "facebook/chameleon-7b"
+    tuple_out: ClassVar[bool] = True
+    qk_norm: ClassVar[bool] = True
+
+    def text_model(self, model: Any) -> Any:
+        return model.model
+
+    def vision_ids(self, model: Any) -> list[int]:
+        """The placeholder of given images, and the vocabulary's image tokens, of which written images consist."""
+        return sorted({model.config.image_token_id, *self.image_tokens(model)})
+
+    def image_tokens(self, model: Any) -> list[int]:
+        """Vocabulary ids of image codes, ascending; unlocked or not."""
+        return sorted(i for name, i in model.config.vocabulary_map.items() if name.startswith("IMGIMG"))
+
+    def normed(self, layer: Any, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Raw `x` in the 34B's layers: they norm after attention, not before."""
+        return x if type(layer).__name__ == "ChameleonSwinDecoderLayer" else layer.input_layernorm(x)
+
+    def image_grid(self, model: Any, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
+        images, _, height, width = self._pixels(batch).shape
+        shrink = 2 ** (len(model.config.vq_config.channel_multiplier) - 1)
+        return [(height // shrink, width // shrink)] * images
+
+    def unlock_images(self, model: Any) -> None:
+        """Lets the model write image tokens, whose logits stock code sets to the lowest number there is.
+
+        The list of those tokens is shadowed on the model's vocabulary mapping; weights and classes stay. The mapping's
+        other tables are built from that list when first asked for, so they are built before.
+        """
+        mapping = model.model.vocabulary_mapping
+        _ = mapping.bpe2img, mapping.img2bpe, mapping.bpe2img_search_tensors, mapping.img2bpe_mapping_tensor
+        mapping.__dict__["image_tokens"] = []
+
+    def lock_images(self, model: Any) -> None:
+        """The stock behaviour again; the list is rebuilt when next asked for."""
+        model.model.vocabulary_mapping.__dict__.pop("image_tokens", None)
