@@ -1,0 +1,340 @@
+"""The result files: `result/1` of an evaluation, `engine/1` of the engine benchmark. Plain data, read strictly.
+
+A file is written beside and renamed, never edited afterwards. Reading one with an unknown field, or without a required
+one, fails: a table must not be made of numbers whose meaning has drifted.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mmroute.config import options, parse, resolved
+from mmroute.errors import InputError
+
+__all__ = [
+    "Baseline",
+    "Cost",
+    "EngineResult",
+    "Machine",
+    "Method",
+    "Model",
+    "Quality",
+    "Ratios",
+    "Result",
+    "Run",
+    "Summary",
+    "Task",
+    "Time",
+    "commit_of_source",
+    "machine_here",
+    "read_engine",
+    "read_result",
+    "write_json",
+    "write_result",
+]
+
+T = TypeVar("T")
+Numbers = dict[str, float]
+
+
+@options
+class Run:
+    """Where the file comes from."""
+
+    command: str
+    commit: str
+    dirty: bool
+    """Whether the source differed from the commit; such a file may not fill a README table."""
+    started_at: str
+    wall_s: float
+    mmroute: str
+
+
+@options
+class Machine:
+    device: str
+    cpu: str
+    threads: int
+    torch: str
+    transformers: str
+    dtype: str
+    attention: str
+
+
+@options
+class Model:
+    id: str
+    family: str
+    layers: int
+    weights_sha256: str = ""
+    trained: str = "none"
+    """`none`, or the recipe and commit of its routers' training."""
+
+
+@options
+class Method:
+    recipe: str
+    prune: str
+    think: str
+    config: dict[str, Any]
+    """Resolved options of all parts."""
+    needs: list[str]
+    checked: str
+    """How the fidelity of a peer's method was checked, as its file says."""
+    deepen: str = "none"
+    gate: str = "none"
+
+
+@options
+class Task:
+    name: str
+    preset: str
+    split: str
+    n: int
+    seed: int
+    ids_sha256: str
+    """Of the item ids in order: two results with equal hashes may be compared pairwise."""
+    scorer: str
+    needed_share: float | None = None
+    background_share: float | None = None
+
+
+@options
+class Quality:
+    accuracy: float
+    wilson95: tuple[float, float]
+    correct: str
+    """0 or 1 per item, in order of the ids."""
+    parsed: float
+    """Share of answers the scorer could read."""
+    by_level: Numbers = dataclasses.field(default_factory=dict)
+
+
+@options
+class Cost:
+    """Means per item, of the text model unless said otherwise."""
+
+    flops_prefill: float
+    flops_decode: float
+    flops_extra: float
+    flops_lm_head: float
+    flops_answer: float
+    """The sum of the four above."""
+    flops_tower: float | None
+    v_eff: float
+    t_eff: float
+    keep: Numbers
+    """Realised share of vision and text positions, over all layers."""
+    kv_bytes_prefill: float
+    kv_bytes_peak: float
+    kv_bytes_end: float
+    ar_steps: float
+
+
+@options
+class Time:
+    """Interleaved with the baseline, batch 1, forced length."""
+
+    prefill_s: Numbers
+    """median, p10, p90, min, max, n; prefill without the vision tower."""
+    decode_s_per_token: Numbers
+    tower_s: Numbers
+    forced_tokens: int
+    batch: int
+    items: int
+    clock: Literal["thread", "wall", "cuda"]
+    ratio: dict[str, Numbers] = dataclasses.field(default_factory=dict)
+    """`prefill`, `decode`: of paired rounds, this one over the baseline."""
+    realised_saving: float | None = None
+
+
+@options
+class Baseline:
+    """The paired comparison with another result on the same items."""
+
+    recipe: str
+    diff: float
+    ci95: tuple[float, float]
+    only_ours: int
+    only_theirs: int
+    mcnemar_p: float
+    not_worse_at_1_point: bool
+
+
+@options
+class Result:
+    """One configuration on one task."""
+
+    run: Run
+    machine: Machine
+    model: Model
+    method: Method
+    task: Task
+    quality: Quality
+    cost: Cost
+    time: Time | None = None
+    baseline: Baseline | None = None
+    reported: None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    schema: Literal["result/1"] = "result/1"
+
+
+@options
+class EngineResult:
+    """One configuration of the engine benchmark."""
+
+    run: Run
+    machine: Machine
+    case: str
+    setting: dict[str, Any]
+    """Sizes, lengths and keep rates."""
+    time_s: Numbers
+    stock_time_s: Numbers
+    ratio: Numbers
+    """Of paired rounds, routed over stock: median, p10, p90, min, max, n."""
+    flop_ratio: float
+    """What the arithmetic promises."""
+    goal: float
+    """The ratio may be at most this."""
+    kv_bytes: int
+    """Live bytes, walked."""
+    kv_bytes_estimate: int
+    stock_kv_bytes: int
+    realised_saving: float | None
+    peak_memory_bytes: int | None
+    """Over what was resident before the first forward, in a process of its own; coarse."""
+    stock_peak_memory_bytes: int | None
+    schema: Literal["engine/1"] = "engine/1"
+
+    @property
+    def reached(self) -> bool:
+        return self.ratio["median"] <= self.goal and self.kv_bytes == self.kv_bytes_estimate
+
+
+@options
+class Ratios:
+    """This recipe over the baseline."""
+
+    flops: float
+    kv_bytes: float
+    prefill: float
+    decode: float
+
+
+@options
+class Summary:
+    """The one line that `mmroute eval --json` ends with. All costs are means per item."""
+
+    task: str
+    recipe: str
+    model: str
+    n: int
+    accuracy: float
+    ci95: tuple[float, float]
+    flops: float
+    kv_bytes: float
+    """At the end of the answer."""
+    ar_steps: float
+    prefill_s: float
+    decode_s_per_token: float
+    keep: Numbers
+    seed: int
+    commit: str
+    baseline: "Summary | None" = None
+    ratio: Ratios | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without `baseline` and `ratio` where nothing was compared."""
+        plain = resolved(self)
+        if self.baseline is None:
+            del plain["baseline"], plain["ratio"]
+        else:
+            plain["baseline"] = self.baseline.to_dict()
+        return plain
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes one JSON file whole or not at all: beside it first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_result(path: Path, result: Result | EngineResult) -> None:
+    """Writes a result file whole or not at all."""
+    write_json(path, resolved(result))
+
+
+def read_result(path: Path) -> Result:
+    """An evaluation's result file.
+
+    Raises:
+        InputError: not JSON, or of another schema.
+        ConfigError: an unknown field, a missing one, or one of another type.
+    """
+    return _read(path, Result, "result/1")
+
+
+def read_engine(path: Path) -> EngineResult:
+    """An engine benchmark's result file; errors as in `read_result`."""
+    return _read(path, EngineResult, "engine/1")
+
+
+def _read(path: Path, cls: type[T], schema: str) -> T:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a result file: {error}; write it again with the command that made it") from None
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != schema:
+        raise InputError(f"{path}: schema {found!r} given, expected {schema!r}")
+    return parse(cls, data, path.name)
+
+
+def commit_of_source() -> tuple[str, bool]:
+    """The commit of the running source, and whether tracked source differs from it; ("", True) outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD", at=here)
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", str(here.parent), at=here)
+    except (OSError, subprocess.CalledProcessError):
+        return "", True
+    return commit, bool(changed)
+
+
+def _git(*arguments: str, at: Path) -> str:
+    done = subprocess.run(["git", *arguments], cwd=at, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def machine_here(device: str, dtype: str, attention: str, threads: int = 1) -> Machine:
+    """What the run runs on; no host name."""
+    import torch
+    import transformers
+
+    return Machine(
+        device=device,
+        cpu=_cpu_name(),
+        threads=threads,
+        torch=torch.__version__.split("+")[0],
+        transformers=transformers.__version__,
+        dtype=dtype,
+        attention=attention,
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
