@@ -158,12 +158,15 @@ def estimate_kv_bytes(trace: Trace, at: Literal["end", "peak", "prefill"] = "end
 
 def _slots(trace: Trace) -> Iterator[tuple[Call, int]]:
     """Live slots after each call and, once more under the call before it, after each hop close."""
-    closes = {at: [c for c in trace.closes if c.at_call == at] for at in {c.at_call for c in trace.closes}}
-    for index, call in enumerate(trace.calls):
-        second = sum(a + c for layer in call.layers for a, c in zip(layer.again, layer.again_cached, strict=False))
-        yield call, sum(sum(layer.stored) for layer in call.layers) + second
-        for close in closes.get(index + 1, ()):
-            yield call, sum(sum(rows) for rows in close.after) + second
+    second = [0] * trace.shape.layers  # by layer; a call without a second pass leaves what is there
+    for index, call in enumerate(trace.calls, start=1):
+        for i, layer in enumerate(call.layers):
+            if layer.again and any(layer.stored):  # without a cache nothing of a second pass stays either
+                second[i] = sum(layer.again) + sum(layer.again_cached)
+        yield call, sum(sum(layer.stored) for layer in call.layers) + sum(second)
+        for close in trace.closes:
+            if close.at_call == index:
+                yield call, sum(sum(rows) for rows in close.after) + sum(second)
 
 
 def effective_tokens(trace: Trace, kind: Literal["prefill", "decode"] | None = "prefill") -> EffectiveTokens:

@@ -109,8 +109,15 @@ def test_kv_bytes_follow_prefill_decode_and_hop_close():
     assert cost.estimate_kv_bytes(trace, "peak") == 2 * (11 + 9) * slot
 
 
+def test_keys_of_a_second_pass_stay_while_later_calls_make_none():
+    first = LayerCall(ran=[[5, 0, 0]], cached=[0], stored=[5], again=[2], again_cached=[0])
+    step = LayerCall(ran=[[1, 0, 0]], cached=[5], stored=[6])
+    calls = [Call("prefill", [0], [[5, 0, 0]], [first]), Call("decode", [0], [[1, 0, 0]], [step])]
+    assert cost.estimate_kv_bytes(Trace(SHAPE, calls)) == (6 + 2) * cost.kv_bytes_per_slot(SHAPE)
+
+
 def test_kv_bytes_without_a_cache_are_zero():
-    layer = LayerCall(ran=[[2, 3, 0]], cached=[0], stored=[0])
+    layer = LayerCall(ran=[[2, 3, 0]], cached=[0], stored=[0], again=[2])
     assert cost.estimate_kv_bytes(Trace(SHAPE, [Call("prefill", [0], [[2, 3, 0]], [layer])])) == 0
     assert cost.estimate_kv_bytes(Trace(SHAPE)) == 0
 
