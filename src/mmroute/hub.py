@@ -5,15 +5,18 @@ Outsiders add methods by the entry point groups `mmroute.prune`, `mmroute.deepen
 `mmroute.tasks`.
 """
 
+import ast
 import difflib
 import importlib
+import importlib.util
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from mmroute.errors import ConfigError
 
-__all__ = ["KINDS", "find", "load", "names"]
+__all__ = ["KINDS", "by_class", "Description", "Option", "describe", "describe_file", "find", "load", "names", "recipes"]
 
 KINDS = ("prune", "deepen", "think", "gate", "tasks")
 _ROOT = Path(__file__).parent
@@ -51,6 +54,19 @@ def load(kind: str, name: str, **options: Any) -> Any:
     return find(kind, name)(**options)
 
 
+def by_class(kind: str, name: str) -> type:
+    """The method whose class has this name: `mmroute.prune.FastV` is the class in `prune/fastv.py`.
+
+    Raises:
+        AttributeError: no file of the folder exports it.
+    """
+    for file in _files(kind):
+        tree = ast.parse((_ROOT / kind / f"{file}.py").read_text())
+        if any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body):
+            return find(kind, file)
+    raise AttributeError(f"no method in mmroute.{kind} has the class {name!r}; files: {', '.join(_files(kind))}")
+
+
 def _files(kind: str) -> list[str]:
     if kind not in KINDS:
         raise ConfigError(f"no kind of method named {kind!r}; one of {', '.join(KINDS)}")
@@ -59,3 +75,94 @@ def _files(kind: str) -> list[str]:
 
 def _outsiders(kind: str) -> dict[str, Any]:
     return {e.name: e for e in entry_points(group=f"mmroute.{kind}")}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method, as its source says it."""
+
+    name: str
+    type: str
+    default: str | None
+    """Python text; None where the option must be given."""
+    doc: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a method says about itself, read without running it."""
+
+    name: str
+    summary: str
+    """First paragraph of the module docstring."""
+    source: str
+    deviates: str
+    checked: str
+    options: list[Option]
+
+
+def describe(kind: str, name: str) -> Description:
+    """What the file of a method says about itself; parsed, never imported, so it costs no torch.
+
+    Raises:
+        ConfigError: no such method, or its file cannot be found or parsed.
+    """
+    if name not in names(kind):
+        find(kind, name)  # raises, with the nearest name
+    return describe_file(_source_file(kind, name), name)
+
+
+def describe_file(path: Path, name: str) -> Description:
+    """`describe` for a file anywhere, or for one that is no method (a backbone)."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise ConfigError(f"{path}: not Python: {error}") from None
+    doc = ast.get_docstring(tree) or ""
+    said = _sections(doc)
+    summary = " ".join(doc.partition("\n\n")[0].split())
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == "Config"]
+    options = [option for config in classes[:1] for option in _options(config)]
+    return Description(name, summary, said["Source"], said["Deviates"], said["Checked"], options)
+
+
+def recipes() -> dict[str, Path]:
+    """Name to file of the recipes that come with the package, sorted."""
+    return {path.stem: path for path in sorted((_ROOT / "recipes").glob("*.yaml"))}
+
+
+def _source_file(kind: str, name: str) -> Path:
+    if name in _files(kind):
+        return _ROOT / kind / f"{name}.py"
+    spec = importlib.util.find_spec(_outsiders(kind)[name].module)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"entry point mmroute.{kind}: the file of {name!r} is not found; reinstall its package")
+    return Path(spec.origin)
+
+
+def _sections(doc: str) -> dict[str, str]:
+    """`Source:`, `Deviates:`, `Checked:` of a module docstring; a section runs until the next one or a blank line."""
+    said = dict.fromkeys(("Source", "Deviates", "Checked"), "")
+    section = ""
+    for line in doc.splitlines():
+        head, colon, rest = line.partition(":")
+        if colon and head in said:
+            section, line = head, rest
+        elif not line.strip() or not line.startswith(" "):
+            section = ""
+        if section:
+            said[section] = f"{said[section]} {line.strip()}".strip()
+    return said
+
+
+def _options(config: ast.ClassDef) -> list[Option]:
+    out = []
+    for node, after in zip(config.body, [*config.body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        doc = ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+            doc = " ".join(after.value.value.split())
+        default = None if node.value is None else ast.unparse(node.value)
+        out.append(Option(node.target.id, ast.unparse(node.annotation), default, doc))
+    return out

@@ -88,6 +88,10 @@ class Family(ABC):
     def vision_ids(self, model: Any) -> list[int]:
         """Token ids, ascending, that stand for image content; each is below the vocabulary size."""
 
+    def delimiter_ids(self, model: Any) -> list[int]:
+        """Token ids that bracket images; never pruned, so what follows always knows where one began and ended."""
+        return []
+
     def shape(self, model: Any) -> Shape:
         """The sizes of the text model that costs depend on."""
         config = model.config.get_text_config(decoder=True)

@@ -31,6 +31,11 @@ class Qwen2VL(Family):
         vocab = model.config.get_text_config(decoder=True).vocab_size
         return sorted(i for i in ids if i < vocab)
 
+    def delimiter_ids(self, model: Any) -> list[int]:
+        vocab = model.config.get_text_config(decoder=True).vocab_size
+        brackets = (model.config.vision_start_token_id, model.config.vision_end_token_id)
+        return [i for i in brackets if i is not None and i < vocab]
+
     def positions(
         self,
         model: Any,

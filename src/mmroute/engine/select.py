@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmroute.tokens import NUM_MODALITIES, Modality, Tokens
 
-__all__ = ["Group", "first_true", "group_positions", "narrow", "top"]
+__all__ = ["Group", "first_true", "group_positions", "hashed", "narrow", "top"]
 
 
 @dataclass
@@ -126,3 +126,15 @@ def top(
         for b in range(B):
             ran[b][group.modality] += take[i][b]
     return mask[:, :N], ran
+
+
+def hashed(position: Tensor, seed: int, layer: int) -> Tensor:
+    """Scores in [0, 1) that depend on (seed, layer, position) only; a row scores alone as it scores in a batch.
+
+    Args:
+        position: (B, N) integers.
+    """
+    mixed = position.long() * 2654435761 + (seed * 40503 + layer + 1) * 2246822519
+    for multiplier in (2146121005, 2221713035):
+        mixed = (mixed ^ ((mixed & 0xFFFFFFFF) >> 16)) * multiplier & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 15)).float() / 2**32

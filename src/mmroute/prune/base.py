@@ -183,6 +183,12 @@ class Pruner(nn.Module):
         rows = zip(group.size, group.protected, group.width, strict=True)
         return [min(keep_count(n, rate, p), p + w) for n, p, w in rows]
 
+    def is_identity(self, num_layers: int) -> bool:
+        """Whether nothing is ever left out, whatever the call: then the stock path runs untouched."""
+        layers = [i for i in range(num_layers) if self.acts(i, num_layers)]
+        rates = (self.rate(i, num_layers, hop, m) for i in layers for hop in range(32) for m in Modality)
+        return all(rate is None or rate >= 1 for rate in rates)
+
     def overhead(self, layer: int, shape: Shape, new: int) -> int:
         """FLOPs of choosing at this layer for `new` positions of a row, beyond what `needs` costs."""
         return 0

@@ -1,0 +1,9 @@
+"""Every file of this folder is one method; `mmroute.think.<Class>` loads the file that exports it."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    from mmroute import hub
+
+    return hub.by_class("think", name)

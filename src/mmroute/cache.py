@@ -1,0 +1,381 @@
+"""The routed KV cache: every layer and row has its own length, and the whole reports the logical one.
+
+Invariants: slots [0, n_b) of a row are valid and ascending in position; free slots hold zeros (a masked NaN would still
+poison softmax times V); `seen` counts logical columns, padding included, and advances only after a whole forward.
+
+Legend: B batch, K key-value heads, C slots of one layer, E head dim, M new positions.
+
+Source: none; the papers describe no cache.
+Deviates: DARE asks for no cache entry at pruned layers; how lengths, order and positions are kept is ours.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from mmroute.engine.rows import Rows
+from mmroute.errors import ConfigError, UnsupportedCall
+from mmroute.prune.base import Pruner, Slots
+from mmroute.trace import HopClose, Shape, Trace
+
+__all__ = ["Chunk", "RaggedCache", "RaggedLayer"]
+
+BLOCK = 64
+
+
+@dataclass
+class Chunk:
+    """What the next forward call brings, for calls whose ids do not say (embeddings, latents, replay).
+
+    Consumed by that call. Tensors are (B, N).
+    """
+
+    modality: Tensor | None = None
+    hop: Tensor | None = None
+    """Default: the cache's current hop of each row."""
+    valid: Tensor | None = None
+    protected: Tensor | None = None
+    generated: Tensor | None = None
+    relevance: Tensor | None = None
+
+
+@dataclass
+class _Plan:
+    rows: Rows
+    start: list[int]
+    position: Tensor
+    score: Tensor | None
+    room: int
+
+
+class RaggedLayer(DynamicLayer):
+    """One layer: block-grown buffers, a length per row, the position of every slot."""
+
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n: list[int] | None = None
+        self.pos: Tensor | None = None
+        self.score: Tensor | None = None
+        self._plan: _Plan | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """[row]: valid slots."""
+        return self.n or []
+
+    def plan(
+        self, batch: int, counts: list[int], packed: bool, position: Tensor, score: Tensor | None, room: int
+    ) -> Rows:
+        """Says what the next `update` writes, and returns the rows attention needs.
+
+        Args:
+            counts: [row]: new positions.
+            position: their logical columns, (B, M) or (sum M,) when packed.
+            score: stored beside them, same shape, or None.
+            room: slots to allocate beyond the need when the buffer grows.
+        """
+        if self.n is None:
+            self.n = [0] * batch
+        if len(self.n) != batch:
+            raise UnsupportedCall(f"this cache holds {len(self.n)} rows, the call brings {batch}; use its own batch")
+        rows = Rows(counts, [n + c for n, c in zip(self.n, counts, strict=True)], packed)
+        self._plan = _Plan(rows, self.n, position, score, room)
+        return rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes the planned positions in place and returns views of the used part, (B, K, max n, E)."""
+        if self._plan is None:
+            raise UnsupportedCall(
+                "a routed cache was written by a stock call; run the attached model, or use a DynamicCache with "
+                "routed.off()"
+            )
+        plan, self._plan = self._plan, None
+        rows, start = plan.rows, plan.start
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        B = len(rows.q)
+        self._grow(key_states, B, max(rows.k), plan.room, plan.score is not None)
+        keys, values, pos = self.keys, self.values, self.pos
+        if not rows.packed and len(set(start)) == 1:
+            here = slice(start[0], rows.k[0])
+            keys[:, :, here], values[:, :, here], pos[:, here] = key_states, value_states, plan.position
+            if plan.score is not None:
+                self.score[:, here] = plan.score
+        elif not rows.packed and key_states.shape[2] == 1:  # a decode step of rows with unequal lengths
+            row, slot = torch.arange(B, device=keys.device), torch.tensor(start, device=keys.device)
+            keys[row, :, slot], values[row, :, slot] = key_states[:, :, 0], value_states[:, :, 0]
+            pos[row, slot] = plan.position[:, 0].to(pos.dtype)
+            if plan.score is not None:
+                self.score[row, slot] = plan.score[:, 0].to(self.score.dtype)
+        else:
+            at = 0
+            for b, width in enumerate(rows.q):
+                to = slice(start[b], rows.k[b])
+                k, v, p, s = key_states, value_states, plan.position, plan.score
+                if rows.packed:
+                    here = slice(at, at + width)
+                    keys[b, :, to], values[b, :, to], pos[b, to] = k[0, :, here], v[0, :, here], p[here]
+                    if s is not None:
+                        self.score[b, to] = s[here]
+                else:
+                    keys[b, :, to], values[b, :, to], pos[b, to] = k[b], v[b], p[b]
+                    if s is not None:
+                        self.score[b, to] = s[b]
+                at += width
+        self.n = list(rows.k)
+        most = max(self.n)
+        return keys[:, :, :most], values[:, :, :most]
+
+    def _grow(self, like: Tensor, batch: int, need: int, room: int, scored: bool) -> None:
+        have = 0 if self.keys is None else self.keys.shape[2]
+        if need > have:
+            more = room if have == 0 or room else (have // 8 if like.is_cuda else BLOCK)
+            size = -(-(need + more) // BLOCK) * BLOCK
+            _, K, _, E = like.shape
+
+            def grown(old: Tensor | None) -> Tensor:
+                new = like.new_zeros(batch, K, size, E)
+                if old is not None:
+                    new[:, :, :have] = old
+                return new
+
+            self.keys, self.values = grown(self.keys), grown(self.values)
+            pos = torch.full((batch, size), -1, dtype=torch.int32, device=like.device)
+            if self.pos is not None:
+                pos[:, :have] = self.pos
+            self.pos = pos
+        if scored or self.score is not None:
+            score = self.score
+            if score is None or score.shape[1] < self.pos.shape[1]:
+                # What was stored without a score ranks first: it was kept without being asked.
+                self.score = torch.full(self.pos.shape, float("inf"), dtype=torch.float16, device=like.device)
+                if score is not None:
+                    self.score[:, : score.shape[1]] = score
+
+    def keep(self, mask: Tensor, counts: list[int]) -> None:
+        """Physical compaction: of each row only the slots of `mask` (B, >= max n) stay, in order.
+
+        Args:
+            counts: [row]: its True entries.
+        """
+        most = max(counts)
+        index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        beyond = torch.arange(most, device=mask.device) >= torch.tensor(counts, device=mask.device)[:, None]
+        size = max(-(-most // BLOCK) * BLOCK, BLOCK)
+        slots = index[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
+
+        def moved(old: Tensor) -> Tensor:
+            new = old.new_zeros(old.shape[0], old.shape[1], size, old.shape[3])
+            new[:, :, :most] = old.gather(2, slots).masked_fill(beyond[:, None, :, None], 0)
+            return new
+
+        self.keys, self.values = moved(self.keys), moved(self.values)
+        pos = torch.full((self.pos.shape[0], size), -1, dtype=self.pos.dtype, device=self.pos.device)
+        pos[:, :most] = self.pos.gather(1, index).masked_fill(beyond, -1)
+        self.pos = pos
+        if self.score is not None:
+            score = torch.full(pos.shape, float("inf"), dtype=self.score.dtype, device=self.score.device)
+            score[:, :most] = self.score.gather(1, index)
+            self.score = score
+        self.n = list(counts)
+
+    def crop_to(self, column: int) -> None:
+        """Forgets every slot at or behind a logical column; exact also where this layer stored fewer."""
+        if not self.n or self.pos is None:
+            return
+        stays = (self.pos >= 0) & (self.pos < column)
+        self.n = stays.sum(1).tolist()
+        self.keys.masked_fill_(~stays[:, None, :, None], 0)
+        self.values.masked_fill_(~stays[:, None, :, None], 0)
+        self.pos.masked_fill_(~stays, -1)
+
+    def get_seq_length(self) -> int:
+        return max(self.n) if self.n else 0
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def _rows(self, index: Tensor, lengths: list[int]) -> None:
+        self.n = lengths
+        if self.keys is not None:
+            self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+            self.pos = self.pos.index_select(0, index)
+            self.score = None if self.score is None else self.score.index_select(0, index)
+
+
+class RaggedCache(Cache):
+    """What `generate()` and sessions hold; made by the attached model."""
+
+    def __init__(self, num_layers: int, shape: Shape, max_depth: int = 0) -> None:
+        super().__init__(layers=[RaggedLayer() for _ in range(num_layers)])
+        self.trace = Trace(shape)
+        self.seen = 0
+        """Logical columns entered so far, padding included."""
+        self.hop = 0
+        """Current hop of the session; `Chunk.hop` overrides it per position."""
+        self.in_hop: Tensor | None = None
+        """(B,) valid positions the current hop has so far; rank of the next ones."""
+        self.next: Chunk | None = None
+        self.route_chunks = True
+        """Whether calls of several positions on a filled cache are routed; assisted decoding says no."""
+        self.reserved = 0
+        self._compacted_at = 0
+        self._meta: Tensor | None = None
+        self._chunks: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.depth = [RaggedCache(num_layers, shape) for _ in range(max_depth)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return next((len(layer.n) for layer in self.layers if layer.n is not None), -1)
+
+    def reserve(self, columns: int) -> None:
+        """Logical columns the session will reach; buffers then grow once."""
+        self.reserved = max(self.reserved, columns)
+
+    def lengths(self) -> list[list[int]]:
+        """[layer][row]: valid slots."""
+        return [list(layer.lengths) for layer in self.layers]
+
+    def live_bytes(self) -> int:
+        """Bytes of the valid keys and values, second-pass caches included."""
+        own = 0
+        for layer in self.layers:
+            if layer.keys is not None:
+                _, K, _, E = layer.keys.shape
+                own += sum(layer.lengths) * 2 * K * E * layer.keys.element_size()
+        return own + sum(cache.live_bytes() for cache in self.depth)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the buffers behind them, free slots included; metadata is apart."""
+        tensors = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors) + sum(c.allocated_bytes() for c in self.depth)
+
+    def slots(self, layer: int) -> Slots:
+        """What one layer holds; empty rectangles where it holds nothing."""
+        stored = self.layers[layer]
+        most = max(stored.lengths)
+        pos = stored.pos[:, :most].long()
+        valid = pos >= 0
+        modality, hop, protected = (
+            self.meta[name].gather(1, pos.clamp(min=0)).long() for name in ("modality", "hop", "protected")
+        )
+        score = None if stored.score is None else stored.score[:, :most].float()
+        return Slots(score, modality, hop, protected.bool() & valid, pos, valid)
+
+    def start_hop(self, hop: int) -> None:
+        """The next positions belong to another hop."""
+        if hop < 0:
+            raise ConfigError(f"a hop is counted from 0, given {hop}")
+        self.hop, self.in_hop = hop, None
+
+    def close_hop(self, pruner: Pruner, closing: list[int] | None = None) -> None:
+        """Compresses what a finished hop left in every layer; evicted slots never return. One device read in all.
+
+        Args:
+            pruner: its `close` says which slots stay; protected ones always do.
+            closing: [row]: the hop that has ended, -1 for none; default the current hop in every row.
+        """
+        B = self.batch_size
+        ended = closing if closing is not None else [self.hop] * B
+        if len(ended) != B:
+            raise ConfigError(f"closing has {len(ended)} rows, the cache {B}; give one hop per row, -1 for none")
+        before = self.lengths()
+        stays: dict[int, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            if layer.n is not None and any(layer.n):
+                slots = self.slots(i)
+                rows = torch.tensor(ended, device=slots.position.device)
+                mask = pruner.close(slots, rows, i) | slots.protected | (rows < 0)[:, None]
+                stays[i] = mask & slots.valid
+        if stays:
+            device = next(iter(stays.values())).device
+            counts = torch.stack([mask.sum(1).to(device) for mask in stays.values()]).tolist()
+            for (i, mask), kept in zip(stays.items(), counts, strict=True):
+                if kept != self.layers[i].lengths:
+                    self.layers[i].keep(mask, kept)
+                    self._compacted_at = self.seen
+        self.trace.closes.append(HopClose(ended, before, self.lengths(), len(self.trace.calls)))
+
+    def remember(self, modality: Tensor, hop: Tensor, protected: Tensor) -> None:
+        """Appends what the columns of one call are; laid together only when somebody asks."""
+        self._chunks.append((modality, hop, protected))
+
+    @property
+    def meta(self) -> dict[str, Tensor]:
+        """(B, seen) int8 each: modality, hop, protected of every logical column."""
+        if self._chunks:
+            parts = [torch.stack(chunk).clamp(max=127).to(torch.int8) for chunk in self._chunks]
+            whole = torch.cat(parts if self._meta is None else [self._meta, *parts], dim=2)
+            self._meta, self._chunks = whole, []
+        return {} if self._meta is None else dict(zip(("modality", "hop", "protected"), self._meta, strict=True))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last -n logical columns.
+
+        Raises:
+            UnsupportedCall: n > 0, or columns from before a compression would have to come back.
+        """
+        if tokens_to_remove > 0:
+            raise UnsupportedCall(f"crop takes minus the number of columns to remove, given {tokens_to_remove}")
+        if tokens_to_remove == 0:
+            return
+        column = self.seen + tokens_to_remove
+        if column < self._compacted_at:
+            raise UnsupportedCall(
+                f"crop to column {column}: a hop was compressed at column {self._compacted_at} and what it evicted "
+                "cannot come back; fork() the cache before closing the hop"
+            )
+        self.seen = column
+        for layer in self.layers:
+            layer.crop_to(column)
+        if self.meta:
+            self._meta = self._meta[:, :, :column]  # type: ignore[index]
+        for cache in self.depth:
+            cache.crop(tokens_to_remove)
+
+    def fork(self) -> "RaggedCache":
+        """An independent copy: two continuations of one prompt."""
+        return copy.deepcopy(self)
+
+    def reset(self) -> None:
+        self.__init__(len(self.layers), self.trace.shape, len(self.depth))  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rows(beam_idx, beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._rows(indices, indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.batch_size > 0:
+            index = torch.arange(self.batch_size).repeat_interleave(repeats)
+            self._rows(index, index.tolist())
+
+    def _rows(self, index: Tensor, rows: list[int]) -> None:
+        for layer in self.layers:
+            if layer.n is not None:
+                device = index.device if layer.keys is None else layer.keys.device
+                layer._rows(index.to(device), [layer.n[i] for i in rows])
+        if self.meta:
+            self._meta = self._meta.index_select(1, index.to(self._meta.device))  # type: ignore[union-attr]
+        if self.in_hop is not None:
+            self.in_hop = self.in_hop.index_select(0, index.to(self.in_hop.device))
+        for cache in self.depth:
+            cache._rows(index, rows)

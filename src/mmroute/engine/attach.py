@@ -1,0 +1,213 @@
+"""`attach` makes a stock `from_pretrained` model routable in place; `detach` leaves it bit-identical."""
+
+import logging
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from mmroute import backbones
+from mmroute.cache import RaggedCache
+from mmroute.deepen.base import Deepener
+from mmroute.engine.attention import register
+from mmroute.engine.controller import Controller, prepare_cache
+from mmroute.engine.layer import routed_forward
+from mmroute.errors import ConfigError, UnsupportedCall
+from mmroute.prune.base import Pruner
+from mmroute.trace import Trace
+
+__all__ = ["Parts", "Routed", "attach", "detach"]
+
+log = logging.getLogger(__name__)
+
+
+class Parts(nn.Module):
+    """What was added to the model: everything learned lives here, under `model.mmroute`."""
+
+    def __init__(self, prune: Pruner | None, deepen: Deepener | None) -> None:
+        super().__init__()
+        self.prune, self.deepen = prune, deepen
+
+
+def attach(
+    model: nn.Module,
+    processor: Any = None,
+    *,
+    prune: Pruner | None = None,
+    deepen: Deepener | None = None,
+    prefix_tokens: int = 2,
+    strip_padding: bool = False,
+    executor: Literal["dense", "physical"] | None = None,
+) -> "Routed":
+    """Makes a stock model routable, in place.
+
+    Args:
+        model: a `from_pretrained` model of a supported family.
+        processor: turns chat messages into tensors; default the one `mmroute.load` put on the model.
+        prune: which positions run each layer; None runs all.
+        deepen: which positions run a layer again; None is none.
+        prefix_tokens: positions at the start of each hop that are never pruned; kappa in DARE.
+        strip_padding: run the executor even where nothing is routed, so that padding costs nothing.
+        executor: for training: "dense" gives kept and pruned positions a gradient, "physical" is fast.
+            Default: dense if the pruner has parameters.
+
+    Returns:
+        A handle that answers, generates, saves and detaches; `model` itself works on as before.
+
+    Raises:
+        UnsupportedBackbone: no family file knows the model.
+        UnsupportedCall: attached already, or loaded with an attention backend that would run unmasked.
+    """
+    if "_mmroute" in model.__dict__:
+        raise UnsupportedCall("the model is attached already; call routed.detach() first")
+    if prefix_tokens < 0:
+        raise ConfigError(f"prefix_tokens is a count of positions, given {prefix_tokens}; 0 protects none")
+    if executor not in (None, "dense", "physical"):
+        raise ConfigError(f"executor is 'dense' or 'physical', given {executor!r}")
+    for name, part, kind in (("prune", prune, Pruner), ("deepen", deepen, Deepener)):
+        if part is not None and not isinstance(part, kind):
+            raise ConfigError(
+                f"{name} takes a {kind.__name__}, given {type(part).__name__}; build one with "
+                f'mmroute.hub.load("{name}", "<name>", ...)'
+            )
+    family = backbones.of(model)
+    text = family.text_model(model)
+    base = text.config._attn_implementation
+    learned = prune is not None and any(True for _ in prune.parameters())
+    name = register(base)
+    controller = Controller(
+        model, family, prune, deepen, prefix_tokens, strip_padding, executor or ("dense" if learned else "physical")
+    )
+    parts = Parts(prune, deepen)
+    if any(True for _ in parts.parameters()):
+        parts.to(next(text.parameters()).device, torch.float32)
+    routed = Routed(model, processor or model.__dict__.get("processor"), controller, parts)
+    routed._splice(name, base)
+    return routed
+
+
+def detach(model: nn.Module) -> None:
+    """The stock model again, bit for bit."""
+    routed = model.__dict__.get("_mmroute")
+    if routed is None:
+        raise UnsupportedCall("the model is not attached; nothing to detach")
+    routed.detach()
+
+
+class Routed:
+    """Handle of an attached model."""
+
+    def __init__(self, model: nn.Module, processor: Any, controller: Controller, parts: Parts) -> None:
+        self.model: Any = model
+        self.processor = processor
+        self.controller = controller
+        self.parts = parts
+        self._handles: list[RemovableHandle] = []
+        self._base = ""
+        self._own_forward: dict[int, Any] = {}
+
+    # ------------------------------------------------------------------ splice
+
+    def _splice(self, name: str, base: str) -> None:
+        model, c = self.model, self.controller
+        self._base = base
+        # The setter would also switch the vision tower of families whose configuration is shared.
+        c.text.config._attn_implementation_internal = name
+        for i, layer in enumerate(c.text.layers):
+            if "forward" in layer.__dict__:  # accelerate was here first
+                self._own_forward[i] = layer.__dict__["forward"]
+            layer._stock_forward = layer.forward
+            layer.forward = types.MethodType(routed_forward, layer)
+        self._handles = [
+            c.base.register_forward_pre_hook(c.before_base, with_kwargs=True),
+            c.text.register_forward_pre_hook(c.before_text, with_kwargs=True),
+            c.text.register_forward_hook(c.after_text, with_kwargs=True, always_call=True),
+        ]
+        model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
+        model.mmroute = self.parts
+        model.__dict__["_mmroute"] = self
+
+    def detach(self) -> None:
+        """Leaves the model as it was: forwards, hooks, configuration, keys."""
+        model, c = self.model, self.controller
+        for handle in self._handles:
+            handle.remove()
+        for i, layer in enumerate(c.text.layers):
+            del layer._stock_forward
+            if i in self._own_forward:
+                layer.forward = self._own_forward[i]
+            else:
+                del layer.forward
+        c._stock_checkpointing()
+        c.text.config._attn_implementation_internal = self._base
+        del model._prepare_cache_for_generation
+        del model._modules["mmroute"]
+        del model.__dict__["_mmroute"]
+        self._handles = []
+
+    @contextmanager
+    def off(self) -> Iterator[Any]:
+        """The stock model with stock caches, until the block ends."""
+        with self.controller.off() as model:
+            yield model
+
+    def __enter__(self) -> "Routed":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.detach()
+
+    # ------------------------------------------------------------------ use
+
+    @property
+    def family(self) -> Any:
+        return self.controller.family
+
+    @property
+    def trace(self) -> Trace | None:
+        """What the last call did; of a session with a cache, all its calls."""
+        return self.controller.trace
+
+    @property
+    def full_trace(self) -> bool:
+        """Whether traces record which positions ran, not only how many."""
+        return self.controller.full_trace
+
+    @full_trace.setter
+    def full_trace(self, value: bool) -> None:
+        self.controller.full_trace = value
+
+    def new_cache(self) -> RaggedCache:
+        """An empty routed cache for `model(..., past_key_values=cache)`."""
+        return self.controller.new_cache()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate`, routed."""
+        return self.model.generate(*args, **kwargs)
+
+    def unfreeze_parts(self) -> None:
+        """Learned parts take gradients again; PEFT freezes them."""
+        self.parts.requires_grad_(True)
+
+    def answer(self, question: str, images: Any = (), **options: Any) -> Any:
+        """One answer about images; see `mmroute.reason.answer`."""
+        from mmroute import reason
+
+        return reason.answer(self, question, images, **options)
+
+    def answer_many(self, conversations: list[Any], **options: Any) -> list[Any]:
+        """Several conversations in one batch; see `mmroute.reason.answer_many`."""
+        from mmroute import reason
+
+        return reason.answer_many(self, conversations, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the small part only: what was added, the base model's id, versions."""
+        from mmroute.engine import saving
+
+        saving.save(self, Path(folder))

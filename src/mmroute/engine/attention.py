@@ -1,0 +1,129 @@
+"""Row-wise causal attention from row lengths, on top of whatever backend the model was loaded with.
+
+Inside a row the cached slots are in ascending position and everything new comes after everything cached, so lengths say
+it all and no mask is built from positions. Each accepted backend gets its own registered twin, `mmroute_<backend>`,
+in both of Transformers' registries: an attention name without a mask function would run with no mask at all.
+
+Legend: B batch, Q new positions, S key slots, H query heads, K key-value heads, E head dim.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mmroute.engine.rows import Rows
+from mmroute.errors import UnsupportedCall
+
+__all__ = ["BACKENDS", "last_row", "register"]
+
+BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+"""Backends that read causality from `None`, or whose mask is additive; others ran and were silently wrong."""
+
+
+def register(base: str) -> str:
+    """The name under which `base` with rows is registered.
+
+    Raises:
+        UnsupportedCall: a backend that would run unmasked or mis-masked.
+    """
+    if base not in BACKENDS:
+        raise UnsupportedCall(
+            f"attention backend {base!r} would run without the routed mask; allowed: {', '.join(BACKENDS)}; "
+            "load the model with attn_implementation='sdpa'"
+        )
+    name = f"mmroute_{base}"
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, functools.partial(_attend, base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def _function(base: str, module: nn.Module) -> Callable[..., Any]:
+    if base == "eager":  # every family keeps its own, beside its attention class
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def _attend(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    rows: Rows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered function: (B, H, Q, E) queries, (B, K, S, E) keys -> (B, Q, H, E)."""
+    call = functools.partial(_function(base, module), module, scaling=scaling, **kwargs)
+    if rows is None:
+        return call(query, key, value, attention_mask)
+    if rows.probe:
+        rows.row = last_row(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if rows.bias is not None:
+        return call(query, key, value, rows.bias)
+    if not rows.packed:
+        return call(query, key, value, _mask(base, query, key, rows.k, rows.fresh))
+    out, weights, start = [], None, 0
+    shared = key.shape[0] == 1 and len(rows.q) > 1  # no cache: the keys are packed as the queries are
+    for b, width in enumerate(rows.q):
+        if width:
+            here = slice(start, start + width)
+            k, v = (key[:, :, here], value[:, :, here]) if shared else (key[b : b + 1], value[b : b + 1])
+            k, v = k[:, :, : rows.k[b]], v[:, :, : rows.k[b]]
+            q = query[:, :, here]
+            part, weights = call(q, k, v, _mask(base, q, k, [rows.k[b]], width == rows.k[b]))
+            out.append(part)
+        start += width
+    return torch.cat(out, dim=1), weights if len(out) == 1 else None
+
+
+def _mask(base: str, query: Tensor, key: Tensor, lengths: list[int], fresh: bool) -> Tensor | None:
+    """Lower-right causal mask over each row's first `lengths` keys; None where the backend needs none."""
+    Q, S = query.shape[2], key.shape[2]
+    equal = len(set(lengths)) == 1
+    # Footgun: SDPA's own causal flag is top-left aligned, so it serves only when nothing was cached.
+    if equal and (Q == 1 or (base != "eager" and (fresh or base.startswith("flash")))):
+        return None
+    length = torch.tensor(lengths[:1] if equal else lengths, device=query.device)
+    last = length[:, None] - Q + torch.arange(Q, device=query.device)
+    visible = (torch.arange(S, device=query.device) <= last[..., None])[:, None]
+    if base == "eager":  # adds its mask: a bool one would be added as 0 and 1
+        return torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, torch.finfo(query.dtype).min)
+    if base.startswith("flash"):
+        return (torch.arange(S, device=query.device) < length[:, None]).to(torch.int32)
+    return visible
+
+
+def last_row(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
+    """Attention of each row's last position, mean over heads, without a map and without repeating keys.
+
+    Returns:
+        (B, max k) fp32, aligned with the row's keys; zeros behind them, and for a row that brought nothing.
+    """
+    B, S = len(rows.q), max(rows.k)
+    if rows.packed:
+        ends = torch.tensor(rows.q, device=query.device).cumsum(0) - 1
+        last = query[0].index_select(1, ends.clamp(min=0)).transpose(0, 1)
+        if key.shape[0] == 1 and B > 1:
+            starts = ends + 1 - torch.tensor(rows.q, device=query.device)
+            slots = (starts[:, None] + torch.arange(S, device=query.device)).clamp(max=key.shape[2] - 1)
+            key = key[0][:, slots].transpose(0, 1)
+    else:
+        last = query[:, :, -1]
+    K = key.shape[1]
+    grouped = last.float().reshape(B, K, -1, last.shape[-1])
+    scores = torch.einsum("bgre,bgse->bgrs", grouped, key[:, :, :S].float()) * scaling
+    length = torch.tensor(rows.k, device=query.device)
+    behind = torch.arange(S, device=query.device) >= length[:, None]
+    row = scores.masked_fill(behind[:, None, None], float("-inf")).softmax(-1).flatten(1, 2).mean(1)
+    empty = torch.tensor([q == 0 for q in rows.q], device=query.device)
+    return row.masked_fill(behind | empty[:, None], 0.0)

@@ -1,0 +1,356 @@
+"""The hooks of an attached model: what each position is, one `Step` per forward call, the routed cache.
+
+The controller keeps nothing between calls; what the base model's hook learns travels to the text model's hook in a
+thread-local slot that the latter empties.
+
+Legend: B batch, N positions of this call.
+"""
+
+import threading
+import types
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from mmroute.backbones.base import Family
+from mmroute.cache import Chunk, RaggedCache
+from mmroute.deepen.base import Deepener
+from mmroute.engine.layer import Step, build_groups
+from mmroute.errors import UnsupportedCall
+from mmroute.prune.base import Keep, Pruner
+from mmroute.tokens import Modality, Tokens
+from mmroute.trace import Call, Trace
+
+__all__ = ["Controller", "prepare_cache"]
+
+MAX_HOPS = 32
+"""Hops that a teacher-forced batch may name; later ones share the last group."""
+
+
+@dataclass
+class _Pending:
+    """What the base model's hook hands to the text model's hook."""
+
+    chunk: Chunk
+    route: bool
+
+
+_SLOT = threading.local()
+
+
+class Controller:
+    """One per attached model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        pruner: Pruner | None,
+        deepener: Deepener | None,
+        prefix_tokens: int,
+        strip_padding: bool,
+        executor: Literal["dense", "physical"],
+    ) -> None:
+        self.model, self.family = model, family
+        self.base, self.text = family.base_model(model), family.text_model(model)
+        self.shape = family.shape(model)
+        self.pruner, self.deepener = pruner, deepener
+        self.prefix_tokens, self.strip_padding, self.executor = prefix_tokens, strip_padding, executor
+        self.full_trace = False
+        self.trace: Trace | None = None
+        """Of the last call without a cache, and of the last cache used."""
+        self.aux: dict[int, Keep] = {}
+        """What the pruner returned at each layer of the last training call."""
+        self.checkpointed: set[int] = set()
+        device = next(self.text.parameters()).device
+        self.table = torch.zeros(self.shape.vocab, dtype=torch.long, device=device)
+        self.table[family.vision_ids(model)] = int(Modality.VISION)
+        self.delimiters = torch.zeros(self.shape.vocab, dtype=torch.bool, device=device)
+        self.delimiters[family.delimiter_ids(model)] = True
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def is_off(self) -> bool:
+        return getattr(_SLOT, "off", 0) > 0
+
+    @contextmanager
+    def off(self) -> Any:
+        """The stock model with stock caches, in this thread, until the block ends."""
+        _SLOT.off = getattr(_SLOT, "off", 0) + 1
+        try:
+            yield self.model
+        finally:
+            _SLOT.off -= 1
+
+    @property
+    def routes(self) -> bool:
+        """Whether anything at all is routed; if not, the stock path runs untouched."""
+        layers = range(self.shape.layers)
+        if self.deepener is not None and any(self.deepener.acts(i, self.shape.layers) for i in layers):
+            return True
+        return self.pruner is not None and not self.pruner.is_identity(self.shape.layers)
+
+    def new_cache(self) -> RaggedCache:
+        depth = self.deepener.max_depth if self.deepener is not None else 0
+        cache = RaggedCache(self.shape.layers, self.shape, depth)
+        cache.trace.full = self.full_trace
+        return cache
+
+    # ------------------------------------------------------------------ hooks
+
+    def before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Reads what the ids are and takes our own keywords out of the call."""
+        given = {k: kwargs.pop(k, None) for k in ("modality", "hop_ids", "generated", "relevance", "protected")}
+        route = kwargs.pop("route", True)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        modality, protected = given["modality"], given["protected"]
+        if ids is not None:
+            ids = ids.to(self.table.device)
+            modality = self.table[ids] if modality is None else modality
+            delimiters = self.delimiters[ids]
+            protected = delimiters if protected is None else delimiters | protected.bool()
+        chunk = Chunk(modality, given["hop_ids"], None, protected, given["generated"], given["relevance"])
+        _SLOT.pending = _Pending(chunk, route)
+        return args, kwargs
+
+    def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Builds the `Step` and supplies the cache."""
+        pending: _Pending | None = getattr(_SLOT, "pending", None)
+        _SLOT.pending = None
+        cache = kwargs.get("past_key_values")
+        training = self.text.training and torch.is_grad_enabled()
+        if self.is_off:
+            if isinstance(cache, RaggedCache):
+                raise UnsupportedCall("a routed cache cannot be used while routing is off; leave the off() block")
+            return args, kwargs
+        if not (self.routes or self.strip_padding or isinstance(cache, RaggedCache)):
+            self._stock_checkpointing()
+            return args, kwargs
+        self._check(cache, kwargs, training)
+        x = kwargs.get("inputs_embeds")
+        x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
+        if training:
+            kwargs["use_cache"] = False
+        elif cache is None:
+            use_cache = kwargs.get("use_cache")
+            if self.text.config.use_cache if use_cache is None else use_cache:
+                cache = kwargs["past_key_values"] = self.new_cache()
+        step = self._step(x, cache, kwargs.get("attention_mask"), pending, training)
+        kwargs["mmroute_step"] = step
+        return args, kwargs
+
+    def after_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        """Advances the cache, only now that every layer has run, and files what happened."""
+        step: Step | None = kwargs.get("mmroute_step")
+        if step is None or out is None:
+            return out
+        step.call.layers = [step.records[i] for i in sorted(step.records)]
+        cache = step.cache
+        if cache is None:
+            self.trace = Trace(self.shape, [step.call], full=self.full_trace)
+        else:
+            for each in (cache, *cache.depth):
+                each.seen += step.tokens.shape[1]
+            cache.remember(step.tokens.modality, step.tokens.hop, step.tokens.protected)
+            cache.trace.calls.append(step.call)
+            self.trace = cache.trace
+        self.aux = step.aux
+        attentions = getattr(out, "attentions", None)
+        if attentions and any(r.again for r in step.records.values()):
+            out.attentions = _first_passes(attentions, step)
+        return out
+
+    # ------------------------------------------------------------------ parts of a call
+
+    def _check(self, cache: Any, kwargs: dict[str, Any], training: bool) -> None:
+        if self.model._modules.get("mmroute") is not self.model.__dict__["_mmroute"].parts:
+            raise UnsupportedCall(
+                "model.mmroute was replaced (PEFT's modules_to_save trains a copy that is never called); leave it out "
+                "of modules_to_save and call routed.unfreeze_parts() after get_peft_model"
+            )
+        if cache is not None and not isinstance(cache, RaggedCache):
+            kind = type(cache).__name__ if isinstance(cache, Cache) else type(cache)
+            raise UnsupportedCall(
+                f"past_key_values is a {kind}; an attached model keeps its own routed cache: pass none, or one from an "
+                "earlier routed call, or use routed.off()"
+            )
+        if training and cache is not None:
+            raise UnsupportedCall("training with a cache is not differentiable; pass the whole sequence with hop_ids")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
+            given = "a dict of masks" if isinstance(mask, dict) else f"a {mask.ndim}-D mask"
+            raise UnsupportedCall(f"attention_mask is {given}; routing takes the 2-D padding mask (batch, columns)")
+
+    def _step(
+        self, x: Tensor, cache: RaggedCache | None, mask: Tensor | None, pending: _Pending | None, training: bool
+    ) -> Step:
+        B, N = x.shape[:2]
+        chunk = pending.chunk if pending is not None else Chunk()
+        route = pending.route if pending is not None else True
+        start = 0
+        if cache is not None:
+            start = cache.seen
+            if cache.next is not None:
+                chunk, cache.next = _merged(cache.next, chunk), None
+            route = route and (cache.route_chunks or start == 0 or N == 1)
+        if chunk.modality is None:
+            raise UnsupportedCall(
+                "embeddings came without saying what they are, and images would silently count as text; pass "
+                "modality=(batch, positions) with 0 text, 1 vision, 2 latent, or set cache.next = Chunk(modality=...)"
+            )
+        if chunk.modality.shape != (B, N):
+            raise UnsupportedCall(f"modality is {tuple(chunk.modality.shape)}, the call brings {(B, N)} positions")
+        single = N == 1 and start > 0 and chunk.valid is None
+        tokens = self._tokens(x, cache, mask, chunk, start, single)
+        call = Call("decode" if single else "prefill", [], [], [], start)
+        if single:
+            groups, new, hops = [], [[1, 0, 0] for _ in range(B)], [cache.hop if cache else 0] * B
+        else:
+            many = chunk.hop is not None
+            first = 0 if many or cache is None else cache.hop
+            groups, new = build_groups(tokens, MAX_HOPS if many else 1, first)
+            hops = [groups[-1].hop if groups else first] * B
+        call.new, call.hop = new, hops
+        return Step(
+            family=self.family,
+            text=self.text,
+            shape=self.shape,
+            tokens=tokens,
+            cache=cache,
+            pruner=self.pruner if route else None,
+            deepener=self.deepener if route else None,
+            call=call,
+            counts=[sum(row) for row in new],
+            groups={0: groups},
+            relevance=chunk.relevance,
+            checkpoint=self._checkpoints(training),
+            dense=training and self.executor == "dense",
+            full=self.full_trace,
+            single=single,
+        )
+
+    def _tokens(
+        self, x: Tensor, cache: RaggedCache | None, mask: Tensor | None, chunk: Chunk, start: int, single: bool
+    ) -> Tokens:
+        B, N = x.shape[:2]
+        device = x.device
+        modality = chunk.modality.to(device)  # type: ignore[union-attr]
+        if chunk.valid is not None:
+            valid = chunk.valid.bool().to(device)
+        elif mask is None or single:
+            valid = torch.ones(B, N, dtype=torch.bool, device=device)
+        else:
+            valid = mask[:, -N:].bool().to(device)
+            if valid.shape[1] != N:
+                raise UnsupportedCall(f"attention_mask has {mask.shape[1]} columns, the call brings {N} positions")
+        hop_now = cache.hop if cache is not None else 0
+        hop = torch.full_like(modality, hop_now) if chunk.hop is None else chunk.hop.long().to(device)
+        before = cache.in_hop if cache is not None else None
+        protected = self._protected(valid, hop, before, single, chunk.hop is not None)
+        if chunk.protected is not None:
+            protected |= chunk.protected.bool().to(device) & valid
+        if cache is not None:
+            added = valid.sum(1)
+            cache.in_hop = added if before is None else before + added
+        generated = torch.full_like(valid, single) if chunk.generated is None else chunk.generated.bool().to(device)
+        position = torch.arange(start, start + N, device=device).expand(B, N)
+        return Tokens(modality, hop, valid, protected, generated, position)
+
+    def _protected(
+        self, valid: Tensor, hop: Tensor, before: Tensor | None, single: bool, many: bool
+    ) -> Tensor:
+        """First `prefix_tokens` of each hop and the last position of each segment; here a hop's part is a segment."""
+        if single:
+            return (before if before is not None else valid.new_zeros(valid.shape[0]).long())[:, None] < (
+                self.prefix_tokens
+            )
+        if not many:
+            rank = valid.long().cumsum(1)
+            total = rank[:, -1:]
+            rank_in_hop = rank if before is None else rank + before[:, None]
+            return valid & ((rank_in_hop <= self.prefix_tokens) | (rank == total))
+        member = torch.nn.functional.one_hot(hop.clamp(max=MAX_HOPS - 1), MAX_HOPS) * valid[..., None]
+        here = hop.clamp(max=MAX_HOPS - 1)[..., None]
+        rank = member.cumsum(1).gather(2, here).squeeze(2)
+        total = member.sum(1, keepdim=True).expand_as(member).gather(2, here).squeeze(2)
+        return valid & ((rank <= self.prefix_tokens) | (rank == total))
+
+    # ------------------------------------------------------------------ gradient checkpointing
+
+    def _checkpoints(self, training: bool) -> bool:
+        """Takes checkpointing over from the layers: theirs would recompute the routing after the call is gone."""
+        wanted = training and bool(getattr(self.text, "gradient_checkpointing", False))
+        for i, layer in enumerate(self.text.layers):
+            if getattr(layer, "gradient_checkpointing", False):
+                self.checkpointed.add(i)
+                layer.gradient_checkpointing = False
+        if wanted:
+            function = self.text.layers[0]._gradient_checkpointing_func
+            if getattr(function, "keywords", {}).get("use_reentrant", False):
+                raise UnsupportedCall(
+                    "reentrant gradient checkpointing loses the gradients of keyword arguments; enable it with "
+                    "use_reentrant=False"
+                )
+        return wanted
+
+    def _stock_checkpointing(self) -> None:
+        for i in self.checkpointed:
+            self.text.layers[i].gradient_checkpointing = bool(getattr(self.text, "gradient_checkpointing", False))
+        self.checkpointed = set()
+
+
+def _merged(first: Chunk, second: Chunk) -> Chunk:
+    """What the driver said, completed by what the ids say."""
+    fields = ("modality", "hop", "valid", "protected", "generated", "relevance")
+    return Chunk(*(getattr(first, f) if getattr(first, f) is not None else getattr(second, f) for f in fields))
+
+
+def _first_passes(attentions: tuple, step: Step) -> tuple:
+    """`output_attentions` without the entries that second passes added."""
+    passes = [1 + bool(step.records[i].again) for i in sorted(step.records) if sum(map(sum, step.records[i].ran))]
+    if len(attentions) != sum(passes):
+        return attentions
+    kept, at = [], 0
+    for n in passes:
+        kept.append(attentions[at])
+        at += n
+    return tuple(kept)
+
+
+def prepare_cache(
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """Bound in place of `_prepare_cache_for_generation`: `generate()` gets a routed cache when anything is routed."""
+    controller: Controller = self.__dict__["_mmroute"].controller
+    stock = types.MethodType(type(self)._prepare_cache_for_generation, self)
+    given = model_kwargs.get("past_key_values")
+    routed = (controller.routes or controller.strip_padding) and not controller.is_off
+    if not routed and not isinstance(given, RaggedCache):
+        stock(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        return
+    if generation_config.cache_implementation is not None:
+        raise UnsupportedCall(
+            f"cache_implementation={generation_config.cache_implementation!r} cannot hold rows of different lengths; "
+            "leave it out: the routed cache replaces it"
+        )
+    if generation_config.use_cache is False:
+        return
+    if given is None:
+        given = model_kwargs["past_key_values"] = controller.new_cache()
+    elif not isinstance(given, RaggedCache):
+        raise UnsupportedCall(
+            f"past_key_values is a {type(given).__name__}; pass none, or the routed cache of an earlier call"
+        )
+    given.reserve(max_cache_length)
+    given._is_user_defined = True
+    given.route_chunks = "assisted" not in str(generation_mode).lower()
