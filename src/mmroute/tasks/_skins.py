@@ -1,0 +1,300 @@
+"""What tiles look like: one finite atlas for all worlds, drawn by numpy alone, so that pixels are exactly codes.
+
+One tile is one vision token of the model. The board lies somewhere on a canvas of background tiles: without them every
+token would be needed and nothing could be routed. Four noise variants of each tile are stored; a picture picks one for
+each tile, so it is a gather from the atlas, and `read` finds the codes again exactly.
+
+Legend: C tiles of one side, T atlas codes, V variants (4), px side of a tile in pixels.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
+
+from mmroute.errors import InputError
+
+__all__ = [
+    "ARROWS",
+    "BACKGROUND",
+    "FOG",
+    "LAKE",
+    "MAZE",
+    "MAZE_WALL",
+    "NUM_BACKGROUNDS",
+    "NUM_CODES",
+    "OBJECTS",
+    "VARIANTS",
+    "atlas",
+    "background",
+    "encode",
+    "image",
+    "picture",
+    "read",
+    "variants",
+]
+
+VARIANTS = 4
+NUM_BACKGROUNDS = 5
+FOG = 0
+BACKGROUND = 1
+LAKE = BACKGROUND + NUM_BACKGROUNDS
+"""ice, hole, figure on ice, gift, empty start, figure in a hole, figure at the gift."""
+MAZE_WALL = LAKE + 7
+MAZE = MAZE_WALL + 1
+"""+ 8 * walls (bit a: a line on side a) + 0 free, 1 start, 2 agent, 3 empty start, 4 .. 7 plates A-D."""
+ARROWS = MAZE + 16 * 8
+"""+ 12 * direction + 2 * colour + 1 if the star stands there."""
+OBJECTS = ARROWS + 4 * 6 * 2
+"""Empty, then + 1 + 2 * (4 * colour + shape) + 1 if marked."""
+NUM_CODES = OBJECTS + 1 + 6 * 4 * 2
+
+PALETTE = ((214, 48, 49), (46, 160, 67), (52, 104, 214), (238, 200, 40), (138, 70, 190), (240, 134, 40))
+"""In the order of `_texts.COLOURS`."""
+PLATES = ((250, 200, 60), (120, 210, 120), (130, 180, 250), (240, 150, 220))
+_GROUND = ((96, 128, 72), (120, 104, 84), (150, 150, 140), (70, 96, 110), (134, 118, 140))
+_LETTERS = (
+    ("01110", "10001", "10001", "11111", "10001", "10001", "10001"),
+    ("11110", "10001", "10001", "11110", "10001", "10001", "11110"),
+    ("01110", "10001", "10000", "10000", "10000", "10001", "01110"),
+    ("11110", "10001", "10001", "10001", "10001", "10001", "11110"),
+)
+_FINE = 4
+"""Shapes are drawn this much finer, then averaged, which smooths their edges."""
+
+
+class _Tile:
+    """One clean tile: masks in the unit square (y down, x right), filled one over the other."""
+
+    def __init__(self, px: int, ground: tuple[int, int, int]) -> None:
+        side = px * _FINE
+        line = (np.arange(side) + 0.5) / side
+        self.px, self.y, self.x = px, line[:, None] + 0 * line[None], line[None] + 0 * line[:, None]
+        self.rgb = np.full((side, side, 3), ground, dtype=np.float64)
+
+    def fill(self, mask: Bool[np.ndarray, "h w"], colour: tuple[int, int, int]) -> "_Tile":
+        self.rgb[mask] = colour
+        return self
+
+    def box(self, top: float, left: float, bottom: float, right: float) -> Bool[np.ndarray, "h w"]:
+        return (self.y >= top) & (self.y < bottom) & (self.x >= left) & (self.x < right)
+
+    def disc(self, radius: float, y: float = 0.5, x: float = 0.5) -> Bool[np.ndarray, "h w"]:
+        return (self.y - y) ** 2 + (self.x - x) ** 2 < radius**2
+
+    def cone(self, top: float, bottom: float, half: float) -> Bool[np.ndarray, "h w"]:
+        """A triangle with its tip up in the middle."""
+        inside = (self.y >= top) & (self.y < bottom)
+        return inside & (np.abs(self.x - 0.5) < half * (self.y - top) / (bottom - top))
+
+    def diamond(self, radius: float) -> Bool[np.ndarray, "h w"]:
+        return np.abs(self.y - 0.5) + np.abs(self.x - 0.5) < radius
+
+    def star(self, radius: float, y: float = 0.5, x: float = 0.5) -> Bool[np.ndarray, "h w"]:
+        """A five-pointed star: inside when above at least four of its five lines."""
+        votes = np.zeros(self.y.shape, dtype=int)
+        for k in range(5):
+            angle = np.pi / 2 + 2 * np.pi * k / 5
+            votes += (self.x - x) * np.cos(angle) + (self.y - y) * np.sin(angle) < radius * np.cos(2 * np.pi / 5)
+        return votes >= 4
+
+    def frame(self, width: float) -> Bool[np.ndarray, "h w"]:
+        return ~self.box(width, width, 1 - width, 1 - width)
+
+    def letter(self, which: int, top: float, left: float, height: float, width: float) -> Bool[np.ndarray, "h w"]:
+        bits = np.array([[c == "1" for c in row] for row in _LETTERS[which]])
+        row = np.clip(((self.y - top) / height * 7).astype(int), 0, 6)
+        col = np.clip(((self.x - left) / width * 5).astype(int), 0, 4)
+        return bits[row, col] & self.box(top, left, top + height, left + width)
+
+    def done(self) -> Float[np.ndarray, "px px 3"]:
+        px = self.px
+        return self.rgb.reshape(px, _FINE, px, _FINE, 3).mean((1, 3)) / 255
+
+
+def _ground(px: int, which: int) -> Float[np.ndarray, "px px 3"]:
+    rng = np.random.default_rng([100, which])
+    tile = np.array(_GROUND[which], dtype=np.float64) + rng.normal(0, 10, (px, px, 1))
+    if which % 2 == 0:  # spots
+        side = max(2, px // 6)
+        for _ in range(6):
+            r, c = rng.integers(0, px - side, size=2)
+            tile[r : r + side, c : c + side] += rng.choice([-30, 30])
+    else:  # stripes
+        step, width = max(2, px // 4), max(1, px // 14)
+        line = (np.arange(px) % step < width) * 25.0
+        tile -= line[:, None, None] if which == 1 else line[None, :, None]
+    return np.clip(tile, 0, 255) / 255
+
+
+def _lake(px: int, what: int) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, (215, 236, 250))
+    t.fill(t.frame(0.03), (150, 180, 205))
+    if what in (1, 5):
+        t.fill(t.disc(0.38), (20, 50, 90)).fill(t.disc(0.34), (40, 90, 150))
+    if what in (3, 6):
+        t.fill(t.box(0.3, 0.2, 0.84, 0.8), (230, 180, 30)).fill(t.box(0.3, 0.42, 0.84, 0.58), (200, 30, 30))
+        t.fill(t.disc(0.1, 0.22, 0.38) | t.disc(0.1, 0.22, 0.62), (200, 30, 30))
+    if what == 4:
+        t.fill(t.disc(0.09, 0.4, 0.36) | t.disc(0.09, 0.62, 0.62), (120, 90, 70))
+    if what in (2, 5, 6):
+        t.fill(t.box(0.62, 0.3, 0.92, 0.7), (200, 40, 40)).fill(t.disc(0.17, 0.5), (250, 210, 170))
+        t.fill(t.cone(0.1, 0.42, 0.24), (30, 150, 60))
+    return t.done()
+
+
+def _maze(px: int, walls: int, what: int, plates: tuple[tuple[int, int, int], ...]) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, (248, 248, 248))
+    t.fill(t.frame(0.02), (225, 225, 225))
+    if what == 1:
+        t.fill(t.disc(0.24), (220, 20, 20))
+    if what == 2:
+        t.fill(t.disc(0.26), (40, 40, 40)).fill(t.disc(0.2), (60, 120, 240))
+    if what == 3:
+        t.fill(t.disc(0.24), (220, 20, 20)).fill(t.disc(0.15), (248, 248, 248))
+    if what >= 4:
+        t.fill(t.box(0.12, 0.12, 0.88, 0.88), plates[what - 4])
+        t.fill(t.letter(what - 4, 0.22, 0.3, 0.56, 0.4), (0, 0, 0))
+    width = 5 / 28
+    sides = (
+        t.box(0, 0, width, 1),
+        t.box(0, 0, 1, width),
+        t.box(1 - width, 0, 1, 1),
+        t.box(0, 1 - width, 1, 1),
+    )
+    for a in range(4):
+        if walls >> a & 1:
+            t.fill(sides[a], (20, 20, 20))
+    return t.done()
+
+
+def _brick(px: int) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, (46, 44, 50))
+    for row in range(4):
+        for left in np.arange(-0.25 * (row % 2), 1, 0.5):
+            t.fill(t.box(row / 4 + 0.03, left + 0.03, row / 4 + 0.22, left + 0.47), (92, 74, 70))
+    return t.done()
+
+
+def _arrow(
+    px: int, direction: int, colour: int, star: bool, palette: tuple[tuple[int, int, int], ...]
+) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, palette[colour])
+    up = t.cone(0.08, 0.5, 0.34) | t.box(0.5, 0.38, 0.92, 0.62)
+    t.fill(np.rot90(up, direction), (16, 16, 16))
+    if star:
+        for y, x in ((0.17, 0.17), (0.17, 0.83), (0.83, 0.17), (0.83, 0.83)):
+            t.fill(t.disc(0.16, y, x), (255, 255, 255)).fill(t.star(0.14, y, x), (225, 0, 120))
+        t.fill(t.frame(0.05), (255, 255, 255))
+    return t.done()
+
+
+def _object(px: int, what: int, palette: tuple[tuple[int, int, int], ...]) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, (240, 236, 226))
+    t.fill(t.frame(0.02), (214, 208, 196))
+    if what:
+        kind, marked = divmod(what - 1, 2)
+        colour, shape = divmod(kind, 4)
+        masks = (t.disc(0.34), t.box(0.2, 0.2, 0.8, 0.8), t.cone(0.14, 0.82, 0.4), t.diamond(0.42))
+        t.fill(masks[shape], palette[colour])
+        if marked:
+            t.fill(t.frame(0.1), (20, 20, 20))
+    return t.done()
+
+
+def _clean(px: int, look: str) -> Float[np.ndarray, "T px px 3"]:
+    palette, plates = PALETTE, PLATES
+    if look == "permuted":  # the same hues in other roles: what was learnt by plate colour alone fails
+        plates = tuple(PLATES[i] for i in (2, 3, 1, 0))
+    tiles = [_Tile(px, (128, 128, 128)).fill(np.zeros((px * _FINE, px * _FINE), dtype=bool), (0, 0, 0)).done()]
+    tiles += [_ground(px, i) for i in range(NUM_BACKGROUNDS)]
+    tiles += [_lake(px, i) for i in range(7)]
+    tiles += [_brick(px)]
+    tiles += [_maze(px, walls, what, plates) for walls in range(16) for what in range(8)]
+    tiles += [_arrow(px, a, c, bool(s), palette) for a in range(4) for c in range(6) for s in range(2)]
+    tiles += [_object(px, what, palette) for what in range(1 + 6 * 4 * 2)]
+    assert len(tiles) == NUM_CODES
+    return np.stack(tiles)
+
+
+@lru_cache(maxsize=8)
+def atlas(tile_px: int = 28, noise: float = 0.02, look: str = "plain") -> UInt8[np.ndarray, "T V px px 3"]:
+    """All tiles of all worlds; a picture is made of exactly these.
+
+    Args:
+        tile_px: side of a tile.
+        noise: standard deviation in units of full scale; with any, brightness varies by 6 % too.
+        look: `plain`, or `permuted` (out-of-distribution plates).
+    """
+    rng = np.random.default_rng(0)
+    clean = _clean(tile_px, look)[:, None].repeat(VARIANTS, axis=1)
+    if noise:
+        clean = clean * (1 + rng.uniform(-0.06, 0.06, (NUM_CODES, VARIANTS, 1, 1, 1))) + rng.normal(
+            0, noise, clean.shape
+        )
+    out = np.round(np.clip(clean, 0, 1) * 255).astype(np.uint8)
+    out.setflags(write=False)
+    return out
+
+
+def background(seed: int, canvas: int) -> Int[np.ndarray, "C C"]:
+    """A canvas without a board: one texture on three quarters of the tiles, a second on the rest, a little fog."""
+    rng = np.random.default_rng([seed, 0])
+    main, second = rng.integers(NUM_BACKGROUNDS, size=2)
+    u = rng.random((canvas, canvas))
+    # fog stands for "cannot be seen" in unsolvable items; here and there on the ground it is nothing new
+    codes = np.where(u < 0.75, BACKGROUND + main, BACKGROUND + second)
+    return np.where(u > 0.98, FOG, codes).astype(np.int16)
+
+
+def variants(seed: int, canvas: int) -> Int[np.ndarray, "C C"]:
+    """Which noise variant each tile of a picture takes."""
+    return np.random.default_rng([seed, 2]).integers(VARIANTS, size=(canvas, canvas))
+
+
+def image(tiles: UInt8[np.ndarray, "C C px px 3"]) -> Image.Image:
+    """Tiles put together."""
+    rows, cols, px, _, _ = tiles.shape
+    return Image.fromarray(np.ascontiguousarray(tiles.transpose(0, 2, 1, 3, 4)).reshape(rows * px, cols * px, 3))
+
+
+def picture(
+    codes: Int[np.ndarray, "C C"], seed: int, tile_px: int, noise: float = 0.02, look: str = "plain"
+) -> Image.Image:
+    """The picture of a canvas of codes; `seed` picks the noise variants."""
+    return image(atlas(tile_px, noise, look)[codes, variants(seed, len(codes))])
+
+
+def encode(picture: Image.Image, tile_px: int) -> UInt8[np.ndarray, "C C px px 3"]:
+    """A picture cut into tiles.
+
+    Raises:
+        InputError: its sides are no multiples of `tile_px`.
+    """
+    pixels = np.asarray(picture.convert("RGB"))
+    height, width = pixels.shape[:2]
+    if height % tile_px or width % tile_px:
+        raise InputError(f"a picture of tiles has sides that {tile_px} divides, given {width} x {height} pixels")
+    return pixels.reshape(height // tile_px, tile_px, width // tile_px, tile_px, 3).transpose(0, 2, 1, 3, 4)
+
+
+@lru_cache(maxsize=4)
+def _prototypes(tile_px: int, look: str) -> tuple[Float[np.ndarray, "T D"], Float[np.ndarray, " T"]]:
+    flat = atlas(tile_px, 0.0, look)[:, 0].reshape(NUM_CODES, -1).astype(np.float32) / 255
+    return flat, (flat**2).sum(1)
+
+
+def read(picture: Image.Image, tile_px: int, look: str = "plain") -> Int[np.ndarray, "C C"]:
+    """The codes of a picture: for each tile the nearest of the atlas, brightness fitted; right up to noise .05.
+
+    Raises:
+        InputError: its sides are no multiples of `tile_px`.
+    """
+    tiles = encode(picture, tile_px)
+    flat = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1).astype(np.float32) / 255
+    known, norm = _prototypes(tile_px, look)
+    dot = flat @ known.T
+    gain = np.clip(dot / norm, 0.9, 1.1)
+    distance = gain**2 * norm - 2 * gain * dot  # the tile's own square is the same for every code
+    return distance.argmin(1).reshape(tiles.shape[:2]).astype(np.int16)

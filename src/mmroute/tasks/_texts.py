@@ -1,0 +1,97 @@
+"""The closed vocabulary of the small models, and the pieces that texts are made of.
+
+Every style writes a coordinate as one word, `r2c1`: two words `r2 c1` are learnt more slowly.
+"""
+
+from dataclasses import dataclass
+
+__all__ = [
+    "BOS",
+    "COLOURS",
+    "EOS",
+    "IMAGE",
+    "MOVES",
+    "PAD",
+    "SHAPES",
+    "SPECIAL",
+    "UNK",
+    "VISION_END",
+    "VISION_START",
+    "VOCABULARY",
+    "Words",
+    "coordinate",
+    "numbered",
+    "position",
+]
+
+BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+VISION_START, IMAGE, VISION_END, VIDEO, UNK = (
+    "<|vision_start|>",
+    "<|image_pad|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+    "<unk>",
+)
+SPECIAL = (PAD, BOS, EOS, VISION_START, VISION_END, IMAGE, VIDEO, UNK)
+"""Qwen's names, so that stock processors find them."""
+
+MOVES = ("up", "left", "down", "right")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES = ("circle", "square", "triangle", "diamond")
+MAX_COORDINATE, MAX_STEP, SIZE = 16, 24, 384
+
+_PLAIN = (
+    *(". , ? ; :".split()),
+    *("task: frozenlake maze arrows gridspatial minibehavior needle".split()),
+    *("actions: k: cot: direct: probe: latent: layout: response: start answer:".split()),
+    *MOVES,
+    *("A B C D yes no".split()),
+    *("ice hole goal free wall empty fog success hole_fall not_reached".split()),
+    *COLOURS,
+    *SHAPES,
+    *("left_of right_of above below nearest between".split()),
+    *("pick drop toggle printer table floor carrying none drop_error pickup_error missing_step target".split()),
+)
+VOCABULARY: list[str] = [
+    *SPECIAL,
+    *(f"r{r}c{c}" for r in range(MAX_COORDINATE) for c in range(MAX_COORDINATE)),
+    *(f"s{i}" for i in range(1, MAX_STEP + 1)),
+    *_PLAIN,
+]
+VOCABULARY += [f"<unused{i}>" for i in range(SIZE - len(VOCABULARY))]
+"""Position = token id. The order is part of every trained checkpoint: add words by renaming an unused one."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """One training text; `supervised[i]` says whether response word i carries loss."""
+
+    prompt: list[str]
+    response: list[str]
+    supervised: list[bool]
+
+
+def coordinate(row: int, col: int) -> str:
+    """The word of a place."""
+    return f"r{row}c{col}"
+
+
+def position(word: str) -> tuple[int, int]:
+    """Row and column of a coordinate word.
+
+    Example:
+        >>> position("r12c3")
+        (12, 3)
+    """
+    row, _, col = word[1:].partition("c")
+    return int(row), int(col)
+
+
+def numbered(actions: list[str]) -> list[str]:
+    """Actions with their step words, as prompts and chains write them.
+
+    Example:
+        >>> numbered(["up", "left"])
+        ['s1', 'up', 's2', 'left']
+    """
+    return [word for i, action in enumerate(actions, start=1) for word in (f"s{i}", action)]
