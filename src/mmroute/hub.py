@@ -16,7 +16,18 @@ from typing import Any
 
 from mmroute.errors import ConfigError
 
-__all__ = ["KINDS", "by_class", "Description", "Option", "describe", "describe_file", "find", "load", "names", "recipes"]
+__all__ = [
+    "KINDS",
+    "by_class",
+    "Description",
+    "Option",
+    "describe",
+    "describe_file",
+    "find",
+    "load",
+    "names",
+    "recipes",
+]
 
 KINDS = ("prune", "deepen", "think", "gate", "tasks")
 _ROOT = Path(__file__).parent

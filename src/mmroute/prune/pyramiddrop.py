@@ -27,8 +27,6 @@ from mmroute.trace import Shape
 
 __all__ = ["PyramidDrop"]
 
-_QUARTERS = (0.25, 0.5, 0.75)
-
 
 class PyramidDrop(Pruner):
     """Training-free: several cuts in depth, each ranked by the last token's attention at that layer."""
@@ -37,7 +35,7 @@ class PyramidDrop(Pruner):
     class Config:
         stage_keep: Annotated[float, Field(ge=0, le=1)] = 0.5
         """Share of the stage before that goes on at each stage; lambda in the paper."""
-        stages: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = _QUARTERS
+        stages: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.25, 0.5, 0.75)
         """Where stages begin, as shares of depth; 0.25 of 32 layers is layer 8."""
 
     action = "drop"
@@ -45,7 +43,7 @@ class PyramidDrop(Pruner):
     config: Config
 
     @classmethod
-    def plan(cls, budget: float, num_layers: int, stages: tuple[float, ...] = _QUARTERS) -> dict[str, Any]:
+    def plan(cls, budget: float, num_layers: int, stages: tuple[float, ...] = (0.25, 0.5, 0.75)) -> dict[str, Any]:
         """Options that make the mean share of vision positions over all layers `budget`, or BudgetError."""
         starts = [_layer(stage, num_layers) for stage in sorted(stages)]
         return {"stage_keep": geometric(budget, num_layers, starts), "stages": stages}

@@ -2,10 +2,10 @@
 by a score that needs no training.
 
 Legend: B batch, N positions, D hidden.
-Source: the fixed-rate, training-free preset of DARE ("Dynamic token routing"): layers before the information cliff
-    pay for vision, layers behind it do not; ranked by the attention row of the last query at the layer before.
-Deviates: rates are not learned; a table for another depth is interpolated over depth; behind the cliff vision is
-    skipped or, with `scope: drop`, gone.
+Source: DARE's information cliff (known to us from slides and a summary): layers before it need vision, layers behind
+    it do not. Ranked by the attention row of the last query at the layer before, as FastV does.
+Deviates: DARE learns scores and rates, nothing is learned here; a table for another depth is interpolated over
+    depth; behind the cliff vision is skipped or, with `scope: drop`, gone.
 Checked: twin (tests/unit/prune/test_schedule.py).
 """
 
