@@ -18,9 +18,9 @@ from mmroute.errors import ConfigError
 
 __all__ = [
     "KINDS",
-    "by_class",
     "Description",
     "Option",
+    "by_class",
     "describe",
     "describe_file",
     "find",
