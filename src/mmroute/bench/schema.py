@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -33,6 +34,7 @@ __all__ = [
     "machine_here",
     "read_engine",
     "read_result",
+    "run_here",
     "write_json",
     "write_result",
 ]
@@ -313,6 +315,13 @@ def commit_of_source() -> tuple[str, bool]:
 def _git(*arguments: str, at: Path) -> str:
     done = subprocess.run(["git", *arguments], cwd=at, capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def run_here(command: str, commit: str, dirty: bool, started_at: str, wall_s: float) -> Run:
+    """Where a result comes from; `commit` and `dirty` as they were when the run began."""
+    return Run(
+        command=command, commit=commit, dirty=dirty, started_at=started_at, wall_s=wall_s, mmroute=version("mmroute")
+    )
 
 
 def machine_here(device: str, dtype: str, attention: str, threads: int = 1) -> Machine:

@@ -1,0 +1,330 @@
+"""What the engine realises of the saving that the arithmetic promises: `python -m mmroute.bench.engine --out DIR`.
+
+A random Qwen2.5-VL text stack, stock and routed interleaved in one process. Selection is random, so what is timed is
+the engine; positions stand for images by their ids alone, and no vision tower runs. Peak memory is measured in one
+fresh process per configuration. Writes one `engine/1` file per case; ends with a card for people and one JSON line.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from mmroute import cost, hub
+from mmroute.bench import schema
+from mmroute.bench.measure import (
+    WALL,
+    Timings,
+    interleave,
+    peak_memory_bytes,
+    realised_saving,
+    reset_peak_memory,
+)
+from mmroute.engine.attach import Routed, attach
+from mmroute.trace import Shape, Trace
+
+__all__ = ["CASES", "Case", "Stack", "measure_cases", "measure_peak"]
+
+IMAGE = 500
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Sizes of a text model."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int = 2
+    vocab: int = 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration, and what it may cost."""
+
+    name: str
+    stack: Stack
+    lengths: tuple[int, ...]
+    """[row]: valid positions; rows are left-padded to the longest."""
+    num_vision: int
+    """Vision positions of each row, part of its length."""
+    vision_keep: float
+    text_keep: float
+    goal: float
+    """The time ratio may be at most this ..."""
+    over_ideal: bool = False
+    """... times the FLOP ratio."""
+    what: Literal["prefill", "decode"] = "prefill"
+
+    @property
+    def new(self) -> list[list[int]]:
+        """[row][modality] positions of the prompt."""
+        return [[n - self.num_vision, self.num_vision, 0] for n in self.lengths]
+
+    def planned(self, shape: Shape, routed: bool, steps: int = 0) -> Trace:
+        """What a run must leave; the stock model runs and stores its padding too."""
+        if routed:
+            return cost.planned_trace(shape, self.new, (self.text_keep, self.vision_keep, 1.0), steps)
+        return cost.planned_trace(shape, [[max(self.lengths), 0, 0] for _ in self.lengths], decode_steps=steps)
+
+    def flop_ratio(self, shape: Shape) -> float:
+        """Routed over stock FLOPs of what is timed, language-model head apart."""
+        steps = 1 if self.what == "decode" else 0
+        sides = [cost.estimate_flops(self.planned(shape, routed, steps)) for routed in (True, False)]
+        ours, theirs = ((f.decode if steps else f.prefill) for f in sides)
+        return ours / theirs
+
+
+_LONG = Stack(layers=10, hidden=512, mlp=1376, heads=8)
+_BATCH = Stack(layers=6, hidden=384, mlp=1024, heads=6)
+_RAGGED = (768, 618, 468, 318)
+CASES = (
+    Case("prefill-1024-keep-1-1", _LONG, (1024,), 784, 1.0, 1.0, goal=1.02),
+    Case("prefill-1024-keep-.4-.7", _LONG, (1024,), 784, 0.4, 0.7, goal=1.06, over_ideal=True),
+    Case("prefill-1024-keep-.4-.4", _LONG, (1024,), 784, 0.4, 0.4, goal=1.06, over_ideal=True),
+    Case("batch-4-padded-keep-.4-.7", _BATCH, _RAGGED, 196, 0.4, 0.7, goal=0.37),
+    Case("decode-1024-keep-1-1", _LONG, (1024,), 784, 1.0, 1.0, goal=1.02, what="decode"),
+    Case("decode-1024-keep-.4-.7", _LONG, (1024,), 784, 0.4, 0.7, goal=1.0, what="decode"),
+)
+
+
+def build(stack: Stack, device: str) -> Any:
+    """A stock model of these sizes with random weights, the same at every call."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    half = stack.hidden // stack.heads // 2
+    text = {
+        "vocab_size": stack.vocab,
+        "hidden_size": stack.hidden,
+        "intermediate_size": stack.mlp,
+        "num_hidden_layers": stack.layers,
+        "num_attention_heads": stack.heads,
+        "num_key_value_heads": stack.kv_heads,
+        "max_position_embeddings": 8192,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],
+        },
+    }
+    tower = {"depth": 1, "hidden_size": 32, "out_hidden_size": stack.hidden, "intermediate_size": 32, "num_heads": 2}
+    ids = {
+        "image_token_id": IMAGE,
+        "video_token_id": IMAGE + 1,
+        "vision_start_token_id": IMAGE + 2,
+        "vision_end_token_id": IMAGE + 3,
+    }
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, **ids)
+    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").float().eval().to(device)
+
+
+def prompt(case: Case, device: str) -> dict[str, Tensor]:
+    """Ids whose image placeholders follow a few words of text, left-padded, with explicit positions."""
+    B, N = len(case.lengths), max(case.lengths)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(IMAGE + 100, case.stack.vocab, (B, N), generator=generator)
+    mask = torch.zeros(B, N, dtype=torch.long)
+    for b, length in enumerate(case.lengths):
+        text_before = min(10, length - case.num_vision)
+        start = N - length + text_before
+        mask[b, N - length :] = 1
+        ids[b, start : start + case.num_vision] = IMAGE
+    positions = (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _attached(model: nn.Module, case: Case) -> Routed:
+    pruner = hub.load("prune", "random", vision_keep=case.vision_keep, text_keep=case.text_keep)
+    # Stripping padding forces the executor where nothing is pruned.
+    return attach(model, prune=pruner, strip_padding=True)
+
+
+class _Prefill:
+    """Runs the base model on a prompt; keeps the last cache."""
+
+    def __init__(self, model: Any, case: Case, device: str) -> None:
+        self.model, self.batch = model.model, prompt(case, device)
+        self.cache: Any = None
+
+    def __call__(self) -> None:
+        self.cache = None  # else two caches would be alive at once
+        with torch.no_grad():
+            self.cache = self.model(**self.batch, use_cache=True).past_key_values
+
+
+class _Decode(_Prefill):
+    """Runs one step after another on the cache of a prompt."""
+
+    def __init__(self, model: Any, case: Case, device: str) -> None:
+        super().__init__(model, case, device)
+        super().__call__()
+        self.mask, self.last = self.batch["attention_mask"], self.batch["position_ids"][..., -1:]
+        self.token = self.batch["input_ids"][:, -1:]
+
+    def __call__(self) -> None:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.last = self.last + 1
+        with torch.no_grad():
+            self.model(
+                input_ids=self.token,
+                attention_mask=self.mask,
+                position_ids=self.last,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+
+
+def live_bytes(cache: Any) -> int:
+    """Bytes of the keys and values a cache holds, walked layer by layer."""
+    if hasattr(cache, "live_bytes"):
+        return cache.live_bytes()
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+def measure_cases(
+    cases: list[Case], rounds: int, warmup: int, run: Callable[[], schema.Run], *, memory: bool, device: str = "cpu"
+) -> list[schema.EngineResult]:
+    """Times the cases of one stack and kind together, each against the same stock model in the same rounds.
+
+    Args:
+        cases: all of one stack, prompt and kind.
+        rounds: counted rounds.
+        warmup: dropped rounds.
+        run: says where the results come from, asked once at the end.
+        memory: also measure peak memory, in fresh processes.
+    """
+    first = cases[0]
+    kind = _Decode if first.what == "decode" else _Prefill
+    stock = build(first.stack, device)
+    runs = {"": kind(stock, first, device)}
+    routed = {}
+    for case in cases:
+        routed[case.name] = _attached(build(first.stack, device), case)
+        runs[case.name] = kind(routed[case.name].model, case, device)
+    timings = interleave(runs, rounds, warmup)
+    steps = rounds + warmup if first.what == "decode" else 0
+    origin = run()
+    return [_result(case, runs, routed[case.name], timings, steps, origin, memory, device) for case in cases]
+
+
+def _result(
+    case: Case,
+    runs: dict[str, Any],
+    routed: Routed,
+    timings: Timings,
+    steps: int,
+    run: schema.Run,
+    memory: bool,
+    device: str,
+) -> schema.EngineResult:
+    shape = routed.family.shape(routed.model)
+    ratio, ideal = timings.ratio(case.name, ""), case.flop_ratio(shape)
+    return schema.EngineResult(
+        run=run,
+        machine=schema.machine_here(device, "float32", "sdpa"),
+        case=case.name,
+        setting={**dataclasses.asdict(case), "lengths": list(case.lengths)},
+        time_s=dataclasses.asdict(timings.spread(case.name)),
+        stock_time_s=dataclasses.asdict(timings.spread("")),
+        ratio=dataclasses.asdict(ratio),
+        flop_ratio=ideal,
+        goal=case.goal * ideal if case.over_ideal else case.goal,
+        kv_bytes=live_bytes(runs[case.name].cache),
+        kv_bytes_estimate=cost.estimate_kv_bytes(case.planned(shape, True, steps)),
+        stock_kv_bytes=live_bytes(runs[""].cache),
+        realised_saving=realised_saving(ratio.median, ideal) if case.what == "prefill" else None,
+        peak_memory_bytes=_peak_apart(case.name, "routed", device) if memory else None,
+        stock_peak_memory_bytes=_peak_apart(case.name, "stock", device) if memory else None,
+    )
+
+
+def measure_peak(case: Case, side: Literal["routed", "stock"], device: str = "cpu") -> int:
+    """Peak memory of the first run of a case in this process, over what was resident before it."""
+    model = build(case.stack, device)
+    if side == "routed":
+        _attached(model, case)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _Prefill(model, case, device)()
+        return torch.cuda.max_memory_allocated(device) - before
+    torch.set_num_threads(1)
+    reset_peak_memory()
+    before = peak_memory_bytes()
+    _Prefill(model, case, device)()
+    return peak_memory_bytes() - before
+
+
+def _peak_apart(case: str, side: str, device: str) -> int:
+    command = [sys.executable, "-m", "mmroute.bench.engine", "--peak", case, "--side", side, "--device", device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def card(results: list[schema.EngineResult]) -> str:
+    """What a person wants to know of a run."""
+    lines = [f"{'case':28} {'time':>6} {'p10':>6} {'p90':>6} {'FLOPs':>6} {'goal':>6}   KV of stock   peak MB (stock)"]
+    for r in results:
+        kv = f"{r.kv_bytes / r.stock_kv_bytes:.3f}" + ("" if r.kv_bytes == r.kv_bytes_estimate else " (not as counted)")
+        peak = "-" if r.peak_memory_bytes is None else f"{r.peak_memory_bytes / 1e6:.0f}"
+        stock = "-" if r.stock_peak_memory_bytes is None else f"{r.stock_peak_memory_bytes / 1e6:.0f}"
+        lines.append(
+            f"{r.case:28} {r.ratio['median']:6.3f} {r.ratio['p10']:6.3f} {r.ratio['p90']:6.3f} {r.flop_ratio:6.3f} "
+            f"{r.goal:6.3f}   {kv:11}   {peak} ({stock})   {'reached' if r.reached else 'MISSED'}"
+        )
+    return "\n".join(lines)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("results/engine"),
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds of prefill; decode gets ten times as many.")] = 11,
+    warmup: Annotated[int, typer.Option(min=0)] = 3,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory, in fresh processes.")] = True,
+    device: str = "cpu",
+    peak: Annotated[str, typer.Option(hidden=True)] = "",
+    side: Annotated[str, typer.Option(hidden=True)] = "routed",
+) -> None:
+    """Times the engine against the stock model."""
+    if peak:
+        case = next(c for c in CASES if c.name == peak)
+        typer.echo(measure_peak(case, "stock" if side == "stock" else "routed", device))
+        return
+    commit, dirty = schema.commit_of_source()
+    began, start = datetime.now(UTC).isoformat(timespec="seconds"), WALL.read()
+    command = f"python -m mmroute.bench.engine --rounds {rounds} --warmup {warmup} --device {device}"
+
+    def origin() -> schema.Run:
+        return schema.run_here(command, commit, dirty, began, WALL.read() - start)
+
+    results = []
+    together: dict[Any, list[Case]] = {}
+    for case in CASES:
+        together.setdefault((case.stack, case.lengths, case.what), []).append(case)
+    for cases in together.values():
+        many = 10 if cases[0].what == "decode" else 1
+        results += measure_cases(cases, rounds * many, warmup * many, origin, memory=memory, device=device)
+    for result in results:
+        schema.write_result(out / f"{result.case.replace('.', '')}.json", result)
+    typer.echo(card(results))
+    typer.echo(
+        json.dumps({r.case: {"ratio": r.ratio["median"], "goal": r.goal, "reached": r.reached} for r in results})
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
