@@ -10,9 +10,12 @@ Deviates: `strict` is ours: it reads the completion only, and what it cannot rea
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmroute.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmroute.tasks.base import Choice
 
 __all__ = [
     "LETTERS",
@@ -50,14 +53,10 @@ class Reply(NamedTuple):
     """What the model generated, nothing else."""
     gold: str
     """The right label; empty where the row has no answer."""
-    labels: Sequence[str] = LETTERS
+    choices: Sequence["Choice"]
     """What may be answered."""
-    texts: Sequence[str] = ()
-    """The options' texts, one per label."""
     prompt: str = ""
     """The prompt's text; only `vedas_lenient` looks at it, which is its defect."""
-    aliases: Mapping[str, str] | None = None
-    """Further words for labels."""
 
 
 class Verdict(NamedTuple):
@@ -69,22 +68,24 @@ class Verdict(NamedTuple):
     """What was read; None where nothing could be, which counts as wrong and as unparsed."""
 
 
-def strict(text: str, labels: Sequence[str] = LETTERS, aliases: Mapping[str, str] | None = None) -> str | None:
-    """Which label does a completion give as its answer?
+def strict(text: str, choices: Sequence["Choice"]) -> str | None:
+    """Which choice does a completion give as its answer?
 
     The last anchored phrase ("answer: X", "the answer is X") decides; without a label in it, a bare letter that ends
-    the text; without any phrase, a text that is a lone label ("B", "(b) the red one", "Yes, it is").
+    the text; without any phrase, a text that is a lone label ("B", "(b) the red one", "Yes, it is"). A choice may be
+    named by its label or by its text (`answer: hole_fall` for B).
 
     Args:
         text: the completion only. Never the prompt: an example in it would be read as the answer.
-        labels: what may be answered: letters or words; their case in the result is the case given here.
-        aliases: further words for a label, e.g. `{"hole_fall": "B"}`.
-
-    Example:
-        >>> strict("s1 right r2c2 ice answer: hole_fall", ("A", "B"), {"hole_fall": "B"}), strict("A or B?")
-        ('B', None)
+        choices: what may be answered; the result is one of their labels.
     """
-    surface = {label.casefold(): label for label in labels} | {k.casefold(): v for k, v in (aliases or {}).items()}
+    # A label wins over another choice's equal text, hence last.
+    texts = {c.text.strip().casefold(): c.label for c in choices if c.text.strip()}
+    return _read(text, texts | {c.label.casefold(): c.label for c in choices})
+
+
+def _read(text: str, surface: Mapping[str, str]) -> str | None:
+    """`strict` with the words to look for, in lower case, and the label each stands for."""
     phrases = list(_PHRASE.finditer(text))
     if phrases:
         found = _label_at(text, phrases[-1].end(), surface)
@@ -132,13 +133,18 @@ def _lone(text: str, surface: Mapping[str, str]) -> str | None:
 
 
 def letter(text: str, labels: Sequence[str] = LETTERS) -> str | None:
-    """Which option letter is answered? See `strict`."""
-    return strict(text, labels)
+    """Which option letter is answered? See `strict`.
+
+    Example:
+        >>> letter("Go right. The answer is B."), letter("A or B?")
+        ('B', None)
+    """
+    return _read(text, {label.casefold(): label for label in labels})
 
 
 def yes_no(text: str) -> str | None:
     """ "yes", "no", or None: which of the two is answered? See `strict`."""
-    return strict(text, ("yes", "no"))
+    return _read(text, {"yes": "yes", "no": "no"})
 
 
 def boxed(text: str) -> str | None:
@@ -223,7 +229,7 @@ def judge(scorer: str, reply: Reply) -> Verdict:
 
 
 def _strict(reply: Reply) -> Verdict:
-    prediction = strict(reply.completion, reply.labels, reply.aliases)
+    prediction = strict(reply.completion, reply.choices)
     return Verdict(prediction is not None and prediction == reply.gold, prediction)
 
 
@@ -247,11 +253,11 @@ def vedas_lenient(reply: Reply) -> Verdict:
 
 def m3cot_official(reply: Reply) -> Verdict:
     """M3CoT's rule: the last "(X)", else the option whose text occurs, else the last letter that stands alone."""
-    known = set(reply.labels)
+    known = {c.label for c in reply.choices}
     bracketed = [x for x in re.findall(r"\(\s*(\w)\s*\)", reply.completion) if x in known]
     lowered = reply.completion.casefold()
     # An empty text occurs everywhere; the longest hit wins because "red" also occurs in "red cube".
-    texts = [(len(t), x) for x, t in zip(reply.labels, reply.texts, strict=False) if t and t.casefold() in lowered]
+    texts = [(len(c.text), c.label) for c in reply.choices if c.text and c.text.casefold() in lowered]
     alone = [x for x in re.findall(r"\b\w\b", reply.completion) if x in known]
     if bracketed:
         prediction: str | None = bracketed[-1]

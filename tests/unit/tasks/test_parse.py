@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 from mmroute.errors import ConfigError
 from mmroute.tasks import _parse
 from mmroute.tasks._parse import Reply, judge
+from mmroute.tasks.base import Choice
 
-COLOURS = ("red", "blue", "light blue")
+COLOURS = [Choice("red"), Choice("blue"), Choice("light blue")]
+LETTERS = [Choice("A"), Choice("B"), Choice("C"), Choice("D")]
+CUBES = [Choice("A", "red"), Choice("B", "red cube"), Choice("C")]
 
 
 @pytest.mark.parametrize(
@@ -65,10 +68,14 @@ def test_strict_reads_words(text, expected):
     assert _parse.strict(text, COLOURS) == expected
 
 
-def test_strict_maps_class_words_to_their_letters():
-    aliases = {"hole_fall": "B", "success": "A"}
-    assert _parse.strict("s1 up r0c1 hole answer: hole_fall", _parse.LETTERS, aliases) == "B"
-    assert _parse.strict("answer: hole", _parse.LETTERS, aliases) is None
+def test_strict_reads_a_choice_by_its_text():
+    fates = [Choice("A", "success"), Choice("B", "hole_fall")]
+    assert _parse.strict("s1 up r0c1 hole answer: hole_fall", fates) == "B"
+    assert _parse.strict("answer: hole", fates) is None
+
+
+def test_a_label_wins_over_another_choices_text():
+    assert _parse.strict("answer: B", [Choice("A", "B"), Choice("B", "A")]) == "B"
 
 
 @pytest.mark.parametrize(
@@ -137,20 +144,20 @@ def test_short_answer_is_normalised(text, expected):
 @pytest.mark.parametrize(
     ("scorer", "reply", "expected"),
     [
-        ("strict", Reply("The answer is B.", "B"), (True, "B")),
-        ("strict", Reply("The answer is B.", "C"), (False, "B")),
-        ("strict", Reply("no idea", "C"), (False, None)),
-        ("mvot", Reply("Action sequence finished. The answer is B.", "B"), (True, "B")),
-        ("mvot", Reply("answer: B", "B"), (False, None)),
-        ("mvot", Reply("Go right.", ""), (None, None)),
-        ("vedas_lenient", Reply("The answer is a dog", "A"), (True, "a")),
-        ("vedas_lenient", Reply("The answer is C. The answer is B.", "C"), (True, "B")),
-        ("vedas_lenient", Reply("The answer is C", "A"), (False, "C")),
-        ("vedas_lenient", Reply("nothing", ""), (False, None)),
-        ("m3cot_official", Reply("(A) is wrong, so (C)", "C"), (True, "C")),
-        ("m3cot_official", Reply("the red cube", "B", texts=("red", "red cube")), (True, "B")),
-        ("m3cot_official", Reply("it is C", "C", texts=("", "red")), (True, "C")),
-        ("m3cot_official", Reply("unclear", "C"), (False, None)),
+        ("strict", Reply("The answer is B.", "B", LETTERS), (True, "B")),
+        ("strict", Reply("The answer is B.", "C", LETTERS), (False, "B")),
+        ("strict", Reply("no idea", "C", LETTERS), (False, None)),
+        ("mvot", Reply("Action sequence finished. The answer is B.", "B", LETTERS), (True, "B")),
+        ("mvot", Reply("answer: B", "B", LETTERS), (False, None)),
+        ("mvot", Reply("Go right.", "", LETTERS), (None, None)),
+        ("vedas_lenient", Reply("The answer is a dog", "A", LETTERS), (True, "a")),
+        ("vedas_lenient", Reply("The answer is C. The answer is B.", "C", LETTERS), (True, "B")),
+        ("vedas_lenient", Reply("The answer is C", "A", LETTERS), (False, "C")),
+        ("vedas_lenient", Reply("nothing", "", LETTERS), (False, None)),
+        ("m3cot_official", Reply("(A) is wrong, so (C)", "C", LETTERS), (True, "C")),
+        ("m3cot_official", Reply("the red cube", "B", CUBES), (True, "B")),
+        ("m3cot_official", Reply("it is C", "C", CUBES), (True, "C")),
+        ("m3cot_official", Reply("unclear", "C", LETTERS), (False, None)),
     ],
 )
 def test_named_scorers_follow_their_rule(scorer, reply, expected):
@@ -158,7 +165,7 @@ def test_named_scorers_follow_their_rule(scorer, reply, expected):
 
 
 def test_only_the_lenient_rule_counts_answers_in_the_prompt():
-    reply = Reply("I cannot say", "B", prompt="Example. The answer is B.")
+    reply = Reply("I cannot say", "B", LETTERS, prompt="Example. The answer is B.")
     assert {name: judge(name, reply).correct for name in _parse.SCORERS} == {
         "strict": False,
         "mvot": False,
@@ -169,7 +176,7 @@ def test_only_the_lenient_rule_counts_answers_in_the_prompt():
 
 def test_an_unknown_scorer_is_named_with_the_known_ones():
     with pytest.raises(ConfigError, match="no scorer named 'loose'; one of strict, mvot"):
-        judge("loose", Reply("B", "B"))
+        judge("loose", Reply("B", "B", LETTERS))
 
 
 _TEXTS = st.one_of(st.text(), st.text(alphabet="answer is:ABCD(){}\\boxed 0123/.,-\n"))
@@ -180,13 +187,13 @@ def test_no_text_makes_a_parser_raise(text, gold):
     for parser in (_parse.letter, _parse.yes_no, _parse.short_answer, _parse.boxed, _parse.number, _parse.normalise):
         parser(text)
     for name in _parse.SCORERS:
-        verdict = judge(name, Reply(text, gold, texts=(text, ""), prompt=text))
+        verdict = judge(name, Reply(text, gold, [Choice("A", text), Choice("B")], text))
         assert not (verdict.correct and verdict.prediction is None)
 
 
 @given(_TEXTS)
 def test_what_strict_reads_is_a_label(text):
-    assert _parse.strict(text, COLOURS, {"rouge": "red"}) in {*COLOURS, None}
+    assert _parse.strict(text, COLOURS) in {"red", "blue", "light blue", None}
 
 
 @given(st.text(alphabet="goright, \n"), st.sampled_from("ABCD"))
