@@ -5,7 +5,7 @@ Source: Devoto et al. (EMNLP 2024, arXiv 2406.11430): keep the keys of smallest 
     keep the keys of least cosine to the mean normalised key.
 Deviates: one set for all key-value heads (scores are averaged over them); separate shares for vision and text; only
     positions that enter together compete, generated ones stay.
-Checked: twin (loop reference, tests/unit/prune/test_knorm.py); not run against the releases.
+Checked: twin (loop reference, tests/unit/prune/test_twins.py); not run against the releases.
 """
 
 from typing import Annotated, Any, Literal

@@ -5,7 +5,7 @@ Source: generated tasks know which patches each hop reads; levels are needed, th
 Deviates: a strong reference, not a bound: what a layer needs beside the relevant patches (bearings in the first
     layers, free cells on the way) is not in the levels. Equal levels are broken by the hash of `random`, so with no
     relevance at all it is `random`.
-Checked: twin (tests/unit/prune/test_oracle.py).
+Checked: twin (tests/unit/prune/test_twins.py).
 """
 
 from typing import Annotated, Any

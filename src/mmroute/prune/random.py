@@ -4,7 +4,7 @@ Legend: B batch, N positions, D hidden.
 Source: the control every selection must beat at equal counts.
 Deviates: "random" is a hash of (seed, layer, hop, rank of the position in its hop), never a draw: a row keeps the same
     positions alone and in a batch, padded or not, cached or not, on every device. Two rows of one length keep the same.
-Checked: twin (tests/unit/prune/test_random.py).
+Checked: twin (tests/unit/prune/test_twins.py).
 """
 
 from typing import Annotated, Any

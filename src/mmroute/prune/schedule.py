@@ -6,7 +6,7 @@ Source: DARE's information cliff (known to us from slides and a summary): layers
     it do not. Ranked by the attention row of the last query at the layer before, as FastV does.
 Deviates: DARE learns scores and rates, nothing is learned here; a table for another depth is interpolated over
     depth; behind the cliff vision is skipped or, with `scope: drop`, gone.
-Checked: twin (tests/unit/prune/test_schedule.py).
+Checked: twin (tests/unit/prune/test_twins.py).
 """
 
 from typing import Annotated, Any, Literal
