@@ -1,0 +1,358 @@
+"""The schema `mmhop/1` on disk: JSONL with an image folder, Parquet shards with embedded PNG, or bare specs.
+
+| format | files | needs |
+|---|---|---|
+| `jsonl` | `metadata.jsonl` + `images/`: what `datasets` calls an imagefolder | Pillow |
+| `parquet` | `test-00000-of-00002.parquet` ..: loads with `datasets` as it is, pictures included | extra `data` |
+| `spec` | `task.json` + `specs.jsonl`: no pixels; a few MB for 100k items, drawn again on reading | nothing |
+
+A folder is written beside its place and renamed, so a full disk or a kill leaves nothing half-written in place.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from mmroute.errors import ConfigError, InputError, MissingExtra
+from mmroute.tasks._rows import SCHEMA, arrow_schema, row_of, sample_of
+from mmroute.tasks.base import Generated, Sample, Spec
+
+__all__ = ["FORMATS", "new_folder", "open_image", "png_bytes", "read", "write", "write_specs"]
+
+SPEC_SCHEMA = "mmhop-spec/1"
+FORMATS = ("parquet", "jsonl", "spec")
+SHARD_BYTES = 256 * 2**20
+GROUP_ROWS = 256
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def open_image(image: Any) -> Image.Image:
+    """A picture of a sample, decoded, as a plain Pillow image.
+
+    Args:
+        image: a Pillow image, or a path.
+
+    Raises:
+        InputError: the file is missing or no picture.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return image.copy()
+        with Image.open(image) as opened:
+            return opened.copy()
+    except FileNotFoundError:
+        raise InputError(f"{image}: no such image file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{image}: not a readable image: {error}") from None
+
+
+def png_bytes(image: Any) -> bytes:
+    """A picture as PNG; a PNG file keeps its bytes. Never JPEG: its artefacts break decoding of tiles."""
+    if not isinstance(image, Image.Image) and Path(image).suffix.lower() == ".png":
+        open_image(image)  # a broken file must not travel on
+        return Path(image).read_bytes()
+    decoded = open_image(image)
+    if decoded.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        decoded = decoded.convert("RGB")
+    buffer = io.BytesIO()
+    decoded.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------- folders
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well and vanishes when it does not.
+
+    Raises:
+        InputError: `out` is a file or holds something already, cannot be made, or the disk fills.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a directory that does not exist yet")
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty; give a new directory, or empty this one first")
+    beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+    except OSError as error:
+        raise InputError(f"{out} cannot be made: {error.strerror}; choose another place") from None
+    try:
+        yield beside
+        os.replace(beside, out)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"{out}: the disk is full; nothing was kept. Free some space, or write fewer items") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write(samples: Iterable[Sample], out: Path, format: str = "parquet") -> int:
+    """Writes samples as a new folder; returns how many.
+
+    Args:
+        samples: written as they come.
+        out: a directory that does not exist or is empty.
+        format: `parquet` or `jsonl`.
+
+    Raises:
+        ConfigError: another format.
+        InputError: no samples, a broken sample, or a place that cannot be written.
+        MissingExtra: Parquet without pyarrow.
+    """
+    if format not in ("parquet", "jsonl"):
+        raise ConfigError(f"samples are written as parquet or jsonl (given {format!r}); spec is for generated tasks")
+    with new_folder(out) as folder:
+        count = (_write_parquet if format == "parquet" else _write_jsonl)(samples, folder)
+        if not count:
+            raise InputError(f"{out}: there are no samples to write")
+    return count
+
+
+def read(folder: Path) -> Iterator[Sample]:
+    """Samples of a folder in any of the formats, in order.
+
+    Images are paths (`jsonl`) or Pillow images that decode on first use (`parquet`); `spec` draws them again.
+
+    Raises:
+        InputError: no such folder, not one of ours, or a part of it is missing, broken or outside of it.
+        MissingExtra: Parquet without pyarrow.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such directory")
+    if (folder / "metadata.jsonl").is_file():
+        return _read_jsonl(folder)
+    if (folder / "specs.jsonl").is_file():
+        return _read_specs(folder)
+    if list(folder.glob("*.parquet")):
+        return _read_parquet(folder)
+    raise InputError(
+        f"{folder} is no {SCHEMA} folder: it has neither metadata.jsonl, *.parquet nor specs.jsonl; "
+        "make one with: mmroute data make --task maze -o DIR"
+    )
+
+
+# ---------------------------------------------------------------------- jsonl
+
+
+def _write_jsonl(samples: Iterable[Sample], folder: Path) -> int:
+    count = 0
+    (folder / "images").mkdir()
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
+        for count, sample in enumerate(samples, start=1):
+            row = row_of(sample)
+            # Numbers, not ids: `datasets` would take the word test in a file's name for its split.
+            names = [f"images/{count - 1:06d}_{k}.png" for k in range(len(sample.images))]
+            for name, image in zip(names, sample.images, strict=True):
+                (folder / name).write_bytes(png_bytes(image))
+            # `datasets` turns a key `file_names` into a column `images` of decoded pictures.
+            row = {("file_names" if k == "images" else k): (names if k == "images" else v) for k, v in row.items()}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return count
+
+
+def _read_jsonl(folder: Path) -> Iterator[Sample]:
+    root = folder.resolve()
+    for where, row in _json_lines(folder / "metadata.jsonl"):
+        names = row.pop("file_names", None)
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise InputError(f"{where}: file_names: a list of paths is expected, given {names!r}")
+        row["images"] = [_inside(root, name, where) for name in names]
+        yield sample_of(row, where)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line.decode())
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise InputError(f"{where}: not a line of JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{where}: a JSON object is expected, given {type(row).__name__}")
+            yield where, row
+
+
+def _inside(root: Path, name: str, where: str) -> Path:
+    pure = PurePosixPath(name)
+    path = (root / pure).resolve()
+    if pure.is_absolute() or ".." in pure.parts or not path.is_relative_to(root):
+        raise InputError(f"{where}: image path {name!r} leaves the folder; write it relative to {root}")
+    if not path.is_file():
+        raise InputError(f"{where}: image {name!r} is missing in {root}")
+    return path
+
+
+# ---------------------------------------------------------------------- parquet
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtra("Parquet", "pyarrow", "data") from None
+    return pyarrow
+
+
+class _Shards:
+    """Parquet files of one split, none larger than `SHARD_BYTES` (by the size of pictures and texts)."""
+
+    def __init__(self, folder: Path, split: str, pa: Any) -> None:
+        self.folder, self.split, self.pa = folder, split, pa
+        self.schema = arrow_schema(pa)
+        self.rows: list[dict[str, Any]] = []
+        self.held = self.written = self.count = 0
+        self.writer: Any = None
+
+    def add(self, row: dict[str, Any], size: int) -> None:
+        if self.held + self.written + size > SHARD_BYTES and (self.rows or self.written):
+            self.close()
+        self.rows.append(row)
+        self.held += size
+        if len(self.rows) == GROUP_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.rows:
+            return
+        if self.writer is None:
+            self.writer = self.pa.parquet.ParquetWriter(self.folder / f"{self.split}-{self.count:05d}", self.schema)
+        table = self.pa.Table.from_pylist(self.rows, schema=self.schema)
+        self.writer.write_table(table, row_group_size=GROUP_ROWS)
+        self.written, self.held, self.rows = self.written + self.held, 0, []
+
+    def close(self) -> None:
+        self.flush()
+        if self.writer is not None:
+            self.writer.close()
+            self.writer, self.written, self.count = None, 0, self.count + 1
+
+    def finish(self) -> None:
+        self.close()
+        for i in range(self.count):
+            name = f"{self.split}-{i:05d}"
+            os.replace(self.folder / name, self.folder / f"{name}-of-{self.count:05d}.parquet")
+
+
+def _write_parquet(samples: Iterable[Sample], folder: Path) -> int:
+    pa = _pyarrow()
+    shards: dict[str, _Shards] = {}
+    count = 0
+    try:
+        for count, sample in enumerate(samples, start=1):
+            row = row_of(sample)
+            pictures = [png_bytes(image) for image in sample.images]
+            row["images"] = [{"bytes": b, "path": f"{count - 1:06d}_{k}.png"} for k, b in enumerate(pictures)]
+            size = sum(map(len, pictures)) + len(row["meta"]) + len(row["question"])
+            if not re.fullmatch(r"\w[\w-]*", sample.split):
+                raise InputError(f"{sample.id}: a split is a plain word, it names a file (given {sample.split!r})")
+            if sample.split not in shards:
+                shards[sample.split] = _Shards(folder, sample.split, pa)
+            shards[sample.split].add(row, size)
+    finally:
+        for part in shards.values():
+            part.close()
+    for part in shards.values():
+        part.finish()
+    return count
+
+
+def _read_parquet(folder: Path) -> Iterator[Sample]:
+    pa = _pyarrow()
+    files = sorted(folder.glob("*.parquet"))
+    for file in files:
+        numbered = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.parquet", file.name)
+        if numbered:
+            total = int(numbered[3])
+            wanted = [folder / f"{numbered[1]}-{i:05d}-of-{total:05d}.parquet" for i in range(total)]
+            missing = [w.name for w in wanted if not w.is_file()]
+            if missing:
+                raise InputError(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {total}); copy it again")
+    for file in files:
+        try:
+            with pa.parquet.ParquetFile(file) as opened:
+                number = 0
+                for batch in opened.iter_batches(batch_size=64):
+                    for row in batch.to_pylist():
+                        yield _from_arrow(row, f"{file}:{number}")
+                        number += 1
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{file}: not a readable Parquet file: {error}") from None
+
+
+def _from_arrow(row: dict[str, Any], where: str) -> Sample:
+    images = row.get("images")
+    if not isinstance(images, list):
+        raise InputError(f"{where}: no field 'images'")
+    try:
+        row["images"] = [Image.open(io.BytesIO(image["bytes"])) for image in images]
+    except (OSError, TypeError, KeyError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where}: an embedded image cannot be read: {error}") from None
+    return sample_of(row, where)
+
+
+# ---------------------------------------------------------------------- specs
+
+
+def write_specs(task: Generated, split: str, n: int, out: Path, offset: int = 0) -> int:
+    """Writes the specs of `n` items of a generated task as a new folder; returns n.
+
+    Raises:
+        ConfigError: no such split.
+        InputError: no items, or a place that cannot be written.
+    """
+    if n < 1:
+        raise InputError(f"{out}: there are no samples to write (n is {n})")
+    head = {"schema": SPEC_SCHEMA, "task": task.name, "config": dataclasses.asdict(task.config)}
+    with new_folder(out) as folder:
+        (folder / "task.json").write_text(json.dumps(head, indent=1) + "\n")
+        with (folder / "specs.jsonl").open("w", newline="\n") as lines:
+            for i in range(n):
+                lines.write(task.spec(split, offset + i).to_json() + "\n")  # type: ignore[arg-type]
+    return n
+
+
+def _read_specs(folder: Path) -> Iterator[Sample]:
+    from mmroute import hub
+
+    path = folder / "task.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: task.json is missing; without it specs cannot be drawn")
+    try:
+        head = json.loads(path.read_text())
+        schema, name, config = head["schema"], head["task"], dict(head["config"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the head of a spec folder: {error!r}") from None
+    if schema != SPEC_SCHEMA:
+        raise InputError(f"{path}: schema is {schema!r}, this version reads {SPEC_SCHEMA!r}")
+    task = hub.load("tasks", name, **config)
+    for where, row in _json_lines(folder / "specs.jsonl"):
+        try:
+            spec = Spec.from_dict(row)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if (spec.task, spec.version) != (task.name, task.version):
+            raise InputError(
+                f"{where}: made by {spec.task}-v{spec.version}, this version of mmroute has {task.name}-v{task.version}"
+            )
+        yield task.sample(spec)
