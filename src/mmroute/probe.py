@@ -10,9 +10,7 @@ from torch import Tensor
 __all__ = ["by_column"]
 
 
-def by_column(
-    row: Float[Tensor, "B S"], columns: Int[Tensor, "B S"], start: int, num: int
-) -> Float[Tensor, "B num"]:
+def by_column(row: Float[Tensor, "B S"], columns: Int[Tensor, "B S"], start: int, num: int) -> Float[Tensor, "B num"]:
     """A slot-aligned attention row by logical column.
 
     Args:

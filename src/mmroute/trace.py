@@ -49,8 +49,6 @@ class LayerCall:
     """FLOPs a method spent on choosing: router rows, probe rows, extra q and k."""
     kept: list[list[int]] | None = None
     """[row]: logical columns that ran; only with a full trace."""
-    scores: list[list[float]] | None = None
-    """[row]: the score of each valid position of the call; only with a full trace, where the layer chose."""
 
 
 @dataclass
@@ -66,6 +64,22 @@ class Call:
     start: int = 0
     """Logical column of the first new position."""
 
+    def row(self, b: int) -> "Call":
+        """One row of the call alone; what methods spent on the whole batch is shared out evenly."""
+        layers = [
+            LayerCall(
+                ran=[layer.ran[b]],
+                cached=[layer.cached[b]],
+                stored=[layer.stored[b]],
+                again=layer.again[b : b + 1],
+                again_cached=layer.again_cached[b : b + 1],
+                extra_flops=layer.extra_flops // len(layer.ran),
+                kept=None if layer.kept is None else [layer.kept[b]],
+            )
+            for layer in self.layers
+        ]
+        return Call(self.kind, [self.hop[b]], [self.new[b]], layers, self.start)
+
 
 @dataclass
 class HopClose:
@@ -80,6 +94,11 @@ class HopClose:
     at_call: int = 0
     """Number of calls in the trace when it happened."""
 
+    def row(self, b: int) -> "HopClose":
+        """One row of it alone."""
+        before, after = ([[layer[b]] if layer else [] for layer in side] for side in (self.before, self.after))
+        return HopClose([self.hop[b]], before, after, self.at_call)
+
 
 @dataclass
 class Trace:
@@ -91,7 +110,7 @@ class Trace:
     replayed: list[dict[str, Any]] = field(default_factory=list)
     """Image positions copied beside a latent: {"hop", "row", "columns"}."""
     full: bool = False
-    """Whether `kept` and `scores` are recorded."""
+    """Whether `kept` is recorded."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
@@ -104,9 +123,7 @@ class Trace:
         """Raises ConfigError for another schema: convert the file with the version that wrote it."""
         if data.get("schema") != SCHEMA:
             raise ConfigError(f"trace: schema {data.get('schema')!r} given, this version reads {SCHEMA!r}")
-        calls = [
-            Call(**{**call, "layers": [LayerCall(**layer) for layer in call["layers"]]}) for call in data["calls"]
-        ]
+        calls = [Call(**{**call, "layers": [LayerCall(**layer) for layer in call["layers"]]}) for call in data["calls"]]
         return cls(
             shape=Shape(**data["shape"]),
             calls=calls,

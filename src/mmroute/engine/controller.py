@@ -261,9 +261,7 @@ class Controller:
         position = torch.arange(start, start + N, device=device).expand(B, N)
         return Tokens(modality, hop, valid, protected, generated, position)
 
-    def _protected(
-        self, valid: Tensor, hop: Tensor, before: Tensor | None, single: bool, many: bool
-    ) -> Tensor:
+    def _protected(self, valid: Tensor, hop: Tensor, before: Tensor | None, single: bool, many: bool) -> Tensor:
         """First `prefix_tokens` of each hop and the last position of each segment; here a hop's part is a segment."""
         if single:
             return (before if before is not None else valid.new_zeros(valid.shape[0]).long())[:, None] < (

@@ -399,9 +399,7 @@ class Step:
             update = y - x if again.gain is None else redo.take(again.gain.to(h.dtype)) * (y - x)
             h = redo.put(h, x + update)
             record.again = [a + b for a, b in zip(record.again or [0] * len(before), again.counts, strict=True)]
-            record.again_cached = [
-                a + b for a, b in zip(record.again_cached or [0] * len(before), before, strict=True)
-            ]
+            record.again_cached = [a + b for a, b in zip(record.again_cached or [0] * len(before), before, strict=True)]
         return h
 
     def _segments(self, index: int) -> list[list[int]]:

@@ -1,0 +1,39 @@
+"""`mmroute ask`: one question about images, any model folder or hub id."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+__all__ = ["ask"]
+
+
+def ask(
+    question: str,
+    image: Annotated[list[str] | None, typer.Option("-i", "--image", help="Image file; repeatable.")] = None,
+    model: Annotated[str, typer.Option(help="Model folder, hub id, or the bundled `tiny`.")] = "tiny",
+    recipe: Annotated[str, typer.Option(help="How to route and think; see `mmroute list recipes`.")] = "none",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. prune.vision_keep=0.3.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Answer one question about images."""
+    from mmroute import recipe as recipes  # torch costs seconds; --help must not pay them
+    from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares
+
+    with recipes.equip(model, recipes.read(recipe, set_)) as (routed, think):
+        answer = routed.answer(question, images=image or [], think=think)
+    if not json_:
+        print(answer.text)
+        return
+    out = {
+        "question": question,
+        "answer": answer.text,
+        "hops": answer.hops,
+        "ar_steps": answer.ar_steps,
+        "finished": answer.finished,
+        "flops": estimate_flops(answer.trace).total,
+        "kv_bytes": estimate_kv_bytes(answer.trace),
+        "keep": keep_shares(answer.trace),
+    }
+    sys.stdout.write(json.dumps(out) + "\n")

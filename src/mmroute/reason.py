@@ -1,0 +1,357 @@
+"""The hop loop: messages and images in, answers with their traces out.
+
+    routed = mmroute.attach(mmroute.load("tiny"), prune=...)
+    answer = routed.answer("task: maze <image> actions: s1 right s2 down", images=["maze.png"])
+    print(answer.text, answer.trace.calls[0].layers[3].ran)
+
+Rows of a batch that have finished leave it: their cache is dropped and they cost nothing more.
+
+Legend: B batch, N positions, V vocabulary.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmroute import hub
+from mmroute.backbones.images import check_prompt, open_images, prepare
+from mmroute.cache import Chunk, RaggedCache
+from mmroute.engine.attach import Routed
+from mmroute.errors import ConfigError, InputError
+from mmroute.think.base import Thinker
+from mmroute.trace import Call, HopClose, Trace
+
+__all__ = ["Answer", "Session", "answer", "answer_many"]
+
+log = logging.getLogger(__name__)
+
+IMAGE_MARK = "<image>"
+
+
+@dataclass
+class Answer:
+    """What one conversation led to."""
+
+    text: str
+    """The completion, special tokens left out."""
+    hops: list[str]
+    """Its text hop by hop, as `think` cut it."""
+    trace: Trace
+    """What ran, layer by layer; one row."""
+    ar_steps: int
+    """Sequential steps after the prefill: every generated token, the closing one included."""
+    prompt_tokens: int
+    finished: bool
+    """False where `max_new_tokens` ended it."""
+    ids: list[int] = field(repr=False, default_factory=list)
+    """Generated ids."""
+
+
+class Session:
+    """One batch of conversations on one routed cache.
+
+    Positions are always explicit: a model's own notion of where it stands is model state, and two sessions on one
+    model would mix theirs up.
+    """
+
+    def __init__(self, routed: Routed, reserve: int = 0) -> None:
+        self.routed = routed
+        self.cache: RaggedCache = routed.new_cache()
+        self.ids: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.grids: Tensor | None = None
+        self.next_position: Tensor | None = None
+        self.rows: list[int] = []
+        """Conversations still in the batch, by their first index."""
+        self.calls: list[tuple[Call, list[int]]] = []
+        """Every forward call with the conversations that took part."""
+        self.closes: list[tuple[HopClose, list[int]]] = []
+        self._reserve = reserve
+
+    def append(self, batch: dict[str, Tensor], relevance: Tensor | None = None) -> Tensor:
+        """Enters a prompt, or an observation with new images, as one segment.
+
+        Args:
+            batch: `input_ids` (B, N), `attention_mask` (B, N) of this segment, and its image tensors.
+            relevance: (B, N) ground truth for pruners that ask for it.
+
+        Returns:
+            (B, V) logits of each row's last position.
+        """
+        routed, family = self.routed, self.routed.family
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        start = 0 if self.ids is None else self.ids.shape[1]
+        if self.ids is None:
+            self.rows = list(range(ids.shape[0]))
+            self.cache.reserve(ids.shape[1] + self._reserve)
+        else:
+            ids = torch.cat([self.ids, ids], 1)
+            mask = torch.cat([self.mask, mask], 1)  # type: ignore[list-item]
+        grids = batch.get("image_grid_thw")
+        if grids is not None and self.grids is not None:  # positions need all images, row by row
+            B = ids.shape[0]
+            both = [self.grids.unflatten(0, (B, -1)), grids.unflatten(0, (B, -1))]
+            self.grids = torch.cat(both, 1).flatten(0, 1)
+        elif grids is not None:
+            self.grids = grids
+        positions = family.positions(routed.model, ids, mask, self.grids)
+        self.ids, self.mask = ids, mask
+        top = positions.amax(0) if positions.ndim == 3 else positions
+        self.next_position = top.masked_fill(mask == 0, -1).amax(1) + 1
+        images = {k: batch[k] for k in family.image_kwargs(batch)}
+        return self._forward(ids[:, start:], positions[..., start:], {"relevance": relevance, **images})
+
+    def step(self, ids: Tensor, hops: list[int] | None = None) -> Tensor:
+        """Enters one generated token per row.
+
+        Args:
+            ids: (B,).
+            hops: [row]: the hop each token belongs to.
+
+        Returns:
+            (B, V) logits.
+        """
+        assert self.ids is not None and self.mask is not None and self.next_position is not None
+        self.ids = torch.cat([self.ids, ids[:, None]], 1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
+        positions = self.next_position[:, None]
+        if self.grids is not None or self.routed.family.name.startswith("qwen"):
+            positions = positions.expand(3, -1, -1)
+        self.next_position = self.next_position + 1
+        if hops is not None:
+            self.cache.next = Chunk(hop=torch.tensor(hops, device=ids.device)[:, None])
+        logits = self._forward(ids[:, None], positions, {})
+        if hops is not None:
+            self.calls[-1][0].hop = list(hops)
+        return logits
+
+    def _forward(self, ids: Tensor, positions: Tensor, extra: dict[str, Any]) -> Tensor:
+        out = self.routed.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **{k: v for k, v in extra.items() if v is not None},
+        )
+        self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
+        return out.logits[:, -1]
+
+    def start_hop(self, starting: list[bool], ended: list[int]) -> None:
+        """Rows whose next token begins a hop close the one before it.
+
+        Args:
+            starting: [row].
+            ended: [row]: the hop each of them has just finished.
+        """
+        pruner = self.routed.controller.pruner
+        if pruner is not None and pruner.closes:
+            self.cache.close_hop(pruner, [h if s else -1 for h, s in zip(ended, starting, strict=True)])
+            self.closes.append((self.cache.trace.closes[-1], list(self.rows)))
+        if self.cache.in_hop is not None:
+            goes_on = [not s for s in starting]
+            self.cache.in_hop = self.cache.in_hop * torch.tensor(goes_on, device=self.cache.in_hop.device)
+
+    def keep_rows(self, stays: list[int]) -> None:
+        """Only these rows of the batch, by their present index, go on."""
+        assert self.ids is not None and self.mask is not None and self.next_position is not None
+        index = torch.tensor(stays, device=self.ids.device)
+        self.cache.batch_select_indices(index)
+        if self.grids is not None:
+            self.grids = self.grids.unflatten(0, (len(self.rows), -1))[index].flatten(0, 1)
+        self.ids, self.mask = self.ids[index], self.mask[index]
+        self.next_position = self.next_position[index]
+        self.rows = [self.rows[i] for i in stays]
+
+    def trace_of(self, row: int) -> Trace:
+        """The trace of one conversation alone."""
+        calls = [call.row(rows.index(row)) for call, rows in self.calls if row in rows]
+        closes = [close.row(rows.index(row)) for close, rows in self.closes if row in rows]
+        return Trace(self.routed.controller.shape, calls, closes, full=self.routed.full_trace)
+
+
+def answer(routed: Routed, question: str, images: Any = (), **options: Any) -> Answer:
+    """One answer about images.
+
+    Args:
+        routed: an attached model that has a processor.
+        question: free text; `<image>` marks where an image goes, otherwise all go first.
+        images: paths or Pillow images, one for each mark.
+        options: as in `answer_many`.
+
+    Raises:
+        InputError: an empty question, an image that cannot be used, or another number of images than marks.
+    """
+    given = [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
+    check_prompt(question.replace(IMAGE_MARK, " "), given, _processor(routed))
+    pictures = open_images(given)
+    think = options.pop("think", None) or hub.load("think", "text")
+    text = _cued(routed, question, think)
+    marks = text.count(IMAGE_MARK)
+    if marks and marks != len(pictures):
+        raise InputError(
+            f"{len(pictures)} images given, the question marks {marks} places ({IMAGE_MARK}); give one image for each "
+            "mark, or write none and all go first"
+        )
+    blocks: list[dict[str, Any]] = [] if marks else [{"type": "image", "image": p} for p in pictures]
+    for i, piece in enumerate(text.split(IMAGE_MARK)):
+        if i:
+            blocks.append({"type": "image", "image": pictures[i - 1]})
+        if piece.strip():
+            blocks.append({"type": "text", "text": piece.strip()})
+    return answer_many(routed, [[{"role": "user", "content": blocks}]], think=think, **options)[0]
+
+
+def _cued(routed: Routed, question: str, think: Thinker) -> str:
+    """The question with the first cue that the model's vocabulary can write."""
+    tokenizer = _processor(routed).tokenizer
+    unknown = tokenizer.unk_token_id
+
+    def writes(text: str) -> bool:
+        return unknown is None or unknown not in tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    words = question.replace(IMAGE_MARK, " ")
+    if not writes(words):
+        bad = [w for w in words.split() if not writes(w)]
+        log.warning(
+            "this model has a closed vocabulary and does not know: %s. It answers questions such as "
+            "'task: maze <image> actions: s1 right s2 down'; `mmroute demo` shows more",
+            ", ".join(dict.fromkeys(bad)),
+        )
+    for cue in think.cues:
+        if writes(cue):
+            return question if question.rstrip().endswith(cue) else f"{question} {cue}"
+    return question
+
+
+@torch.no_grad()
+def answer_many(
+    routed: Routed,
+    conversations: Sequence[list[dict[str, Any]]],
+    *,
+    think: Thinker | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    relevance: Sequence[Sequence[float]] | None = None,
+) -> list[Answer]:
+    """Several conversations in one batch; each gets the answer it would get alone.
+
+    Args:
+        routed: an attached model that has a processor.
+        conversations: chat messages whose content is a list of image and text blocks.
+        think: what a hop is; default written text.
+        max_new_tokens: longest completion; default the thinker's.
+        temperature: 0 is greedy.
+        top_p: with a temperature, the share of probability that is sampled from.
+        seed: each conversation draws from its own stream, so its sample does not depend on the batch.
+        relevance: for pruners that ask for ground truth: one number per vision position of each prompt.
+
+    Raises:
+        ConfigError: no processor, or a setting out of range.
+    """
+    think = think or hub.load("think", "text")
+    limit = max_new_tokens if max_new_tokens is not None else think.max_new_tokens
+    if limit < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"max_new_tokens >= 1, temperature >= 0 and top_p in (0, 1] are needed, given {limit}, {temperature}, "
+            f"{top_p}"
+        )
+    if not conversations:
+        return []
+    tokenizer = _processor(routed).tokenizer
+    batch = prepare(routed.model, _processor(routed), conversations)
+    session = Session(routed, reserve=limit)
+    logits = session.append(batch, _placed(relevance, batch, routed))
+    draw = [torch.Generator().manual_seed(seed + i) for i in range(len(conversations))]
+    ends = _end_ids(routed)
+    written: list[list[int]] = [[] for _ in conversations]
+    cuts: list[list[int]] = [[0] for _ in conversations]
+    hop = [1] * len(conversations)
+    pieces: dict[int, bool] = {}
+    for _ in range(limit):
+        ids = _sample(logits, temperature, top_p, [draw[r] for r in session.rows])
+        values = ids.tolist()
+        for row, value in zip(session.rows, values, strict=True):
+            written[row].append(value)
+        stays = [i for i, value in enumerate(values) if value not in ends]
+        if not stays or len(written[session.rows[stays[0]]]) == limit:
+            break
+        if len(stays) < len(values):
+            session.keep_rows(stays)
+            ids = ids[torch.tensor(stays, device=ids.device)]
+            values = [values[i] for i in stays]
+        for value in values:
+            if value not in pieces:
+                pieces[value] = think.starts_hop(tokenizer.decode([value]))
+        starting = [pieces[v] and len(written[r]) > 1 for r, v in zip(session.rows, values, strict=True)]
+        if any(starting):
+            session.start_hop(starting, [hop[r] for r in session.rows])
+            for row, starts in zip(session.rows, starting, strict=True):
+                if starts:
+                    hop[row] += 1
+                    cuts[row].append(len(written[row]) - 1)
+        logits = session.step(ids, [hop[r] for r in session.rows])
+    return [
+        Answer(
+            text=tokenizer.decode(ids, skip_special_tokens=True),
+            hops=[
+                tokenizer.decode(ids[a:b], skip_special_tokens=True)
+                for a, b in zip(cuts[row], [*cuts[row][1:], len(ids)], strict=True)
+            ],
+            trace=session.trace_of(row),
+            ar_steps=len(ids),
+            prompt_tokens=int(batch["attention_mask"][row].sum()),
+            finished=ids[-1] in ends,
+            ids=ids,
+        )
+        for row, ids in enumerate(written)
+    ]
+
+
+def _processor(routed: Routed) -> Any:
+    if routed.processor is None:
+        raise ConfigError(
+            "answering needs a processor; use mmroute.load(...), or attach(model, processor) with AutoProcessor's"
+        )
+    return routed.processor
+
+
+def _end_ids(routed: Routed) -> set[int]:
+    ends = routed.model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _sample(logits: Tensor, temperature: float, top_p: float, draw: list[torch.Generator]) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    share = (logits.float() / temperature).softmax(-1)
+    ranked, order = share.sort(dim=-1, descending=True)
+    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)  # the first one always stays
+    picks = [torch.multinomial(row.cpu(), 1, generator=g) for row, g in zip(ranked, draw, strict=True)]
+    return order.gather(1, torch.stack(picks).to(order.device)).squeeze(1)
+
+
+def _placed(relevance: Sequence[Sequence[float]] | None, batch: dict[str, Tensor], routed: Routed) -> Tensor | None:
+    """(B, N): ground truth at the vision columns, zero elsewhere."""
+    if relevance is None:
+        return None
+    ids = batch["input_ids"]
+    vision = routed.controller.table[ids] == 1
+    out = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+    for row, values in enumerate(relevance):
+        columns = vision[row].nonzero().flatten()
+        if len(columns) != len(values):
+            raise InputError(
+                f"conversation {row}: relevance has {len(values)} numbers, the prompt {len(columns)} vision positions"
+            )
+        out[row, columns] = torch.tensor(values, dtype=torch.float32, device=ids.device)
+    return out
