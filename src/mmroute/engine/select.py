@@ -44,7 +44,7 @@ def group_positions(tokens: Tokens, num_hops: int, first_hop: int = 0) -> tuple[
     Returns:
         The groups that are not empty, and the number of valid positions per row.
     """
-    B, N = tokens.shape
+    B = tokens.shape[0]
     codes = ((tokens.hop - first_hop).clamp(0, num_hops - 1) * NUM_MODALITIES + tokens.modality) * 2
     codes = codes + tokens.protected.long()
     num_codes = num_hops * NUM_MODALITIES * 2
