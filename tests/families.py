@@ -13,7 +13,19 @@ import torch
 import transformers
 from torch import Tensor
 
-__all__ = ["IMAGE", "NAMES", "VISION_END", "VISION_START", "join", "make", "make_hop", "make_inputs", "slice_batch"]
+__all__ = [
+    "IMAGE",
+    "NAMES",
+    "VISION_END",
+    "VISION_START",
+    "build",
+    "config",
+    "join",
+    "make",
+    "make_hop",
+    "make_inputs",
+    "slice_batch",
+]
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "chameleon", "llava")
 PAD, BOS, EOS = 0, 1, 2
@@ -40,19 +52,24 @@ def make(
         seed: equal seeds give equal weights.
         text_options: overrides of the text config, e.g. `swin_norm=True` on Chameleon.
     """
+    return build(config(name, layers, **text_options), attn, seed)
+
+
+def build(config: Any, attn: Literal["sdpa", "eager"] = "sdpa", seed: int = 0) -> transformers.PreTrainedModel:
+    """The random model of a config; see `make`."""
     torch.manual_seed(seed)
-    config = _config(name, layers, text_options)
     model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=attn).float().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim == 1 or "_norm." in key:  # norms and biases: neither exactly 1 nor exactly 0
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = PAD
+    model.generation_config.pad_token_id = config.get_text_config(decoder=True).pad_token_id
     return model
 
 
-def _config(name: str, layers: int, text_options: Mapping[str, Any]) -> Any:
+def config(name: str, layers: int = 5, **text_options: Any) -> Any:
+    """The config of a tiny model; see `make`."""
     head_dim = HIDDEN // HEADS
     text = {
         "vocab_size": VOCAB,
@@ -104,19 +121,19 @@ def _config(name: str, layers: int, text_options: Mapping[str, Any]) -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [head_dim // 2 - 2 * third, third, third]}
     vision: dict[str, Any] = {"num_heads": 2, "patch_size": 4}
     if name == "qwen2_vl":
-        config = transformers.Qwen2VLConfig
+        kind = transformers.Qwen2VLConfig
         vision |= {"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN, "mlp_ratio": 2}
     else:
         vision |= {"hidden_size": 32, "out_hidden_size": HIDDEN, "intermediate_size": 64}
         if name == "qwen2_5_vl":
-            config = transformers.Qwen2_5_VLConfig
+            kind = transformers.Qwen2_5_VLConfig
             vision |= {"depth": 2, "window_size": 16, "fullatt_block_indexes": [1]}
         else:
-            config = transformers.Qwen3VLConfig
+            kind = transformers.Qwen3VLConfig
             vision |= {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
             text["head_dim"] = head_dim
             rope["mrope_interleaved"] = True
-    return config(
+    return kind(
         text_config={**text, "rope_parameters": rope},
         vision_config=vision,
         image_token_id=IMAGE,

@@ -77,7 +77,9 @@ class Qwen2VL(Family):
     def image_grid(self, model: Any, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         grids = batch.get("image_grid_thw")
         if grids is None:
-            raise InputError(f"{self.name}: the batch holds no image_grid_thw; make it with mmroute.backbones.prepare")
+            raise InputError(
+                f"{self.name}: the batch holds no image_grid_thw; make it with mmroute.backbones.images.prepare"
+            )
         merge = model.config.vision_config.spatial_merge_size
         return [(rows // merge, columns // merge) for _, rows, columns in grids.tolist()]
 

@@ -1,0 +1,217 @@
+"""A checkpoint, with its processor, from a folder, the Hub or this package; told clearly when it cannot be."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import is_torchvision_available
+
+from mmroute.backbones import names
+from mmroute.errors import CheckpointMismatch, ConfigError, UnsupportedBackbone
+
+__all__ = ["bundled", "image_only", "load"]
+
+_LOG = logging.getLogger(__name__)
+_ASSETS = Path(__file__).parent.parent / "assets"
+_DEFAULT = "tiny"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+_FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+
+
+def bundled() -> list[str]:
+    """Names of the checkpoints that come with this package."""
+    return sorted(config.parent.name for config in _ASSETS.glob("*/config.json"))
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa",
+) -> PreTrainedModel:
+    """A stock model in eval mode with its processor as `model.processor`.
+
+    Args:
+        model: a checkpoint folder, a Hub id (`owner/name`), or a bundled checkpoint's name; None is `tiny`.
+        dtype: float32, bfloat16 or float16; None is the checkpoint's own.
+        device: where to put it; None is the CPU.
+        attention: attention backend.
+
+    Raises:
+        CheckpointMismatch: there is no such checkpoint, files of it are missing or broken, or its weights do not fit.
+        UnsupportedBackbone: no family file knows the model.
+        ConfigError: dtype, device or attention is not one of those allowed.
+    """
+    options: dict[str, Any] = {"attn_implementation": attention}
+    if attention not in _ATTENTION:
+        raise ConfigError(f"attention: one of {', '.join(_ATTENTION)} (given {attention!r})")
+    if dtype is not None:
+        options["dtype"] = _dtype(dtype)
+    target = _device(device)
+    name, folder = _resolve(_DEFAULT if model is None else model)
+    kind = _check_folder(name, folder)
+    try:
+        loaded, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointMismatch(f"{name}: the weights cannot be read: {error}; fetch the checkpoint again") from None
+    _check_keys(name, report)
+    loaded.config._name_or_path = str(name)
+    loaded.processor = _processor(folder, kind)
+    return loaded.to(target).eval() if target is not None else loaded.eval()
+
+
+def _dtype(given: str | torch.dtype) -> torch.dtype:
+    found = _DTYPES.get(str(given).removeprefix("torch."))
+    if found is None:
+        raise ConfigError(f"dtype: one of {', '.join(_DTYPES)} (given {given!r})")
+    return found
+
+
+def _device(given: str | torch.device | None) -> torch.device | None:
+    if given is None:
+        return None
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        raise ConfigError(f"device: cpu, cuda, cuda:N or mps (given {given!r})") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: this machine has no CUDA device (given {given!r}); use cpu")
+    return device
+
+
+def _resolve(model: str | Path) -> tuple[str, Path]:
+    """The checkpoint's name for messages and saved files, and its folder."""
+    name = str(model)
+    if Path(model).is_dir():
+        return name, Path(model)
+    if name in bundled():
+        return name, _ASSETS / name
+    if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        listed = ", ".join(bundled()) or "none in this installation"
+        raise CheckpointMismatch(
+            f"{name!r} is no folder and no bundled checkpoint (bundled: {listed}); "
+            "give a checkpoint folder or a Hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+    try:
+        return name, Path(snapshot_download(name, allow_patterns=_FETCHED))
+    except RepositoryNotFoundError:
+        raise CheckpointMismatch(
+            f"{name!r} is not on the Hub, or private; check the id, or log in: hf auth login"
+        ) from None
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise CheckpointMismatch(
+            f"{name!r} is no folder, is not in the local cache and cannot be fetched from the Hub ({cause}); "
+            f"give a folder, or fetch it while online: hf download {name}"
+        ) from None
+
+
+def _check_folder(name: str, folder: Path) -> str:
+    """The folder's model type, once every file that loading needs is there."""
+    missing = []
+    if not (folder / "config.json").exists():
+        missing.append("config.json")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(_json(name, index).get("weight_map", {}).values()))
+        missing += [f"{shard} (named in {index.name})" for shard in shards if not (folder / shard).exists()]
+    elif not (folder / "model.safetensors").exists():
+        missing.append("model.safetensors")
+    for choices in (_TOKENIZERS, _PROCESSORS):
+        if not any((folder / file).exists() for file in choices):
+            missing.append(" or ".join(choices))
+    if missing:
+        hint = "copy the whole checkpoint folder"
+        if (folder / "mmroute.json").exists():
+            hint = "this folder holds saved routing parts: load their base model, then the parts"
+        elif (folder / "adapter_config.json").exists():
+            hint = "this folder holds a PEFT adapter: load its base model, then PeftModel.from_pretrained"
+        raise CheckpointMismatch(f"{name}: missing {', '.join(missing)}; {hint}")
+    kind = _json(name, folder / "config.json").get("model_type")
+    if kind not in names():
+        raise UnsupportedBackbone(f"{name}: config.json says model_type {kind!r}; supported: {', '.join(names())}")
+    return kind
+
+
+def _json(name: str, file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointMismatch(f"{name}: {file.name} is not JSON ({error}); fetch the checkpoint again") from None
+    if not isinstance(data, dict):
+        raise CheckpointMismatch(f"{name}: {file.name} holds no JSON object; fetch the checkpoint again")
+    return data
+
+
+def _check_keys(name: str, report: Any) -> None:
+    """Raises for weights that the checkpoint lacks: Transformers would go on with random ones."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointMismatch(
+            f"{name}: {len(missing)} weights are not in the checkpoint, e.g. {missing[0]}; config and weights "
+            "are of different models"
+        )
+    unexpected = sorted(report["unexpected_keys"])
+    if any(key.startswith("mmroute.") or ".mmroute." in key for key in unexpected):
+        _LOG.warning("%s was saved while routing was attached; its routing parts are not loaded from here", name)
+    elif unexpected:
+        _LOG.warning("%s: %d weights of the checkpoint are unused, e.g. %s", name, len(unexpected), unexpected[0])
+
+
+class _WithoutVideos(ProcessorMixin):
+    """Stands behind a Qwen-VL processor and takes the video processor that it hands on away."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, video_processor: Any, chat_template: Any = None) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+def image_only(base: type) -> type:
+    """A Qwen-VL processor class that needs no video processor, which needs torchvision.
+
+    ProcessorMixin reads off the signature of `__init__` which parts a processor has; this one names no video part.
+    """
+
+    class ImageOnly(base, _WithoutVideos):  # type: ignore[misc, valid-type]
+        def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+            super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
+
+    ImageOnly.__name__ = ImageOnly.__qualname__ = base.__name__  # what save_pretrained writes down
+    return ImageOnly
+
+
+def _processor(folder: Path, kind: str) -> Any:
+    """The folder's processor, padding on the left, with its chat template."""
+    if kind.startswith("qwen") and not is_torchvision_available():
+        processor = image_only(_qwen_processor(kind)).from_pretrained(folder)  # type: ignore[attr-defined]
+    else:
+        processor = AutoProcessor.from_pretrained(folder)
+    if not processor.chat_template:  # ChameleonProcessor loses it: its __init__ does not take one
+        saved, _ = type(processor).get_processor_dict(folder)
+        processor.chat_template = saved.get("chat_template") or processor.tokenizer.chat_template
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def _qwen_processor(kind: str) -> type:
+    import transformers  # the classes take seconds to import; only this family pays
+
+    return {
+        "qwen2_vl": transformers.Qwen2VLProcessor,
+        "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
+        "qwen3_vl": transformers.Qwen3VLProcessor,
+    }[kind]
