@@ -62,7 +62,7 @@ def view(
     """What the page needs of one answer with one image.
 
     Args:
-        answer: made with a full trace.
+        answer: made alone, with a full trace: then columns of the trace count the prompt's positions.
         image: as the model saw it.
         grid: rows and columns of its vision tokens.
         words: text of each prompt position.
@@ -71,19 +71,16 @@ def view(
     Raises:
         ConfigError: the trace says how many positions ran, not which.
     """
-    prompt = answer.trace.calls[0]
-    if any(layer.kept is None for layer in prompt.layers):
+    calls = answer.trace.calls
+    if any(layer.kept is None for layer in calls[0].layers):
         raise ConfigError("the page needs a full trace; set routed.full_trace = True before answering")
-    first = prompt.start + len(words) - sum(prompt.new[0])  # left padding has no column of its own here
-    offset = min((c for layer in prompt.layers for c in (layer.kept or [[]])[0]), default=first)
+    if len(words) != sum(calls[0].new[0]):
+        raise ConfigError(f"{len(words)} words given for a prompt of {sum(calls[0].new[0])} positions; give one each")
     patches = iter(range(len(vision)))
     tokens = [{"text": w, "vision": next(patches) if v else -1} for w, v in zip(words, vision, strict=True)]
+    # The call that enters the last token of each hop; the prompt is hop 0.
+    ends = [max(i for i, call in enumerate(calls) if call.hop[0] <= hop) for hop in range(len(answer.hops) + 1)]
     bytes_per_slot = kv_bytes_per_slot(answer.trace.shape)
-    ends = [0]
-    for text in answer.hops:
-        ends.append(ends[-1] + max(1, len(text.split())))
-    steps = len(answer.trace.calls) - 1
-    marks = [round(e / max(ends[-1], 1) * steps) for e in ends]
     return View(
         title=title,
         recipe=recipe,
@@ -94,11 +91,8 @@ def view(
         image=_data_address(image),
         grid=grid,
         tokens=tokens,
-        kept=[[c - offset for c in (layer.kept or [[]])[0]] for layer in prompt.layers],
-        kv=[
-            [answer.trace.calls[m].layers[i].stored[0] * bytes_per_slot for m in marks]
-            for i in range(len(prompt.layers))
-        ],
+        kept=[(layer.kept or [[]])[0] for layer in calls[0].layers],
+        kv=[[calls[end].layers[i].stored[0] * bytes_per_slot for end in ends] for i in range(len(calls[0].layers))],
         relevant=[list(r) for r in relevant],
     )
 

@@ -1,0 +1,42 @@
+"""`mmroute demo`: the bundled model on held-out mazes and lakes, unrouted and routed."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["demo"]
+
+
+def demo(
+    n: Annotated[int, typer.Option(min=2, help="Held-out items, half mazes and half lakes.")] = 60,
+    out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.html.")] = Path("."),
+) -> None:
+    """Solve mazes and lakes with the bundled model, unrouted and routed, and show what was saved."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmroute import demo as demo_
+
+    note = Console(stderr=True)
+    rows, views = demo_.run(n, say=lambda text: note.print(f"[dim]{text}[/dim]"))
+    table = Table(title=f"bundled model, {n} held-out items ({', '.join(demo_.TASKS)}); ratios to unrouted")
+    for column in ("recipe", "batch", "accuracy [95 %]", "FLOPs", "KV bytes", "prefill", "decode", "as alone"):
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    for row in rows:
+        low, high = row.ci95
+        table.add_row(
+            row.recipe,
+            str(row.batch),
+            f"{row.accuracy:.3f} [{low:.3f}, {high:.3f}]",
+            f"{row.flops_ratio:.3f}",
+            f"{row.kv_ratio:.3f}",
+            f"{row.prefill_ratio.median:.2f}",
+            f"{row.decode_ratio.median:.2f}",
+            f"{row.same_as_alone}/{row.n}",
+        )
+    Console().print(table)
+    kept = rows[-1].keep
+    print(f"{rows[-1].recipe} runs {kept['vision']:.0%} of vision and {kept['text']:.0%} of text tokens (all layers)")
+    for path in demo_.write(rows, views, out):
+        print(f"wrote {path}")

@@ -1,0 +1,182 @@
+"""`mmroute demo`: the bundled model looks at pictures, reasons in hops and answers, unrouted and routed, measured.
+
+No network. Writes `demo.json` (every figure with its settings) and `demo.html` (one self-contained page).
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmroute import hub, page, recipe
+from mmroute.backbones.images import prepare
+from mmroute.backbones.load import load
+from mmroute.bench.measure import Spread, interleave, measure_generation
+from mmroute.bench.stats import wilson
+from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares
+from mmroute.reason import Answer
+from mmroute.tasks.base import Generated, Sample
+
+__all__ = ["RECIPES", "TASKS", "Row", "run", "write"]
+
+TASKS = ("maze", "frozenlake")
+RECIPES = ("none", "schedule")
+ROUNDS, WARMUP = 7, 2
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of the demo."""
+
+    task: Generated
+    sample: Sample
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return self.task.messages(self.sample, "cot")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ratios are to `none`, on the same items."""
+
+    recipe: str
+    batch: int
+    n: int
+    correct: int
+    ci95: tuple[float, float]
+    same_as_alone: int
+    """Answers equal, token by token, to the answer given alone."""
+    flops_ratio: float
+    kv_ratio: float
+    prefill_ratio: Spread
+    decode_ratio: Spread
+    keep: dict[str, float]
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.n
+
+
+def run(
+    n: int = 60, batch: int = 15, model: str = "tiny", say: Callable[[str], None] = lambda _: None
+) -> tuple[list[Row], list[page.View]]:
+    """Answers `n` held-out items under each recipe, alone and in batches, and times both.
+
+    Args:
+        n: items, half mazes and half lakes.
+        batch: rows of a batch.
+        model: bundled name, folder or hub id.
+        say: told what is going on.
+    """
+    tasks = [hub.load("tasks", name) for name in TASKS]
+    items = [Item(t, s) for t in tasks for s in t.samples("test", n // len(tasks))]
+    loaded = {name: load(model) for name in RECIPES}  # two copies: timed in turn, each as it is
+    answers: dict[tuple[str, int], list[Answer]] = {}
+    views = []
+    for name in RECIPES:
+        say(f"{name}: {len(items)} items, one by one and in batches of {batch}")
+        with recipe.equip(loaded[name], recipe.read(name)) as (routed, think):
+            for size in (1, batch):
+                answers[name, size] = [
+                    answer
+                    for at in range(0, len(items), size)
+                    for answer in routed.answer_many([i.messages for i in items[at : at + size]], think=think)
+                ]
+            views += [_view(routed, think, name, item) for item in _shown(items)]
+    say("timing: prefill and decode, both recipes in turn")
+    times = {size: _times(loaded, items, size) for size in (1, batch)}
+    rows = [_row(name, size, items, answers, times[size]) for size in (1, batch) for name in RECIPES]
+    return rows, views
+
+
+def _shown(items: Sequence[Item]) -> list[Item]:
+    """The longest reasoning of each task."""
+    return [max((i for i in items if i.task.name == name), key=lambda i: len(i.sample.hops)) for name in TASKS]
+
+
+def _row(
+    name: str,
+    size: int,
+    items: Sequence[Item],
+    answers: dict[tuple[str, int], list[Answer]],
+    times: Any,
+) -> Row:
+    own, stock, alone = answers[name, size], answers["none", size], answers[name, 1]
+    correct = sum(
+        item.task.score(item.sample, answer.text).correct == 1 for item, answer in zip(items, own, strict=True)
+    )
+    shares = [keep_shares(a.trace) for a in own]
+    return Row(
+        recipe=name,
+        batch=size,
+        n=len(items),
+        correct=correct,
+        ci95=wilson(correct, len(items)),
+        same_as_alone=sum(a.ids == b.ids for a, b in zip(own, alone, strict=True)),
+        flops_ratio=sum(estimate_flops(a.trace).total for a in own) / sum(estimate_flops(a.trace).total for a in stock),
+        kv_ratio=sum(estimate_kv_bytes(a.trace, "peak") for a in own)
+        / sum(estimate_kv_bytes(a.trace, "peak") for a in stock),
+        prefill_ratio=times.ratio(name, "none", "prefill"),
+        decode_ratio=times.ratio(name, "none", "decode"),
+        keep={m: statistics.mean(s[m] for s in shares) for m in ("vision", "text")},
+    )
+
+
+def _times(loaded: dict[str, Any], items: Sequence[Item], size: int) -> Any:
+    """Prefill and decode of the same items under each recipe, interleaved; `none` is the stock model itself."""
+    chosen = _shown(items)[:1] if size == 1 else list(items[:size])
+    cases: dict[str, Callable[[], dict[str, float]]] = {}
+    with ExitStack() as stack:
+        for name in RECIPES:
+            routed, _ = stack.enter_context(recipe.equip(loaded[name], recipe.read(name)))
+            batch = prepare(routed.model, routed.processor, [i.messages for i in chosen])
+            batch["position_ids"] = routed.family.positions(
+                routed.model, batch["input_ids"], batch["attention_mask"], batch.get("image_grid_thw")
+            )
+            tower = getattr(routed.model.model, "visual", None)
+            cases[name] = lambda m=routed.model, b=batch, t=tower: measure_generation(m, b, 24, tower=t).parts
+        return interleave(cases, rounds=ROUNDS, warmup=WARMUP)
+
+
+def _view(routed: Any, think: Any, name: str, item: Item) -> page.View:
+    routed.full_trace = True
+    answer = routed.answer_many([item.messages], think=think)[0]
+    routed.full_trace = False
+    batch = prepare(routed.model, routed.processor, item.messages)
+    ids = batch["input_ids"][0]
+    spare = item.sample.meta["relevant"]
+    return page.view(
+        answer,
+        item.sample.images[item.sample.prompt_images[0]],
+        routed.family.image_grid(routed.model, batch)[0],
+        routed.processor.tokenizer.convert_ids_to_tokens(ids.tolist()),
+        (routed.controller.table[ids] == 1).tolist(),
+        title=item.task.name,
+        recipe=name,
+        question=item.sample.question,
+        gold=item.sample.answer_text.removeprefix("answer: "),
+        relevant=[spare["start"], *(hop.relevant for hop in item.sample.hops), spare["answer"]],
+    )
+
+
+def write(rows: Sequence[Row], views: Sequence[page.View], folder: Path) -> tuple[Path, Path]:
+    """Writes `demo.json` and `demo.html` beside their names and renames them."""
+    data = {
+        "schema": "demo/1",
+        "tasks": TASKS,
+        "rounds": ROUNDS,
+        "rows": [{**asdict(row), "accuracy": row.accuracy} for row in rows],
+        "recipes": {name: asdict(recipe.read(name)) for name in RECIPES},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "demo.json", folder / "demo.html"
+    for path, text in zip(paths, (json.dumps(data, indent=1), page.render(views)), strict=True):
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(text)
+        os.replace(beside, path)
+    return paths
