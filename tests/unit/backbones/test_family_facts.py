@@ -195,6 +195,13 @@ def test_vision_ids_are_placeholders_and_written_image_tokens(name):
 
 
 @EVERY
+def test_delimiters_surround_images_where_the_family_has_such_tokens(name):
+    model = families.make(name, layers=1)
+    ids = backbones.of(model).delimiter_ids(model)
+    assert ids == ([families.VISION_START, families.VISION_END] if name.startswith("qwen") else [])
+
+
+@EVERY
 @torch.no_grad()
 def test_the_eager_function_is_the_familys_own(name):
     model = families.make(name, "eager", layers=1)
