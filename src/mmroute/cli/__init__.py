@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from mmroute.cli import info
+from mmroute.cli import ask, calibrate, info
 from mmroute.errors import ConfigError, MmrouteError
 
 __all__ = ["app", "main"]
@@ -42,6 +42,8 @@ def root(
     """Vision-language models that reason with far less compute, by routing."""
 
 
+app.command("ask")(ask.ask)
+app.add_typer(calibrate.app, name="calibrate")
 app.command("list")(info.list_methods)
 app.command("env")(info.env)
 app.command("check")(info.check)
