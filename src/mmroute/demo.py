@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = ["RECIPES", "TASKS", "Row", "run", "write"]
 TASKS = ("maze", "frozenlake")
 RECIPES = ("none", "schedule")
 ROUNDS, WARMUP = 7, 2
+FORCED_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,12 @@ def _times(loaded: dict[str, Any], items: Sequence[Item], size: int) -> Any:
             batch["position_ids"] = routed.family.positions(
                 routed.model, batch["input_ids"], batch["attention_mask"], batch.get("image_grid_thw")
             )
-            tower = getattr(routed.model.model, "visual", None)
-            cases[name] = lambda m=routed.model, b=batch, t=tower: measure_generation(m, b, 24, tower=t).parts
+            cases[name] = partial(_seconds, routed.model, batch)
         return interleave(cases, rounds=ROUNDS, warmup=WARMUP)
+
+
+def _seconds(model: Any, batch: dict[str, Any]) -> dict[str, float]:
+    return measure_generation(model, batch, FORCED_TOKENS, tower=model.model.visual).parts
 
 
 def _view(routed: Any, think: Any, name: str, item: Item) -> page.View:
@@ -170,6 +175,7 @@ def write(rows: Sequence[Row], views: Sequence[page.View], folder: Path) -> tupl
         "schema": "demo/1",
         "tasks": TASKS,
         "rounds": ROUNDS,
+        "forced_tokens": FORCED_TOKENS,
         "rows": [{**asdict(row), "accuracy": row.accuracy} for row in rows],
         "recipes": {name: asdict(recipe.read(name)) for name in RECIPES},
     }
