@@ -63,6 +63,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function: (B, H, Q, E) queries, (B, K, S, E) keys -> (B, Q, H, E)."""
+    if rows is not None and rows.bias is not None and base.startswith("flash"):
+        base = "sdpa"  # the flash kernels take no float mask
     call = functools.partial(_function(base, module), module, scaling=scaling, **kwargs)
     if rows is None:
         return call(query, key, value, attention_mask)
@@ -110,6 +112,8 @@ def last_row(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
         (B, max k) fp32, aligned with the row's keys; zeros behind them, and for a row that brought nothing.
     """
     B, S = len(rows.q), max(rows.k)
+    if rows.bias is not None:
+        return _last_row_masked(query, key, rows, scaling)
     if rows.packed:
         ends = torch.tensor(rows.q, device=query.device).cumsum(0) - 1
         last = query[0].index_select(1, ends.clamp(min=0)).transpose(0, 1)
@@ -127,3 +131,13 @@ def last_row(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
     row = scores.masked_fill(behind[:, None, None], float("-inf")).softmax(-1).flatten(1, 2).mean(1)
     empty = torch.tensor([q == 0 for q in rows.q], device=query.device)
     return row.masked_fill(behind | empty[:, None], 0.0)
+
+
+def _last_row_masked(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
+    """`last_row` where every column runs and the mask says what counts: (B, N) fp32."""
+    assert rows.bias is not None and rows.last is not None
+    B, K = key.shape[:2]
+    at = torch.arange(B, device=query.device), rows.last
+    last = query.transpose(1, 2)[at].float().reshape(B, K, -1, query.shape[-1])
+    scores = torch.einsum("bgre,bgse->bgrs", last, key.float()) * scaling
+    return (scores + rows.bias[:, 0][at].float()[:, None, None]).softmax(-1).flatten(1, 2).mean(1)

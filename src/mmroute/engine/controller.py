@@ -74,6 +74,10 @@ class Controller:
 
     # ------------------------------------------------------------------ state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model starts without what the last training call left, whose tensors cannot be copied."""
+        return {**self.__dict__, "aux": {}}
+
     @property
     def is_off(self) -> bool:
         return getattr(_SLOT, "off", 0) > 0
@@ -127,6 +131,7 @@ class Controller:
         if self.is_off:
             if isinstance(cache, RaggedCache):
                 raise UnsupportedCall("a routed cache cannot be used while routing is off; leave the off() block")
+            self._stock_checkpointing()
             return args, kwargs
         if not (self.routes or self.strip_padding or isinstance(cache, RaggedCache)):
             self._stock_checkpointing()
@@ -228,7 +233,7 @@ class Controller:
             counts=[sum(row) for row in new],
             groups={0: groups},
             relevance=chunk.relevance,
-            checkpoint=self._checkpoints(training),
+            checkpoints=self._checkpoints(training),
             dense=training and self.executor == "dense",
             full=self.full_trace,
             single=single,
@@ -251,54 +256,64 @@ class Controller:
         hop_now = cache.hop if cache is not None else 0
         hop = torch.full_like(modality, hop_now) if chunk.hop is None else chunk.hop.long().to(device)
         before = cache.in_hop if cache is not None else None
-        protected = self._protected(valid, hop, before, single, chunk.hop is not None)
+        generated = torch.full_like(valid, single) if chunk.generated is None else chunk.generated.bool().to(device)
+        protected = self._protected(valid, hop, before, single, chunk.hop is not None, generated)
         if chunk.protected is not None:
             protected |= chunk.protected.bool().to(device) & valid
         if cache is not None:
             added = valid.sum(1)
             cache.in_hop = added if before is None else before + added
-        generated = torch.full_like(valid, single) if chunk.generated is None else chunk.generated.bool().to(device)
         position = torch.arange(start, start + N, device=device).expand(B, N)
         return Tokens(modality, hop, valid, protected, generated, position)
 
-    def _protected(self, valid: Tensor, hop: Tensor, before: Tensor | None, single: bool, many: bool) -> Tensor:
-        """First `prefix_tokens` of each hop and the last position of each segment; here a hop's part is a segment."""
+    def _protected(
+        self, valid: Tensor, hop: Tensor, before: Tensor | None, single: bool, many: bool, generated: Tensor
+    ) -> Tensor:
+        """First `prefix_tokens` of each hop and the last position of each segment; what was given to a hop is one."""
         if single:
             return (before if before is not None else valid.new_zeros(valid.shape[0]).long())[:, None] < (
                 self.prefix_tokens
             )
+        given = valid & ~generated
         if not many:
-            rank = valid.long().cumsum(1)
-            total = rank[:, -1:]
+            rank, nth = valid.long().cumsum(1), given.long().cumsum(1)
             rank_in_hop = rank if before is None else rank + before[:, None]
-            return valid & ((rank_in_hop <= self.prefix_tokens) | (rank == total))
-        member = torch.nn.functional.one_hot(hop.clamp(max=MAX_HOPS - 1), MAX_HOPS) * valid[..., None]
+            return valid & ((rank_in_hop <= self.prefix_tokens) | (given & (nth == nth[:, -1:])))
         here = hop.clamp(max=MAX_HOPS - 1)[..., None]
-        rank = member.cumsum(1).gather(2, here).squeeze(2)
-        total = member.sum(1, keepdim=True).expand_as(member).gather(2, here).squeeze(2)
-        return valid & ((rank <= self.prefix_tokens) | (rank == total))
+        member = torch.nn.functional.one_hot(here.squeeze(2), MAX_HOPS)
+        rank = (member * valid[..., None]).cumsum(1).gather(2, here).squeeze(2)
+        counted = (member * given[..., None]).cumsum(1)
+        nth = counted.gather(2, here).squeeze(2)
+        total = counted[:, -1:].expand_as(counted).gather(2, here).squeeze(2)
+        return valid & ((rank <= self.prefix_tokens) | (given & (nth == total)))
 
     # ------------------------------------------------------------------ gradient checkpointing
 
-    def _checkpoints(self, training: bool) -> bool:
-        """Takes checkpointing over from the layers: theirs would recompute the routing after the call is gone."""
-        wanted = training and bool(getattr(self.text, "gradient_checkpointing", False))
-        for i, layer in enumerate(self.text.layers):
-            if getattr(layer, "gradient_checkpointing", False):
-                self.checkpointed.add(i)
-                layer.gradient_checkpointing = False
-        if wanted:
-            function = self.text.layers[0]._gradient_checkpointing_func
-            if getattr(function, "keywords", {}).get("use_reentrant", False):
-                raise UnsupportedCall(
-                    "reentrant gradient checkpointing loses the gradients of keyword arguments; enable it with "
-                    "use_reentrant=False"
-                )
-        return wanted
+    def _checkpoints(self, training: bool) -> frozenset[int]:
+        """Layers to checkpoint, taken over from them: theirs would recompute the routing after the call is gone."""
+        flagged = {i for i, layer in enumerate(self.text.layers) if getattr(layer, "gradient_checkpointing", False)}
+        if flagged:  # checkpointing was switched on since the last call, for these layers
+            self.checkpointed = flagged
+            for i in flagged:
+                self.text.layers[i].gradient_checkpointing = False
+        if not (training and self._checkpointing):
+            return frozenset()
+        options = getattr(self.text.layers[0]._gradient_checkpointing_func, "keywords", None)
+        if options is not None and options.get("use_reentrant", True):
+            raise UnsupportedCall(
+                "reentrant gradient checkpointing loses the gradients of keyword arguments; enable it with "
+                'activation_checkpointing_enable({"use_reentrant": False})'
+            )
+        return frozenset(self.checkpointed)
+
+    @property
+    def _checkpointing(self) -> bool:
+        return bool(getattr(self.text, "gradient_checkpointing", False))
 
     def _stock_checkpointing(self) -> None:
+        """Gives the layers back what `_checkpoints` took."""
         for i in self.checkpointed:
-            self.text.layers[i].gradient_checkpointing = bool(getattr(self.text, "gradient_checkpointing", False))
+            self.text.layers[i].gradient_checkpointing = self._checkpointing
         self.checkpointed = set()
 
 

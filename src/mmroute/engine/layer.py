@@ -22,7 +22,7 @@ from mmroute.cache import RaggedCache, RaggedLayer
 from mmroute.deepen.base import Deepener
 from mmroute.engine.rows import Pick, Rows, pick
 from mmroute.engine.select import Group, first_true, group_positions, narrow
-from mmroute.engine.train import dense_bias
+from mmroute.engine.train import dense_bias, update_gate
 from mmroute.errors import UnsupportedCall
 from mmroute.probe import by_column
 from mmroute.prune.base import Keep, Pruner, Site
@@ -59,7 +59,8 @@ class Step:
     groups: dict[int, list[Group]] = field(default_factory=dict)
     """By layer: who may still compete there. Layer l writes l + 1 under `drop`, so a recomputed layer sees the same."""
     relevance: Tensor | None = None
-    checkpoint: bool = False
+    checkpoints: frozenset[int] = frozenset()
+    """Layers whose stock call is recomputed in the backward pass."""
     dense: bool = False
     """The dense training executor: every position runs, gates decide what counts."""
     full: bool = False
@@ -100,8 +101,8 @@ class Step:
         if keep is not None and keep.write is not None:
             at, value = keep.write
             h = h.scatter(1, at[..., None].expand(-1, -1, h.shape[-1]), value.to(h.dtype))
-        stock = partial(self._stock, layer, kwargs)
-        if keep is not None and self.dense:
+        stock = partial(self._stock, layer, index, kwargs)
+        if keep is not None and keep.z is not None and self.dense:
             return self._dense(layer, index, h, keep, rotary, stock)
         ran = keep.ran if keep is not None else self.call.new
         counts = keep.counts if keep is not None else self.counts
@@ -118,9 +119,10 @@ class Step:
         rows.probe = self._probes(index + 1)
         out = stock(chosen.take(h), _take(chosen, rotary), rows, self.cache)
         y, rest = (out[0], out[1:]) if self.family.tuple_out else (out, ())
-        if keep is not None and keep.gain is not None:
+        gate = None if keep is None else update_gate(keep)
+        if gate is not None:
             x = chosen.take(h)
-            y = x + chosen.take(keep.gain[..., None]).to(y.dtype) * (y - x)
+            y = x + chosen.take(gate[..., None]).to(y.dtype) * (y - x)
         h = chosen.put(h, y.to(h.device))
         record.stored = list(rows.k) if stored is not None else [0] * len(counts)
         if rows.row is not None:
@@ -138,6 +140,7 @@ class Step:
     def _stock(
         self,
         layer: nn.Module,
+        index: int,
         kwargs: dict[str, Any],
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
@@ -154,7 +157,7 @@ class Step:
             **kwargs,
         )
         # Checkpointing wraps the stock call only: attention runs twice, routing once.
-        return layer._gradient_checkpointing_func(call, x) if self.checkpoint else call(x)
+        return layer._gradient_checkpointing_func(call, x) if index in self.checkpoints else call(x)
 
     # ------------------------------------------------------------------ choosing
 
@@ -164,6 +167,8 @@ class Step:
             return False
         if not self.pruner.acts(index, self.num_layers):
             return False
+        if "scores_kept" in self.pruner.needs:  # every slot needs its score, also where nobody is left out
+            return True
         return any(
             self.pruner.counts(g, index, self.num_layers) != [p + w for p, w in zip(g.protected, g.width, strict=True)]
             for g in self._groups(index)
@@ -214,7 +219,7 @@ class Step:
         if key not in self.memo:
             B, N = self.tokens.shape
             mask = torch.zeros(B, N + 1, dtype=torch.bool, device=device)
-            mask[:, :N] = self.tokens.protected & self.tokens.valid
+            mask[:, :N] = (self.tokens.protected | self.tokens.generated) & self.tokens.valid
             ran = [[0] * NUM_MODALITIES for _ in range(B)]
             for g in groups:
                 columns = g.free
@@ -224,7 +229,9 @@ class Step:
                 mask.scatter_(1, columns, True)
                 for b in range(B):
                     ran[b][g.modality] += g.protected[b] + g.width[b]
-            self.memo[key] = groups, Keep(mask[:, :N], ran)  # holds `groups`, so its id stays its own
+            # In dense training the gate of the layer that dropped them goes on gating.
+            z = self.aux[max(self.aux)].z if self.dense else None
+            self.memo[key] = groups, Keep(mask[:, :N], ran, z=z)  # holds `groups`, so its id stays its own
         return self.memo[key][1]
 
     def _site(self, layer: nn.Module, index: int, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Site:
@@ -332,13 +339,22 @@ class Step:
     def _dense(
         self, layer: nn.Module, index: int, h: Tensor, keep: Keep, rotary: tuple[Tensor, Tensor], stock: Any
     ) -> Any:
-        z = keep.z if keep.z is not None else keep.mask.to(torch.float32)
-        rows = Rows(self.counts, self.counts, False, bias=dense_bias(z, self.tokens.valid, h.dtype))
+        nothing = [0] * len(self.counts)
+        record = self.records[index] = LayerCall(ran=keep.ran, cached=nothing, stored=nothing)
+        record.extra_flops = self._overhead(index, keep)
+        rows = Rows(self.counts, self.counts, False, bias=dense_bias(keep, self.tokens, h.dtype))
+        rows.probe = self._probes(index + 1)
+        if rows.probe:
+            rows.last = (self.tokens.valid * torch.arange(h.shape[1], device=h.device)).amax(1)
         out = stock(h, rotary, rows, None)
         y = out[0] if self.family.tuple_out else out
-        gate = z if keep.gain is None else z * keep.gain
-        h = h + gate[..., None].to(h.dtype) * (y - h)
-        self.records[index] = LayerCall(ran=keep.ran, cached=[0] * len(self.counts), stored=[0] * len(self.counts))
+        h = h + update_gate(keep)[..., None].to(h.dtype) * (y - h)
+        if rows.row is not None:
+            self._rows[index] = rows.row, self.tokens.position.masked_fill(~self.tokens.valid, -1)
+        if self.full:
+            record.kept = self._columns(keep)
+        if self.deepener is not None and self.deepener.acts(index, self.num_layers):
+            h = self._second(index, h, self._pick(keep, keep.counts, nothing), rotary, stock, record)
         return (h, *out[1:]) if self.family.tuple_out else h
 
     # ------------------------------------------------------------------ kv_only
@@ -378,6 +394,7 @@ class Step:
     ) -> Tensor:
         assert self.deepener is not None
         ran = chosen.mask(h.device) if chosen.index is not None else self.tokens.valid
+        ran = ran & ~self.tokens.generated  # a decode step has no second pass, so neither has what stands for one
         sizes = self._segments(index)
         for depth in range(1, self.deepener.max_depth + 1):
             again = self.deepener.again(h, self.tokens, ran, sizes, index, depth)
@@ -406,10 +423,10 @@ class Step:
         """[row][hop of this call]: positions that ran this layer."""
         record = self.records[index]
         hops = sorted({g.hop for g in self.groups[0]})
-        if len(hops) == 1:
+        if len(hops) == 1 and not any(g.generated for g in self.groups[0]):
             return [[sum(row)] for row in record.ran]
         sizes = [[0] * len(hops) for _ in record.ran]
-        for g in self.groups[0]:
+        for g in (g for g in self.groups[0] if not g.generated):
             choose = self.pruner is not None and self._chooses(index)
             counts = self.pruner.counts(g, index, self.num_layers) if choose else g.size  # type: ignore[union-attr]
             for b, n in enumerate(counts):

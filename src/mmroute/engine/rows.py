@@ -30,6 +30,8 @@ class Rows:
     """Record the attention row of each row's last position."""
     bias: Tensor | None = None
     """(B, 1, N, N) additive mask of the dense training executor, in place of everything above."""
+    last: Tensor | None = None
+    """(B,) column of each row's last position, beside `bias`."""
     row: Tensor | None = None
     """Result of the probe: (B, max k) fp32, mean over heads, zeros behind a row's keys."""
 

@@ -27,6 +27,8 @@ class Group:
     """[row]: free positions that may compete at this layer."""
     free: Tensor
     """(B, W) int64: their columns, ascending; beyond `width` meaningless."""
+    generated: bool = False
+    """Positions the model wrote, in a call that brings them whole (teacher forcing): all run, none competes."""
 
 
 def first_true(mask: Tensor, count: int) -> Tensor:
@@ -41,32 +43,29 @@ def first_true(mask: Tensor, count: int) -> Tensor:
 def group_positions(tokens: Tokens, num_hops: int, first_hop: int = 0) -> tuple[list[Group], list[int]]:
     """All (hop, modality) groups of a call, with sizes per row from ONE device read.
 
+    Generated positions beside given ones (teacher forcing, drafts) are groups of their own in which nothing competes:
+    a keep rate counts what was given.
+
     Returns:
         The groups that are not empty, and the number of valid positions per row.
     """
     B = tokens.shape[0]
-    codes = ((tokens.hop - first_hop).clamp(0, num_hops - 1) * NUM_MODALITIES + tokens.modality) * 2
-    codes = codes + tokens.protected.long()
-    num_codes = num_hops * NUM_MODALITIES * 2
+    codes = ((tokens.hop - first_hop).clamp(0, num_hops - 1) * NUM_MODALITIES + tokens.modality) * 3
+    codes = codes + tokens.protected.long().masked_fill(tokens.generated, 2)
+    num_codes = num_hops * NUM_MODALITIES * 3
     table = torch.zeros(B, num_codes, dtype=torch.long, device=codes.device)
     sizes = table.scatter_add_(1, codes, tokens.valid.long()).tolist()
     groups = []
-    for code in range(num_codes // 2):
-        free = [row[2 * code] for row in sizes]
-        protected = [row[2 * code + 1] for row in sizes]
-        if not any(free) and not any(protected):
-            continue
-        candidates = tokens.valid & (codes == 2 * code)
-        groups.append(
-            Group(
-                hop=first_hop + code // NUM_MODALITIES,
-                modality=code % NUM_MODALITIES,
-                size=[f + p for f, p in zip(free, protected, strict=True)],
-                protected=protected,
-                width=free,
-                free=first_true(candidates, max(free)),
-            )
-        )
+    for code in range(num_codes // 3):
+        free, protected, generated = ([row[3 * code + kind] for row in sizes] for kind in range(3))
+        hop, modality = first_hop + code // NUM_MODALITIES, code % NUM_MODALITIES
+        if any(free) or any(protected):
+            size = [f + p for f, p in zip(free, protected, strict=True)]
+            candidates = first_true(tokens.valid & (codes == 3 * code), max(free))
+            groups.append(Group(hop, modality, size, protected, free, candidates))
+        if any(generated):
+            nobody = torch.zeros(B, 0, dtype=torch.long, device=codes.device)
+            groups.append(Group(hop, modality, generated, generated, [0] * B, nobody, generated=True))
     return groups, [sum(row) for row in sizes]
 
 
@@ -94,7 +93,7 @@ def narrow(group: Group, scores: Tensor, take: list[int]) -> Group:
         columns = columns.clamp(max=scores.shape[1] - 1)
     else:
         columns = group.free.gather(1, order).sort(dim=1).values
-    return Group(group.hop, group.modality, group.size, group.protected, list(take), columns)
+    return Group(group.hop, group.modality, group.size, group.protected, list(take), columns, group.generated)
 
 
 def top(
@@ -112,7 +111,7 @@ def top(
     B, N = tokens.shape
     # One spare column takes the writes of rows that keep fewer than the widest row.
     mask = torch.zeros(B, N + 1, dtype=torch.bool, device=scores.device)
-    mask[:, :N] = tokens.protected & tokens.valid
+    mask[:, :N] = (tokens.protected | tokens.generated) & tokens.valid
     ran = [[0] * len(Modality) for _ in range(B)]
     for i, group in enumerate(groups):
         free = [k - p for k, p in zip(take[i], group.protected, strict=True)]

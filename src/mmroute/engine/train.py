@@ -1,4 +1,5 @@
-"""The dense training executor: every position runs and gates decide what counts, with exact straight-through gradients.
+"""Gradients through routing: the dense executor, where every position runs and gates decide what counts, and the gate
+that both executors put on a layer's update.
 
 Legend: B batch, N positions of this call.
 
@@ -8,28 +9,51 @@ Deviates: the paper masks hidden states; here a key is gated by log(z + 1e-8), w
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["dense_bias"]
+from mmroute.prune.base import Keep
+from mmroute.tokens import Tokens
+
+__all__ = ["dense_bias", "update_gate"]
 
 EPSILON = 1e-8
 """A true -inf gives pruned keys no gradient; errors of the gradient: 1e-8 4e-7, 1e-6 5e-6, 1e-4 5e-4."""
 
 
-def dense_bias(z: Float[Tensor, "B N"], valid: Bool[Tensor, "B N"], dtype: torch.dtype) -> Float[Tensor, "B 1 N N"]:
-    """Additive attention mask: causal, keys gated by z, padding seen by nobody but itself.
+def update_gate(keep: Keep) -> Float[Tensor, "B N"] | None:
+    """What multiplies a layer's update, x + gate (f(x) - x); None is 1.
+
+    At the positions that run, the straight-through mask is 1 with the gradient of the soft choice. So one gate serves
+    both executors: the dense one reads it everywhere, the physical one where positions ran.
+    """
+    if keep.z is None or keep.gain is None:
+        return keep.z if keep.gain is None else keep.gain
+    return keep.z * keep.gain
+
+
+def dense_bias(keep: Keep, tokens: Tokens, dtype: torch.dtype) -> Float[Tensor, "B 1 N N"]:
+    """Additive attention mask: causal, keys gated by `alive` in the query's hop, padding seen by nobody but itself.
 
     A pruned position's own key stays open on its diagonal (its update is gated off), so no softmax row is empty.
 
     Args:
-        z: 0 or 1 in value, with the gradient of the soft selection.
+        keep: with its straight-through `z`.
     """
-    N = z.shape[1]
-    gate = torch.log(z.float() + EPSILON)
+    assert keep.z is not None
+    N = tokens.shape[1]
     low = torch.finfo(torch.float32).min
-    gate = gate.masked_fill(~valid, low)
-    causal = torch.ones(N, N, dtype=torch.bool, device=z.device).tril()
-    eye = torch.eye(N, dtype=torch.bool, device=z.device)
-    bias = torch.where(causal, gate[:, None, :], low)
+    if keep.alive is None:
+        gate = _log(keep.z).masked_fill(~tokens.valid, low)[:, None, :]
+    else:
+        alive = _log(keep.alive).masked_fill(~tokens.valid[:, None, :], low)
+        hop = tokens.hop.clamp(max=alive.shape[1] - 1)
+        gate = alive.gather(1, hop[..., None].expand(-1, -1, N))
+    causal = torch.ones(N, N, dtype=torch.bool, device=gate.device).tril()
+    eye = torch.eye(N, dtype=torch.bool, device=gate.device)
+    bias = torch.where(causal, gate, low)
     return torch.where(eye, 0.0, bias)[:, None].to(dtype)
+
+
+def _log(gate: Tensor) -> Tensor:
+    return torch.log(gate.float() + EPSILON)

@@ -69,10 +69,10 @@ def last_valid(valid: Bool[Tensor, "B N"]) -> Int[Tensor, " B"]:
 
 
 def running(tokens: Tokens, groups: Sequence[Group]) -> Bool[Tensor, "B N"]:
-    """Who may run this layer: protected positions and each group's candidates."""
+    """Who may run this layer: protected and generated positions and each group's candidates."""
     B, N = tokens.shape
     mask = torch.zeros(B, N + 1, dtype=torch.bool, device=tokens.valid.device)
-    mask[:, :N] = tokens.protected & tokens.valid
+    mask[:, :N] = (tokens.protected | tokens.generated) & tokens.valid
     for group in groups:
         columns = group.free
         if min(group.width) < columns.shape[1]:

@@ -65,6 +65,9 @@ class Keep:
     """Stored beside the keys when the pruner `needs` scores_kept; larger stays."""
     z: Float[Tensor, "B N"] | None = None
     """Training: straight-through mask, 0 or 1 in value, with a gradient for kept and dropped positions."""
+    alive: Float[Tensor, "B hops N"] | None = None
+    """Training, beside `z`: [hop, position] is this layer's key in the cache while that hop runs? 0 or 1 in value, with
+    the gradient of the hop closes; None is `z` in every hop."""
     gain: Float[Tensor, "B N"] | None = None
     """Multiplies the kept update, x + gain (f(x) - x), in training and inference alike; None is 1."""
     write: tuple[Tensor, Tensor] | None = None
