@@ -20,11 +20,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 from mmroute.engine.rows import Rows
 from mmroute.errors import ConfigError, UnsupportedCall
 from mmroute.prune.base import Pruner, Slots
+from mmroute.tokens import Tokens
 from mmroute.trace import HopClose, Shape, Trace
 
 __all__ = ["Chunk", "RaggedCache", "RaggedLayer"]
 
 BLOCK = 64
+_META = ("modality", "hop", "protected", "generated")
 
 
 @dataclass
@@ -227,7 +229,7 @@ class RaggedCache(Cache):
         self.reserved = 0
         self._compacted_at = 0
         self._meta: Tensor | None = None
-        self._chunks: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._chunks: list[tuple[Tensor, ...]] = []
         self.depth = [RaggedCache(num_layers, shape) for _ in range(max_depth)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -271,11 +273,9 @@ class RaggedCache(Cache):
         most = max(stored.lengths)
         pos = stored.pos[:, :most].long()
         valid = pos >= 0
-        modality, hop, protected = (
-            self.meta[name].gather(1, pos.clamp(min=0)).long() for name in ("modality", "hop", "protected")
-        )
+        modality, hop, protected, generated = (self.meta[name].gather(1, pos.clamp(min=0)).long() for name in _META)
         score = None if stored.score is None else stored.score[:, :most].float()
-        return Slots(score, modality, hop, protected.bool() & valid, pos, valid)
+        return Slots(score, modality, hop, protected.bool() & valid, generated.bool() & valid, pos, valid)
 
     def start_hop(self, hop: int) -> None:
         """The next positions belong to another hop."""
@@ -311,18 +311,18 @@ class RaggedCache(Cache):
                     self._compacted_at = self.seen
         self.trace.closes.append(HopClose(ended, before, self.lengths(), len(self.trace.calls)))
 
-    def remember(self, modality: Tensor, hop: Tensor, protected: Tensor) -> None:
+    def remember(self, tokens: Tokens) -> None:
         """Appends what the columns of one call are; laid together only when somebody asks."""
-        self._chunks.append((modality, hop, protected))
+        self._chunks.append(tuple(getattr(tokens, name) for name in _META))
 
     @property
     def meta(self) -> dict[str, Tensor]:
-        """(B, seen) int8 each: modality, hop, protected of every logical column."""
+        """(B, seen) int8 each: modality, hop, protected, generated of every logical column."""
         if self._chunks:
             parts = [torch.stack(chunk).clamp(max=127).to(torch.int8) for chunk in self._chunks]
             whole = torch.cat(parts if self._meta is None else [self._meta, *parts], dim=2)
             self._meta, self._chunks = whole, []
-        return {} if self._meta is None else dict(zip(("modality", "hop", "protected"), self._meta, strict=True))
+        return {} if self._meta is None else dict(zip(_META, self._meta, strict=True))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last -n logical columns.

@@ -80,16 +80,21 @@ class Controller:
 
     @property
     def is_off(self) -> bool:
-        return getattr(_SLOT, "off", 0) > 0
+        return any(c is self for c in getattr(_SLOT, "off", ()))
 
     @contextmanager
     def off(self) -> Any:
         """The stock model with stock caches, in this thread, until the block ends."""
-        _SLOT.off = getattr(_SLOT, "off", 0) + 1
+        before = getattr(_SLOT, "off", ())
+        _SLOT.off = (*before, self)
         try:
             yield self.model
         finally:
-            _SLOT.off -= 1
+            _SLOT.off = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model does not take along what the last call left: training tensors cannot be copied."""
+        return {**self.__dict__, "trace": None, "aux": {}}
 
     @property
     def routes(self) -> bool:
@@ -133,7 +138,7 @@ class Controller:
                 raise UnsupportedCall("a routed cache cannot be used while routing is off; leave the off() block")
             self._stock_checkpointing()
             return args, kwargs
-        if not (self.routes or self.strip_padding or isinstance(cache, RaggedCache)):
+        if not (isinstance(cache, RaggedCache) or self.strip_padding or self.routes):
             self._stock_checkpointing()
             return args, kwargs
         self._check(cache, kwargs, training)
@@ -161,7 +166,7 @@ class Controller:
         else:
             for each in (cache, *cache.depth):
                 each.seen += step.tokens.shape[1]
-            cache.remember(step.tokens.modality, step.tokens.hop, step.tokens.protected)
+            cache.remember(step.tokens)
             cache.trace.calls.append(step.call)
             self.trace = cache.trace
         self.aux = step.aux

@@ -90,6 +90,8 @@ class Slots:
     modality: Int[Tensor, "B C"]
     hop: Int[Tensor, "B C"]
     protected: Bool[Tensor, "B C"]
+    generated: Bool[Tensor, "B C"]
+    """Written by the model: what a hop close may compress. What was given has been chosen on entry."""
     position: Int[Tensor, "B C"]
     """Logical column."""
     valid: Bool[Tensor, "B C"]
