@@ -10,7 +10,7 @@ positions do. All tokens of a chain being the most likely ones is the same as gr
 Legend: B batch, N positions of a prompt, R positions of a completion, V vocabulary, L layers.
 Source: DARE's greedy, data-driven cutoff layer (known to us from a summary).
 Deviates: the tolerance has an absolute floor, because the loss of a small model that knows its task is nearly zero;
-    rates come from the damage of random choices, layer by layer.
+    exact chains must not be lost either; rates come from the damage of random choices, layer by layer.
 """
 
 import json
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 RELATIVE, ABSOLUTE = 0.01, 0.002
 """A rise of the loss below 1 % of it or 0.002 nats per token is none."""
+LOST_CHAINS = 0.01
+"""Share of exact chains that may be lost: a rise of the loss can sit in the one token that decides."""
 FLOOR = 0.05
 """Least share of vision before the cliff."""
 SCORERS = ("row", "knorm", "random")
@@ -84,7 +86,7 @@ class Cliff:
     tolerance: float
     """Rise of the loss that still counts as none, nats per token."""
     cutoff_layer: int
-    """Least c, stepping down from L, whose loss is within the tolerance."""
+    """Least c, stepping down from L, whose loss is within the tolerance and whose chains stay exact."""
     num_items: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,11 +171,11 @@ def gold(
         for start in range(0, len(samples), batch):
             some = samples[start : start + batch]
             texts = [" ".join([*(hop.text for hop in s.hops if style == "cot"), s.answer_text]) for s in some]
-            rows = [[*tokenizer(t, add_special_tokens=False)["input_ids"], _end(model)] for t in texts]
+            rows = [[*tokenizer(t, add_special_tokens=False)["input_ids"], *_end(model)] for t in texts]
             if tokenizer.unk_token_id is not None and any(tokenizer.unk_token_id in row for row in rows):
                 raise InputError(f"the model's vocabulary cannot write the completions of {name}; take another task")
             longest = max(map(len, rows))
-            ids = torch.full((len(rows), longest), _end(model))
+            ids = torch.zeros(len(rows), longest, dtype=torch.long)
             real = torch.zeros(len(rows), longest, dtype=torch.bool)
             for b, row in enumerate(rows):
                 ids[b, : len(row)], real[b, : len(row)] = torch.tensor(row), True
@@ -187,9 +189,10 @@ def _task(name: str) -> Any:
     return hub.load("tasks", kind, **({"preset": preset} if preset else {}))
 
 
-def _end(model: Any) -> int:
+def _end(model: Any) -> list[int]:
+    """What ends a completion; a model that names no end token writes none."""
     end = model.generation_config.eos_token_id
-    return end[0] if isinstance(end, list) else end
+    return [] if end is None else [end[0] if isinstance(end, list) else end]
 
 
 @torch.no_grad()
@@ -238,8 +241,9 @@ def measure_cliff(model: Any, batches: Sequence[Gold]) -> Cliff:
         log.info("vision in %d of %d layers: nll %.4f, exact chains %.3f", c, L, losses[c].nll, losses[c].exact)
     nll = [loss.nll for loss in losses]
     tolerance = max(RELATIVE * nll[-1], ABSOLUTE)
+    exact = [loss.exact for loss in losses]
     cutoff = L
-    while cutoff > 0 and nll[cutoff - 1] - nll[-1] <= tolerance:
+    while cutoff > 0 and nll[cutoff - 1] - nll[-1] <= tolerance and exact[cutoff - 1] >= exact[-1] - LOST_CHAINS:
         cutoff -= 1
     if any(after > before + tolerance for before, after in pairwise(nll)):
         log.warning("the loss does not fall with every layer that sees the image: more items (--n), or read the curve")
@@ -248,7 +252,7 @@ def measure_cliff(model: Any, batches: Sequence[Gold]) -> Cliff:
             "unrouted, only %.0f %% of the chains are exact: the cliff of a model that cannot do the task says little",
             100 * losses[-1].exact,
         )
-    return Cliff(nll, [loss.exact for loss in losses], tolerance, cutoff, _rows(batches))
+    return Cliff(nll, exact, tolerance, cutoff, _rows(batches))
 
 
 def measure_schedule(model: Any, batches: Sequence[Gold], budget: float, cliff: Cliff | None = None) -> Rates:
