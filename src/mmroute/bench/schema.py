@@ -31,12 +31,14 @@ __all__ = [
     "Task",
     "Time",
     "commit_of_source",
+    "kind_of",
     "machine_here",
     "read_engine",
     "read_result",
     "run_here",
     "write_json",
     "write_result",
+    "write_text",
 ]
 
 T = TypeVar("T")
@@ -259,15 +261,20 @@ class Summary:
         return plain
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Writes one JSON file whole or not at all: beside it first, then renamed."""
+def write_text(path: Path, text: str) -> None:
+    """Writes one file whole or not at all: beside it first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes one JSON file whole or not at all."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def write_result(path: Path, result: Result | EngineResult) -> None:
@@ -290,14 +297,29 @@ def read_engine(path: Path) -> EngineResult:
     return _read(path, EngineResult, "engine/1")
 
 
-def _read(path: Path, cls: type[T], schema: str) -> T:
+def kind_of(path: Path) -> str:
+    """The `schema` a file names.
+
+    Raises:
+        InputError: not a JSON object, or one without a schema.
+    """
+    return str(_load(path)["schema"])
+
+
+def _load(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a result file: {error}; write it again with the command that made it") from None
-    found = data.get("schema") if isinstance(data, dict) else None
-    if found != schema:
-        raise InputError(f"{path}: schema {found!r} given, expected {schema!r}")
+    if not isinstance(data, dict) or "schema" not in data:
+        raise InputError(f"{path}: not a result file: it names no schema")
+    return data
+
+
+def _read(path: Path, cls: type[T], schema: str) -> T:
+    data = _load(path)
+    if data["schema"] != schema:
+        raise InputError(f"{path}: schema {data['schema']!r} given, expected {schema!r}")
     return parse(cls, data, path.name)
 
 

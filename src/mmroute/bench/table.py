@@ -1,0 +1,164 @@
+"""Markdown tables from result files only: `python -m mmroute.bench.table README.md [--check]`.
+
+Fills every block `<!-- table:NAME -->` ... `<!-- /table -->` of a Markdown file from `results/NAME/*.json`. A number
+that no committed file holds cannot stand in such a block, and `--check` says when one is out of date.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmroute.bench import schema
+from mmroute.errors import ConfigError, InputError
+
+__all__ = ["engine_table", "fill", "result_table", "table_of"]
+
+_BLOCK = re.compile(r"(<!-- table:([\w./-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+
+
+def table_of(folder: Path, allow_dirty: bool = False) -> str:
+    """The table of all result files in a folder, in Markdown.
+
+    Raises:
+        InputError: no result files, files of two kinds, or one whose source was not committed.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise InputError(f"{folder}: no result files; run the benchmark that fills it")
+    kinds = {schema.kind_of(path) for path in paths}
+    if kinds == {"engine/1"}:
+        engine = [schema.read_engine(path) for path in paths]
+        _refuse_dirty(paths, engine, allow_dirty)
+        return engine_table(engine)
+    if kinds == {"result/1"}:
+        results = [schema.read_result(path) for path in paths]
+        _refuse_dirty(paths, results, allow_dirty)
+        return result_table(results)
+    raise InputError(f"{folder}: files of {' and '.join(sorted(kinds))}; keep one kind in a folder")
+
+
+def _refuse_dirty(paths: list[Path], results: Sequence[schema.Result | schema.EngineResult], allow: bool) -> None:
+    dirty = [path.name for path, result in zip(paths, results, strict=True) if result.run.dirty]
+    if dirty and not allow:
+        raise InputError(f"{', '.join(dirty)}: made from source that was not committed; commit, then run again")
+
+
+def engine_table(results: list[schema.EngineResult]) -> str:
+    """Time against arithmetic, one line per case."""
+    rows = [
+        [
+            r.case,
+            f"{r.ratio['median']:.3f} [{r.ratio['p10']:.3f}, {r.ratio['p90']:.3f}]",
+            f"{r.flop_ratio:.3f}",
+            f"{r.goal:.3f}",
+            "yes" if r.reached else "**no**",
+            "n/a" if r.realised_saving is None else f"{r.realised_saving:.2f}",
+            f"{r.kv_bytes / r.stock_kv_bytes:.3f}",
+            _megabytes(r.peak_memory_bytes, r.stock_peak_memory_bytes),
+        ]
+        for r in results
+    ]
+    head = ["case", "time ratio [p10, p90]", "FLOP ratio", "goal", "reached", "realised saving", "KV ratio"]
+    return _markdown([*head, "peak MB (stock)"], rows)
+
+
+def _megabytes(ours: int | None, stock: int | None) -> str:
+    return "n/a" if ours is None or stock is None else f"{ours / 1e6:.0f} ({stock / 1e6:.0f})"
+
+
+def result_table(results: list[schema.Result]) -> str:
+    """Accuracy and cost, one line per recipe and task; ratios are to the baseline in the same folder."""
+    order = sorted(results, key=lambda r: (r.task.name, r.task.preset, r.baseline is not None, r.method.recipe))
+    rows = []
+    for r in order:
+        base = _baseline_of(r, results)
+        low, high = r.quality.wilson95
+        rows.append(
+            [
+                f"{r.task.name}:{r.task.preset}" if r.task.preset else r.task.name,
+                r.method.recipe,
+                r.method.checked or "-",
+                f"{r.cost.v_eff:.1f}",
+                f"{r.cost.t_eff:.1f}",
+                "n/a" if base is None else f"{r.cost.flops_answer / base.cost.flops_answer:.3f}",
+                "n/a" if base is None else f"{r.cost.kv_bytes_end / base.cost.kv_bytes_end:.3f}",
+                _time_ratio(r, "prefill"),
+                _time_ratio(r, "decode"),
+                f"{100 * r.quality.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+                _difference(r),
+                f"{r.cost.ar_steps:.1f}",
+                str(r.task.n),
+            ]
+        )
+    head = ["task", "recipe", "checked", "V_eff", "T_eff", "FLOP ratio", "KV ratio", "prefill time [p10, p90]"]
+    head += ["decode time [p10, p90]", "accuracy % [95 %]", "difference [paired 95 %]", "AR steps", "n"]
+    return _markdown(head, rows)
+
+
+def _baseline_of(result: schema.Result, results: list[schema.Result]) -> schema.Result | None:
+    """The result file this one was compared with; a baseline is compared with itself."""
+    if result.baseline is None:
+        return result
+    for other in results:
+        same_run = (other.run.commit, other.run.started_at) == (result.run.commit, result.run.started_at)
+        if other.baseline is None and other.method.recipe == result.baseline.recipe and same_run:
+            return other
+    return None
+
+
+def _time_ratio(result: schema.Result, part: str) -> str:
+    if result.baseline is None:
+        return "1"
+    if result.time is None or part not in result.time.ratio:
+        return "n/a"
+    ratio = result.time.ratio[part]
+    return f"{ratio['median']:.3f} [{ratio['p10']:.3f}, {ratio['p90']:.3f}]"
+
+
+def _difference(result: schema.Result) -> str:
+    if result.baseline is None:
+        return "-"
+    low, high = result.baseline.ci95
+    return f"{100 * result.baseline.diff:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def fill(text: str, results: Path, allow_dirty: bool = False) -> str:
+    """A Markdown text with every table block filled from `results/NAME`.
+
+    Raises:
+        ConfigError: a block that is opened and never closed.
+    """
+    opened, closed = text.count("<!-- table:"), len(_BLOCK.findall(text))
+    if opened != closed:
+        raise ConfigError(
+            f"{opened} table blocks are opened and {closed} are whole; write '<!-- table:NAME -->', a line break, and "
+            "'<!-- /table -->'"
+        )
+    return _BLOCK.sub(lambda found: found[1] + table_of(results / found[2], allow_dirty) + found[4], text)
+
+
+def main(
+    file: Path,
+    results: Annotated[Path, typer.Option(help="Folder of result folders.")] = Path("results"),
+    check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if the file is out of date.")] = False,
+) -> None:
+    """Fills the tables of a Markdown file from result files."""
+    before = file.read_text()
+    after = fill(before, results)
+    if check and after != before:
+        typer.echo(f"{file} is out of date; run: python -m mmroute.bench.table {file}", err=True)
+        raise typer.Exit(1)
+    if after != before:
+        schema.write_text(file, after)
+
+
+if __name__ == "__main__":
+    typer.run(main)

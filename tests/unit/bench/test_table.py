@@ -1,0 +1,82 @@
+"""Tables hold what result files hold, and say so when they do not."""
+
+import dataclasses
+
+import pytest
+import typer
+from result_samples import make_result
+
+from mmroute.bench import schema, table
+from mmroute.errors import ConfigError, InputError
+
+PAGE = "# Title\n\n<!-- table:runs -->\nold\n<!-- /table -->\ntext after\n"
+
+
+@pytest.fixture
+def results(tmp_path):
+    pruned = make_result()
+    none = make_result(
+        method=dataclasses.replace(pruned.method, recipe="none"),
+        cost=dataclasses.replace(pruned.cost, flops_answer=34.0, kv_bytes_end=260.0),
+        baseline=None,
+    )
+    schema.write_result(tmp_path / "results/runs/random.json", pruned)
+    schema.write_result(tmp_path / "results/runs/none.json", none)
+    return tmp_path / "results"
+
+
+def test_the_table_shows_ratios_to_the_baseline_of_the_same_run(results):
+    head, _, none, pruned = table.table_of(results / "runs").splitlines()
+    assert "| none |" in none
+    assert "| random |" in pruned
+    assert "| 0.500 | 0.500 |" in pruned
+    assert "| 0.500 [0.400, 0.600] |" in pruned
+    assert "| 75.0 [30.0, 95.0] | -25.0 [-60.0, +0.0] |" in pruned
+    assert head.count("|") == pruned.count("|") == none.count("|")
+
+
+def test_a_baseline_of_another_run_gives_no_ratio(results):
+    path = results / "runs/none.json"
+    none = schema.read_result(path)
+    schema.write_result(path, dataclasses.replace(none, run=dataclasses.replace(none.run, started_at="2027")))
+    assert "| n/a | n/a |" in table.table_of(results / "runs").splitlines()[-1]
+
+
+def test_blocks_are_filled_and_the_rest_is_left(results):
+    filled = table.fill(PAGE, results)
+    assert filled.startswith("# Title\n\n<!-- table:runs -->\n| task |")
+    assert filled.endswith("|\n<!-- /table -->\ntext after\n")
+    assert table.fill(filled, results) == filled
+
+
+def test_a_block_that_is_never_closed_is_refused(results):
+    with pytest.raises(ConfigError, match="1 table blocks are opened and 0"):
+        table.fill("<!-- table:runs -->\n", results)
+
+
+def test_check_says_when_a_page_is_out_of_date(results, tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text(PAGE)
+    with pytest.raises(typer.Exit):
+        table.main(page, results, check=True)
+    assert "out of date" in capsys.readouterr().err
+    assert page.read_text() == PAGE
+    table.main(page, results)
+    table.main(page, results, check=True)
+    assert page.read_text() != PAGE
+
+
+def test_results_of_uncommitted_source_are_refused(results):
+    path = results / "runs/random.json"
+    found = schema.read_result(path)
+    schema.write_result(path, dataclasses.replace(found, run=dataclasses.replace(found.run, dirty=True)))
+    with pytest.raises(InputError, match=r"random\.json: made from source that was not committed"):
+        table.table_of(results / "runs")
+
+
+def test_an_empty_folder_and_mixed_kinds_are_refused(results, tmp_path):
+    with pytest.raises(InputError, match="no result files"):
+        table.table_of(tmp_path)
+    schema.write_json(results / "runs/other.json", {"schema": "engine/1"})
+    with pytest.raises(InputError, match="engine/1 and result/1"):
+        table.table_of(results / "runs")
