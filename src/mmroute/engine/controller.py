@@ -74,10 +74,6 @@ class Controller:
 
     # ------------------------------------------------------------------ state
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model starts without what the last training call left, whose tensors cannot be copied."""
-        return {**self.__dict__, "aux": {}}
-
     @property
     def is_off(self) -> bool:
         return any(c is self for c in getattr(_SLOT, "off", ()))
