@@ -1,0 +1,100 @@
+"""`mmroute data`: make samples, hand them to other people's tools, read theirs, and check what can be guessed."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmroute.config import overrides
+from mmroute.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmroute.tasks.base import Task
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Make, export, import and check samples.", no_args_is_help=True)
+
+_Out = Annotated[Path, typer.Option("-o", "--out", help="A directory that does not exist yet, or is empty.")]
+_Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+_Folder = Annotated[Path, typer.Argument(help="A folder that `mmroute data make` or `import` wrote.")]
+
+
+@app.command()
+def make(
+    task: Annotated[str, typer.Option("--task", help="A task, or task:preset, e.g. maze:small.")],
+    out: _Out,
+    preset: Annotated[str | None, typer.Option("--preset", help="Named size, e.g. tiny, small, mvot.")] = None,
+    split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
+    n: Annotated[int | None, typer.Option("--n", min=1, help="How many; by default the whole split.")] = None,
+    format: Annotated[str, typer.Option("--format", help="parquet, jsonl or spec (no pixels).")] = "parquet",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="An option: task.hop_images=observed.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Write samples of a task as an mmhop folder."""
+    from mmroute.tasks import _io
+    from mmroute.tasks.base import Generated
+
+    if format not in _io.FORMATS:
+        raise ConfigError(f"--format is one of {', '.join(_io.FORMATS)} (given {format!r})")
+    source = _task(task, preset, set_ or [])
+    if format != "spec":
+        count = _io.write(source.samples(split, n), out, format)
+    elif isinstance(source, Generated):
+        count = _io.write_specs(source, split, n, out)
+    else:
+        raise ConfigError(f"--format spec is for generated tasks; {source.name} is none, take parquet or jsonl")
+    _done(out, count, as_json, task=source.name, format=format)
+
+
+@app.command()
+def export(
+    folder: _Folder,
+    to: Annotated[str, typer.Option("--to", help="trl, llava, sharegpt, mvot, vlmeval or lmms.")],
+    out: _Out,
+    as_json: _Json = False,
+) -> None:
+    """Rewrite an mmhop folder for another tool."""
+    from mmroute.tasks import _export, _io
+
+    _done(out, _export.export(_io.read(folder), to, out), as_json, to=to)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="The other tool's folder.")],
+    source: Annotated[str, typer.Option("--from", help="mvot, or mvot-dare (same tree, labels not trusted).")],
+    out: _Out,
+    format: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
+    as_json: _Json = False,
+) -> None:
+    """Read another tool's data into an mmhop folder."""
+    from mmroute.tasks import _io, _mvot
+
+    if source not in ("mvot", "mvot-dare"):
+        raise ConfigError(f"--from is one of mvot, mvot-dare (given {source!r})")
+    count = _io.write(_mvot.from_mvot(folder, trusted=source == "mvot"), out, format)
+    _done(out, count, as_json, source=source, format=format)
+
+
+def _task(name: str, preset: str | None, assignments: list[str]) -> "Task":
+    from mmroute import hub
+
+    name, _, named = name.partition(":")
+    if named and preset and named != preset:
+        raise ConfigError(f"--task names the preset {named!r} and --preset {preset!r}; give one")
+    given: dict[str, Any] = overrides(assignments)
+    foreign = sorted(set(given) - {"task"})
+    if foreign:
+        raise ConfigError(f"--set {foreign[0]}: here options are the task's; write --set task.NAME=VALUE")
+    chosen = named or preset
+    options = {**({"preset": chosen} if chosen else {}), **given.get("task", {})}
+    return hub.load("tasks", name, **options)
+
+
+def _done(out: Path, count: int, as_json: bool, **facts: str) -> None:
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "n": count, **facts}))
+    else:
+        typer.echo(f"{count} samples in {out}")
