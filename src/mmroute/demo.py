@@ -22,7 +22,7 @@ from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares
 from mmroute.reason import Answer
 from mmroute.tasks.base import Generated, Sample
 
-__all__ = ["RECIPES", "TASKS", "Row", "run", "write"]
+__all__ = ["RECIPES", "TASKS", "Row", "example", "run", "write"]
 
 TASKS = ("maze", "frozenlake")
 RECIPES = ("none", "schedule")
@@ -94,6 +94,14 @@ def run(
     times = {size: _times(loaded, items, size) for size in (1, batch)}
     rows = [_row(name, size, items, answers, times[size]) for size in (1, batch) for name in RECIPES]
     return rows, views
+
+
+def example(model: str = "tiny", name: str = "schedule", n: int = 30) -> page.View:
+    """The demo's longest maze under one recipe."""
+    task = hub.load("tasks", TASKS[0])
+    item = max((Item(task, s) for s in task.samples("test", n)), key=lambda i: len(i.sample.hops))
+    with recipe.equip(model, recipe.read(name)) as (routed, think):
+        return _view(routed, think, name, item)
 
 
 def _shown(items: Sequence[Item]) -> list[Item]:
