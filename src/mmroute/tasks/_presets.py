@@ -37,7 +37,7 @@ class Preset:
 
 
 _ALL = (
-    Preset("nano", 1, 4, (3, 4), (1, 3), 0.0, 0.0, {"train": 4000, "val": 200, "test": 400}, variant="mvot"),
+    Preset("nano", 1, 4, (3, 4), (1, 3), 0.0, 0.0, {"train": 4000, "val": 200, "test": 400}),
     Preset("tiny", 2, 8, (3, 5), (1, 5), 0.15, 0.0, {"train": 20_000, "val": 1000, "test": 2000}),
     Preset("small", 3, 10, (3, 6), (1, 12), splits={"val": 2000, "test": 5000}),
     Preset("wide", 4, 12, (4, 6), (2, 12), splits={"val": 1000, "test": 2000}),
@@ -74,14 +74,16 @@ def level_of(hops: int, n: int, blocked: float, noise: float) -> tuple[float, st
     return round(score, 4), "easy" if score < 0.33 else "medium" if score < 0.5 else "hard"
 
 
-def plan(rng: np.random.Generator, preset: Preset, pairs: list[tuple[int, int]], task: str) -> tuple[int, int]:
-    """Draws the size and length of one unit so that levels come in the shares of `LEVELS`.
+def plan(rng: np.random.Generator, preset: Preset, pairs: list[tuple[int, int]], task: str, levels: bool) -> tuple[int, int]:
+    """Draws the size and length of one unit: levels in the shares of `LEVELS`, or all pairs alike.
 
     Raises:
         ConfigError: the task has nothing to offer at this preset.
     """
     if not pairs:
         raise ConfigError(f"{task} has no items at preset {preset.name!r}; take another preset")
+    if not levels:
+        return pairs[int(rng.integers(len(pairs)))]
     blocked = 0.27 if task == "maze" else 0.0  # measured share of the permutation quads
     by_level: dict[str, list[tuple[int, int]]] = {level: [] for level in LEVELS}
     for n, length in pairs:

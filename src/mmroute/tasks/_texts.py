@@ -41,16 +41,31 @@ SHAPES = ("circle", "square", "triangle", "diamond")
 MAX_COORDINATE, MAX_STEP, SIZE = 16, 24, 384
 
 _PLAIN = (
-    *(". , ? ; :".split()),
-    *("task: frozenlake maze arrows gridspatial minibehavior needle".split()),
-    *("actions: k: cot: direct: probe: latent: layout: response: start answer:".split()),
+    *(".", ",", "?", ";", ":"),
+    *("task:", "frozenlake", "maze", "arrows", "gridspatial", "minibehavior", "needle"),
+    *("actions:", "k:", "cot:", "direct:", "probe:", "latent:", "layout:", "response:", "start", "answer:"),
     *MOVES,
-    *("A B C D yes no".split()),
-    *("ice hole goal free wall empty fog success hole_fall not_reached".split()),
+    *("A", "B", "C", "D", "yes", "no"),
+    *("ice", "hole", "goal", "free", "wall", "empty", "fog", "success", "hole_fall", "not_reached"),
     *COLOURS,
     *SHAPES,
-    *("left_of right_of above below nearest between".split()),
-    *("pick drop toggle printer table floor carrying none drop_error pickup_error missing_step target".split()),
+    *("left_of", "right_of", "above", "below", "nearest", "between"),
+    *(
+        [
+            "pick",
+            "drop",
+            "toggle",
+            "printer",
+            "table",
+            "floor",
+            "carrying",
+            "none",
+            "drop_error",
+            "pickup_error",
+            "missing_step",
+            "target",
+        ]
+    ),
 )
 VOCABULARY: list[str] = [
     *SPECIAL,

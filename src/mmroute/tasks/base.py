@@ -10,7 +10,7 @@ A cell is (row, column) on the board; a tile id is row * C + column on the canva
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,7 +23,7 @@ from pydantic import Field
 from mmroute.config import options, parse
 from mmroute.errors import ConfigError, InputError
 from mmroute.tasks import _skins
-from mmroute.tasks._grid import SPLITS, Cell, Split, split_of
+from mmroute.tasks._grid import SPLITS, Cell, Split
 from mmroute.tasks._presets import PRESETS, Preset, level_of, plan
 from mmroute.tasks._texts import BOS, EOS, IMAGE, VISION_END, VISION_START, Words, coordinate
 
@@ -234,16 +234,22 @@ class Generated(Task):
     unit_size: ClassVar[int] = 4
     """Held-out items come in units of this many, made together."""
     variants: ClassVar[tuple[str, ...]] = ("auto", "quad", "stream")
+    levels: ClassVar[bool] = True
+    """Whether held-out items are drawn by level of difficulty; else by size and length, each uniform."""
     config: Any
 
     def __init__(self, **given: Any) -> None:
         self.config = parse(self.Config, given, f"tasks.{self.name}")
         if self.config.preset not in PRESETS:
             raise ConfigError(f"tasks.{self.name}.preset: one of {', '.join(PRESETS)} (given {self.config.preset!r})")
-        if self.config.variant not in self.variants:
-            allowed = ", ".join(self.variants)
-            raise ConfigError(f"tasks.{self.name}.variant: one of {allowed} (given {self.config.variant!r})")
         self.preset: Preset = PRESETS[self.config.preset]
+        self.variant: str = self.preset.variant if self.config.variant == "auto" else self.config.variant
+        if self.variant not in self.variants:
+            allowed = ", ".join(self.variants)
+            raise ConfigError(
+                f"tasks.{self.name}.variant: one of {allowed} (given {self.variant!r} by option or preset); "
+                "take another preset or variant"
+            )
         self.skin: str = self.preset.skin if self.config.skin == "auto" else self.config.skin
         self.noise: float = self.preset.noise if self.config.noise is None else self.config.noise
         self.coords: str = (
@@ -274,14 +280,14 @@ class Generated(Task):
         return self.unit(split, index // size)[index % size]
 
     def _streams(self, split: str) -> bool:
-        return self.config.variant in ("stream", "mvot") or (self.config.variant == "auto" and split == "train")
+        return self.variant in ("stream", "mvot") or (self.variant == "auto" and split == "train")
 
     def _unit(self, split: Split, unit: int) -> list[Spec]:
         words = [self.config.seed, self.task_id, self.preset.id, SPLITS.index(split), unit]
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
         preset, fogged = self._mixed(rng, split)
         streams = self._streams(split)
-        size, length = plan(rng, preset, self._pairs(preset, streams), self.name)
+        size, length = plan(rng, preset, self._pairs(preset, streams), self.name, self.levels)
         if streams:
             specs = [self._draw(rng, preset, size, length, split)]
         else:
@@ -632,14 +638,6 @@ class Generated(Task):
 
     def _answer_word(self, spec: Spec) -> str:
         return self.choices(spec)[spec.answer].label
-
-
-def until_split(split: Split, layout: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
-    """Draws layouts until one hashes into the split; returns it with its hash."""
-    while True:
-        drawn, key = layout()
-        if split_of(key) == split:
-            return drawn, key
 
 
 def messages_so_far(
