@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmroute import config, hub
+from mmroute import config, hub, recipe
 from mmroute.errors import ConfigError, InputError
 
 __all__ = ["check", "env", "list_methods"]
@@ -56,6 +56,8 @@ def _rows(kind: str) -> list[dict[str, Any]]:
         folder = Path(hub.__file__).parent / "backbones"
         files = [p for p in sorted(folder.glob("*.py")) if p.stem != "base" and not p.stem.startswith("_")]
         return [dataclasses.asdict(hub.describe_file(path, path.stem)) for path in files]
+    if kind not in hub.KINDS:
+        raise ConfigError(f"nothing to list under {kind!r}; one of {', '.join(hub.KINDS)}, backbones, recipes")
     return [dataclasses.asdict(hub.describe(kind, name)) for name in hub.names(kind)]
 
 
@@ -140,7 +142,7 @@ def check(
         case ".py":
             _check_method(file, config.overrides(settings or []))
         case ".yaml" | ".yml":
-            _check_recipe(file)
+            recipe.read(str(file))
         case ".json":
             _check_trace(file)
         case other:
@@ -167,17 +169,6 @@ def _check_method(file: Path, options: dict[str, Any]) -> None:
         check_pruner(method(**options))
     except AssertionError as broken:
         raise InputError(f"{file}: {broken}") from None
-
-
-def _check_recipe(file: Path) -> None:
-    recipe = config.read_yaml(file)
-    for kind in hub.KINDS:
-        chosen = recipe.get(kind)
-        if isinstance(chosen, dict):
-            options = dict(chosen)
-            if "name" not in options:
-                raise ConfigError(f"{file}: {kind} has no name; one of {', '.join(hub.names(kind))}")
-            hub.load(kind, options.pop("name"), **options)
 
 
 def _check_trace(file: Path) -> None:

@@ -30,11 +30,13 @@ class Uniform(Deepener):
         deepen_tokens: Annotated[int, Field(ge=0)] = 32
         """Positions of each segment that run again."""
         pick: Literal["all", "random", "last"] = "random"
+        """Which of a segment's positions those are; `all` ignores the count."""
         gain: float = 1.0
         """Strength of the second pass; 0 leaves the model as it is."""
         every: Annotated[int, Field(ge=1)] = 2
         """Every which layer has a second pass: 2 is layers 1, 3, 5, ..."""
         seed: int = 0
+        """Another seed, another random pick."""
 
     config: Config
 
