@@ -65,7 +65,8 @@ class Session:
         self.cache: RaggedCache = routed.new_cache()
         self.ids: Tensor | None = None
         self.mask: Tensor | None = None
-        self.grids: Tensor | None = None
+        self.grids: list[list[Tensor]] = []
+        """[row]: the patch grid of each of its images so far, where the family has grids."""
         self.next_position: Tensor | None = None
         self.rows: list[int] = []
         """Conversations still in the batch, by their first index."""
@@ -73,6 +74,8 @@ class Session:
         """Every forward call with the conversations that took part."""
         self.closes: list[tuple[HopClose, list[int]]] = []
         self._reserve = reserve
+        self._axes = 1
+        """Numbers that make a position: 3 where it has a time, a row and a column."""
 
     def append(self, batch: dict[str, Tensor], relevance: Tensor | None = None) -> Tensor:
         """Enters a prompt, or an observation with new images, as one segment.
@@ -93,15 +96,13 @@ class Session:
         else:
             ids = torch.cat([self.ids, ids], 1)
             mask = torch.cat([self.mask, mask], 1)  # type: ignore[list-item]
-        grids = batch.get("image_grid_thw")
-        if grids is not None and self.grids is not None:  # positions need all images, row by row
-            B = ids.shape[0]
-            both = [self.grids.unflatten(0, (B, -1)), grids.unflatten(0, (B, -1))]
-            self.grids = torch.cat(both, 1).flatten(0, 1)
-        elif grids is not None:
-            self.grids = grids
-        positions = family.positions(routed.model, ids, mask, self.grids)
+        if batch.get("image_grid_thw") is not None:
+            fresh = self._by_row(batch)
+            self.grids = [old + new for old, new in zip(self.grids or [[] for _ in fresh], fresh, strict=True)]
+        flat = [grid for row in self.grids for grid in row]
+        positions = family.positions(routed.model, ids, mask, torch.stack(flat) if flat else None)
         self.ids, self.mask = ids, mask
+        self._axes = positions.shape[0] if positions.ndim == 3 else 1
         top = positions.amax(0) if positions.ndim == 3 else positions
         self.next_position = top.masked_fill(mask == 0, -1).amax(1) + 1
         images = {k: batch[k] for k in family.image_kwargs(batch)}
@@ -121,7 +122,7 @@ class Session:
         self.ids = torch.cat([self.ids, ids[:, None]], 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
         positions = self.next_position[:, None]
-        if self.grids is not None or self.routed.family.name.startswith("qwen"):
+        if self._axes == 3:
             positions = positions.expand(3, -1, -1)
         self.next_position = self.next_position + 1
         if hops is not None:
@@ -144,6 +145,18 @@ class Session:
         self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
         return out.logits[:, -1]
 
+    def _by_row(self, batch: dict[str, Tensor]) -> list[list[Tensor]]:
+        """A segment's image grids by the row they belong to; rows may hold different numbers of images."""
+        sizes = [a * b for a, b in self.routed.family.image_grid(self.routed.model, batch)]
+        grids = list(batch["image_grid_thw"])
+        out: list[list[Tensor]] = []
+        for vision in (self.routed.controller.table[batch["input_ids"]] == 1).sum(1).tolist():
+            out.append([])
+            while vision > 0:
+                vision -= sizes.pop(0)
+                out[-1].append(grids.pop(0))
+        return out
+
     def start_hop(self, starting: list[bool], ended: list[int]) -> None:
         """Rows whose next token begins a hop close the one before it.
 
@@ -164,8 +177,7 @@ class Session:
         assert self.ids is not None and self.mask is not None and self.next_position is not None
         index = torch.tensor(stays, device=self.ids.device)
         self.cache.batch_select_indices(index)
-        if self.grids is not None:
-            self.grids = self.grids.unflatten(0, (len(self.rows), -1))[index].flatten(0, 1)
+        self.grids = [self.grids[i] for i in stays] if self.grids else []
         self.ids, self.mask = self.ids[index], self.mask[index]
         self.next_position = self.next_position[index]
         self.rows = [self.rows[i] for i in stays]
