@@ -144,6 +144,7 @@ class Routed:
             else:
                 del layer.forward
         c._stock_checkpointing()
+        c.family.lock_images(model)
         c.text.config._attn_implementation_internal = self._base
         del model._prepare_cache_for_generation
         del model._modules["mmroute"]

@@ -73,8 +73,9 @@ def _attend(
     if rows.bias is not None:
         return call(query, key, value, rows.bias)
     if not rows.packed:
-        return call(query, key, value, _mask(base, query, key, rows.k, rows.fresh))
-    out, weights, start = [], None, 0
+        out, weights = call(query, key, value, _mask(base, query, key, rows.k, rows.fresh))
+        return out, None if rows.again else weights
+    parts, start = [], 0
     shared = key.shape[0] == 1 and len(rows.q) > 1  # no cache: the keys are packed as the queries are
     for b, width in enumerate(rows.q):
         if width:
@@ -82,10 +83,9 @@ def _attend(
             k, v = (key[:, :, here], value[:, :, here]) if shared else (key[b : b + 1], value[b : b + 1])
             k, v = k[:, :, : rows.k[b]], v[:, :, : rows.k[b]]
             q = query[:, :, here]
-            part, weights = call(q, k, v, _mask(base, q, k, [rows.k[b]], width == rows.k[b]))
-            out.append(part)
+            parts.append(call(q, k, v, _mask(base, q, k, [rows.k[b]], width == rows.k[b]))[0])
         start += width
-    return torch.cat(out, dim=1), weights if len(out) == 1 else None
+    return torch.cat(parts, dim=1), None  # packed rows have no common map
 
 
 def _mask(base: str, query: Tensor, key: Tensor, lengths: list[int], fresh: bool) -> Tensor | None:

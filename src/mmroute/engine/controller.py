@@ -167,8 +167,8 @@ class Controller:
             self.trace = cache.trace
         self.aux = step.aux
         attentions = getattr(out, "attentions", None)
-        if attentions and any(r.again for r in step.records.values()):
-            out.attentions = _first_passes(attentions, step)
+        if attentions and len(attentions) != self.shape.layers:
+            out.attentions = ()  # packed or empty layers have no map; the others would not stand in their place
         return out
 
     # ------------------------------------------------------------------ parts of a call
@@ -322,18 +322,6 @@ def _merged(first: Chunk, second: Chunk) -> Chunk:
     """What the driver said, completed by what the ids say."""
     fields = ("modality", "hop", "valid", "protected", "generated", "relevance")
     return Chunk(*(getattr(first, f) if getattr(first, f) is not None else getattr(second, f) for f in fields))
-
-
-def _first_passes(attentions: tuple, step: Step) -> tuple:
-    """`output_attentions` without the entries that second passes added."""
-    passes = [1 + bool(step.records[i].again) for i in sorted(step.records) if sum(map(sum, step.records[i].ran))]
-    if len(attentions) != sum(passes):
-        return attentions
-    kept, at = [], 0
-    for n in passes:
-        kept.append(attentions[at])
-        at += n
-    return tuple(kept)
 
 
 def prepare_cache(

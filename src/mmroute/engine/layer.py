@@ -123,14 +123,14 @@ class Step:
         if gate is not None:
             x = chosen.take(h)
             y = x + chosen.take(gate[..., None]).to(y.dtype) * (y - x)
-        h = chosen.put(h, y.to(h.device))
+        entered, h = h, chosen.put(h, y.to(h.device))
         record.stored = list(rows.k) if stored is not None else [0] * len(counts)
         if rows.row is not None:
             self._rows[index] = rows.row, self._slot_columns(stored, chosen, rows)
             # One query per row over its keys.
             record.extra_flops += 2 * self.shape.heads * self.shape.head_dim * sum(rows.k)
         if self._evicts(index):
-            self._evict(index, layer, h, stored, chosen, record, rotary)
+            self._evict(index, layer, entered, stored, record, rotary)
         if self.full:
             record.kept = self._columns(keep)
         if self.deepener is not None and self.deepener.acts(index, self.num_layers) and not self.single:
@@ -185,7 +185,10 @@ class Step:
         if self.single:
             if self.pruner is None or type(self.pruner).decode is Pruner.decode:
                 return None
-            return self.pruner.decode(h, self.tokens, self._site(layer, index, h, rotary))
+            keep = self.pruner.decode(h, self.tokens, self._site(layer, index, h, rotary))
+            if keep is not None:
+                self.aux[index] = keep
+            return keep
         if self._chooses(index):
             keep = self.pruner.keep(h, self.tokens, self._site(layer, index, h, rotary))  # type: ignore[union-attr]
             self.aux[index] = keep
@@ -318,7 +321,7 @@ class Step:
     # ------------------------------------------------------------------ running
 
     def _pick(self, keep: Keep | None, counts: list[int], before: list[int]) -> Pick:
-        if keep is None:
+        if keep is None or min(counts) == self.tokens.shape[1]:
             return Pick(self.tokens.shape, counts, None)
         rectangle = len(set(counts)) == 1 and (self.cache is None or len(set(before)) == 1)
         key = ("pick", id(keep.mask), rectangle)
@@ -370,16 +373,16 @@ class Step:
         self,
         index: int,
         layer: nn.Module,
-        h: Tensor,
+        x: Tensor,
         stored: RaggedLayer | None,
-        chosen: Pick,
         record: LayerCall,
         rotary: tuple[Tensor, Tensor],
     ) -> None:
-        """A `kv_only` layer ran whole; now it forgets what the pruner does not keep. Older slots stay."""
+        """A `kv_only` layer ran whole on `x`; now it forgets what the pruner does not keep. Older slots stay."""
         assert stored is not None and stored.pos is not None and self.pruner is not None
-        keep = self.pruner.keep(h, self.tokens, self._site(layer, index, h, rotary))
+        keep = self.pruner.keep(x, self.tokens, self._site(layer, index, x, rotary))
         self.aux[index] = keep
+        record.extra_flops += self._overhead(index, keep)
         at = stored.pos[:, : max(stored.lengths)].long() - self.call.start
         stays = keep.mask.gather(1, at.clamp(min=0)) | (at < 0)
         stays &= stored.pos[:, : stays.shape[1]] >= 0
@@ -410,6 +413,7 @@ class Step:
             else:
                 position = redo.columns(self.tokens.position)
                 rows = stored.plan(len(before), again.counts, redo.packed, position, None, 0)
+            rows.again = True
             x = redo.take(h)
             out = stock(x, _take(redo, rotary), rows, cache)
             y = out[0] if self.family.tuple_out else out

@@ -26,6 +26,10 @@ class Rows:
     """[row]: keys after they are written, the new ones included."""
     packed: bool
     """All rows laid end to end in one."""
+    again: bool = False
+    """A second pass: `output_attentions` shows first passes only."""
+    again: bool = False
+    """A second pass: `output_attentions` shows first passes only."""
     probe: bool = False
     """Record the attention row of each row's last position."""
     bias: Tensor | None = None
