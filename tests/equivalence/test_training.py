@@ -1,0 +1,142 @@
+"""Training is what inference is: executors, hops under teacher forcing, and gradients against the stock model's."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rig import RAGGED, attached, backbone_gradients, labels, relative, router, stock
+from teacher import closing_session, conversation
+
+import families
+
+BATCHES = [pytest.param(1, None, id="one"), pytest.param(3, RAGGED, id="ragged")]
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    """Gradients stay on here."""
+    return
+
+
+def _train(routed, batch, **extra):
+    out = routed.model(**batch, **extra, labels=labels(batch))
+    out.loss.backward()
+    return out, backbone_gradients(routed.model)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("B", "pads"), BATCHES)
+@pytest.mark.parametrize("name", families.NAMES)
+def test_the_dense_executor_trains_what_the_physical_one_does(name, B, pads, attn):
+    batch = families.make_inputs(name, stock(name), B, pads)
+    with attached(name, attn, prune=router(), executor="dense") as routed:
+        dense, wanted = _train(routed, batch)
+        ran = routed.trace.calls[0].layers[-1].ran
+    with attached(name, attn, prune=router(), executor="physical") as routed:
+        physical, gradients = _train(routed, batch)
+        assert routed.trace.calls[0].layers[-1].ran == ran
+    real = batch["attention_mask"].bool()
+    assert ran[0][1] < 16, "nothing was pruned"
+    torch.testing.assert_close(dense.loss, physical.loss, rtol=0, atol=1e-6)
+    torch.testing.assert_close(dense.logits[real], physical.logits[real], rtol=0, atol=1e-5)
+    assert relative(gradients, wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("B", "pads"), BATCHES)
+@pytest.mark.parametrize("name", families.NAMES)
+def test_training_at_keep_one_is_stock_training(name, B, pads):
+    batch = families.make_inputs(name, stock(name), B, pads)
+    model = stock(name).train()
+    model(**batch, labels=labels(batch), use_cache=False).loss.backward()
+    wanted = backbone_gradients(model)
+    ways = {
+        "padding stripped": {"strip_padding": True},
+        "physical": {"prune": router(vision_keep=1, text_keep=1), "executor": "physical", "strip_padding": True},
+        "dense": {"prune": router(vision_keep=1, text_keep=1), "executor": "dense", "strip_padding": True},
+    }
+    for way, options in ways.items():
+        with attached(name, **options) as routed:
+            _, gradients = _train(routed, batch)
+            assert routed.trace is not None, f"{way}: the stock path ran"
+            assert bool(routed.controller.aux) == ("prune" in options)
+        assert relative(gradients, wanted) < 1e-5, way
+
+
+@pytest.mark.parametrize("compresses", [False, True], ids=["keep", "compress"])
+@pytest.mark.parametrize(("B", "pads"), BATCHES)
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_teacher_forced_pass_over_three_hops_is_hop_by_hop_inference(name, B, pads, compresses):
+    talk = conversation(name, stock(name), B, pads)
+    with attached(name, prune=router(compresses=compresses), training=False) as routed:
+        wanted, cache = closing_session(routed, talk)
+    if compresses:
+        assert cache.trace.closes[1].after != cache.trace.closes[1].before, "nothing was evicted"
+    real = talk.whole["attention_mask"].bool()
+    executors = ["dense"] if compresses else ["dense", "physical"]
+    for executor in executors:
+        with attached(name, prune=router(compresses=compresses), executor=executor) as routed:
+            out = routed.model(**talk.whole, hop_ids=talk.hop, generated=talk.generated)
+        torch.testing.assert_close(out.logits[real], wanted[real], rtol=0, atol=1e-5)
+
+
+def test_what_hop_ids_and_generated_say_matters():
+    """The equality above could hold if both sides ignored them."""
+    name = "qwen2_5_vl"
+    talk = conversation(name, stock(name), 1, None)
+    said = {"hop_ids": talk.hop, "generated": talk.generated}
+    with attached(name, prune=router(compresses=True)) as routed:
+        full = routed.model(**talk.whole, **said).logits
+        for missing in said:
+            rest = {key: value for key, value in said.items() if key != missing}
+            assert (routed.model(**talk.whole, **rest).logits - full).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("executor", ["dense", "physical"])
+def test_router_gradients_reach_pruned_positions_in_the_dense_executor_only(executor):
+    name = "qwen2_5_vl"
+    batch = families.make_inputs(name, stock(name), 3, RAGGED)
+    with attached(name, prune=router(), executor=executor) as routed:
+        loss = routed.model(**batch, labels=labels(batch)).loss
+        aux = routed.controller.aux
+        for keep in aux.values():
+            keep.logits.retain_grad()
+        loss.backward()
+        # Nobody reads what the last layer leaves at a pruned position: its own gate is the only way there.
+        for layer in (1, 2):
+            keep, gradient = aux[layer], aux[layer].logits.grad
+            protected = keep.z.detach() == 1
+            free = (gradient != 0) | ~keep.mask
+            assert (gradient[keep.mask & free & protected] != 0).any(), "kept positions learn nothing"
+            pruned = ~keep.mask & batch["attention_mask"].bool()
+            assert (gradient[pruned] != 0).all() == (executor == "dense")
+            assert (gradient[~batch["attention_mask"].bool()] == 0).all(), "padding has a say"
+        for row in routed.parts.prune.rows.values():
+            assert row.weight.grad.abs().max() > 0
+
+
+def test_written_positions_learn_from_what_later_hops_lose():
+    name = "qwen2_5_vl"
+    talk = conversation(name, stock(name), 3, RAGGED)
+    first = talk.generated & (talk.hop == 1)
+    last = talk.generated & (talk.hop == 2)
+    for compresses in (True, False):
+        with attached(name, prune=router(compresses=compresses), executor="dense") as routed:
+            loss = routed.model(
+                **talk.whole, labels=labels(talk.whole), hop_ids=talk.hop, generated=talk.generated
+            ).loss
+            keep = routed.controller.aux[2]
+            keep.logits.retain_grad()
+            loss.backward()
+            free = first & (keep.logits.grad != 0)
+            assert bool(free.any()) == compresses
+            assert (keep.logits.grad[last] == 0).all(), "the last hop never closes"
+
+
+def test_losses_of_the_pruner_reach_the_trainer():
+    name = "qwen2_5_vl"
+    with attached(name, prune=router()) as routed:
+        routed.model(**families.make_inputs(name, stock(name)))
+        losses = [keep.losses["mean"] for keep in routed.controller.aux.values()]
+        assert len(losses) == 3
+        sum(losses).backward()
+        assert routed.parts.prune.rows["1"].bias.grad.abs() > 0
