@@ -351,7 +351,8 @@ class Step:
             rows.last = (self.tokens.valid * torch.arange(h.shape[1], device=h.device)).amax(1)
         out = stock(h, rotary, rows, None)
         y = out[0] if self.family.tuple_out else out
-        h = h + update_gate(keep)[..., None].to(h.dtype) * (y - h)
+        gate = update_gate(keep).masked_fill(~self.tokens.valid, 0)  # type: ignore[union-attr]
+        h = h + gate[..., None].to(h.dtype) * (y - h)
         if rows.row is not None:
             self._rows[index] = rows.row, self.tokens.position.masked_fill(~self.tokens.valid, -1)
         if self.full:
