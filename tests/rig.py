@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+import families
 from learned import LinearRouter
 from torch import Tensor
 
-import families
 import mmroute
 from mmroute.engine.attach import Routed
 

@@ -6,11 +6,12 @@ Legend: B batch, N positions of the whole conversation, V vocabulary.
 from dataclasses import dataclass
 from typing import Any
 
+import families
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-import families
+from mmroute import backbones
 from mmroute.cache import RaggedCache
 from mmroute.engine.attach import Routed
 
@@ -45,20 +46,14 @@ def conversation(name: str, model: Any, batch: int, pads: list[int] | None) -> T
         Part(2, _text(batch, 3, seed=10), True),
     ]
     whole = families.join(name, *(part.batch for part in parts))
-    family = _family(model)
+    family = backbones.of(model)
     whole["position_ids"] = family.positions(
         model, whole["input_ids"], whole["attention_mask"], whole.get("image_grid_thw")
     )
     widths = [part.batch["input_ids"].shape[1] for part in parts]
-    marks = zip(parts, widths, strict=True)
-    hop, generated = zip(*((torch.full((batch, n), p.hop), torch.full((batch, n), p.written)) for p, n in marks))
+    hop = [torch.full((batch, n), part.hop) for part, n in zip(parts, widths, strict=True)]
+    generated = [torch.full((batch, n), part.written) for part, n in zip(parts, widths, strict=True)]
     return Talk(parts, whole, torch.cat(hop, dim=1), torch.cat(generated, dim=1))
-
-
-def _family(model: Any) -> Any:
-    from mmroute import backbones
-
-    return backbones.of(model)
 
 
 def _text(batch: int, length: int, seed: int) -> dict[str, Tensor]:

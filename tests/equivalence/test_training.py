@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
+import families
 import pytest
 import torch
 from rig import RAGGED, attached, backbone_gradients, labels, relative, router, stock
 from teacher import closing_session, conversation
-
-import families
 
 BATCHES = [pytest.param(1, None, id="one"), pytest.param(3, RAGGED, id="ragged")]
 

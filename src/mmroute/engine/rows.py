@@ -28,8 +28,6 @@ class Rows:
     """All rows laid end to end in one."""
     again: bool = False
     """A second pass: `output_attentions` shows first passes only."""
-    again: bool = False
-    """A second pass: `output_attentions` shows first passes only."""
     probe: bool = False
     """Record the attention row of each row's last position."""
     bias: Tensor | None = None
