@@ -7,8 +7,9 @@ Source: PyramidDrop (CVPR 2025, arXiv 2410.17247): before stage layer s_j, atten
 Deviates: shares are of the full count and rounded up; the last instruction token is the last position of the call,
     and the softmax runs over the positions of this call (an image that enters later is not ranked against the cache);
     original positions are kept where the release renumbers; several images of a hop are ranked together.
-Checked: twin (loop reference, tests/unit/prune/test_twins.py), arithmetic (stages 2, 7, 15, 23 of 32, lambda
-    .5965 of 576 is 192 tokens); not run against the release.
+Checked: twin (tests/unit/prune/test_twins.py; on five families the first stage's sets equal those from the stock
+    model's own attention maps, tests/conformance/test_prune_on_models.py), arithmetic (stages 2, 7, 15, 23 of 32,
+    lambda .5965 of 576 is 192 tokens); not run against the release.
 """
 
 from typing import Annotated, Any
