@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from mmroute.cli import ask, calibrate, info
+from mmroute.cli import ask, calibrate, data, demo, evaluate, info
 from mmroute.errors import ConfigError, MmrouteError
 
 __all__ = ["app", "main"]
@@ -43,6 +43,9 @@ def root(
 
 
 app.command("ask")(ask.ask)
+app.command("eval")(evaluate.evaluate)
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
 app.add_typer(calibrate.app, name="calibrate")
 app.command("list")(info.list_methods)
 app.command("env")(info.env)
@@ -62,9 +65,8 @@ def main() -> None:
     except Exception as error:
         if _is_disk_full(error):
             name = next((e.filename for e in _chain(error) if isinstance(e, OSError) and e.filename), None)
-            _fail(
-                f"the disk is full{f' at {name}' if name else ''}; files already there are whole; make room, rerun", 1
-            )
+            where = f" at {name}" if name else ""
+            _fail(f"the disk is full{where}; files already there are whole; make room and run again", 1)
         if isinstance(error, OSError):
             _fail(error, 1)
         raise
