@@ -314,21 +314,28 @@ def _from_arrow(row: dict[str, Any], where: str) -> Sample:
 # ---------------------------------------------------------------------- specs
 
 
-def write_specs(task: Generated, split: str, n: int, out: Path, offset: int = 0) -> int:
-    """Writes the specs of `n` items of a generated task as a new folder; returns n.
+def write_specs(task: Generated, split: str, n: int | None, out: Path) -> int:
+    """Writes the specs of the first `n` items of a generated task as a new folder; returns how many.
+
+    Args:
+        task: whose options are written too, so that the same pictures come out.
+        split: train, val or test.
+        n: None is the whole split.
+        out: a directory that does not exist or is empty.
 
     Raises:
-        ConfigError: no such split.
-        InputError: no items, or a place that cannot be written.
+        ConfigError: no such split, or `n` is None and the split has no fixed size.
+        InputError: a place that cannot be written.
     """
-    if n < 1:
-        raise InputError(f"{out}: there are no samples to write (n is {n})")
+    n = task.preset.splits.get(split) if n is None else n
+    if not n:
+        raise ConfigError(f"{task.name}:{task.preset.name} {split!r} has no fixed size; give n")
     head = {"schema": SPEC_SCHEMA, "task": task.name, "config": dataclasses.asdict(task.config)}
     with new_folder(out) as folder:
         (folder / "task.json").write_text(json.dumps(head, indent=1) + "\n")
         with (folder / "specs.jsonl").open("w", newline="\n") as lines:
             for i in range(n):
-                lines.write(task.spec(split, offset + i).to_json() + "\n")  # type: ignore[arg-type]
+                lines.write(task.spec(split, i).to_json() + "\n")  # type: ignore[arg-type]
     return n
 
 
@@ -355,4 +362,8 @@ def _read_specs(folder: Path) -> Iterator[Sample]:
             raise InputError(
                 f"{where}: made by {spec.task}-v{spec.version}, this version of mmroute has {task.name}-v{task.version}"
             )
-        yield task.sample(spec)
+        try:
+            sample = task.sample(spec)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"{where}: {task.name} cannot draw this world: {error!r}") from None
+        yield sample

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 from mmroute import hub
 from mmroute.errors import InputError
 from mmroute.tasks import frozenlake, maze
-from mmroute.tasks._grid import Cell, split_of
+from mmroute.tasks._grid import Cell, inside, reverse, split_of, step
 from mmroute.tasks._io import new_folder, open_image, png_bytes
 from mmroute.tasks._presets import level_of
 from mmroute.tasks._texts import MOVES, coordinate
@@ -30,8 +30,9 @@ from mmroute.tasks.base import Generated, Hop, Sample, Spec
 
 __all__ = ["Row", "from_mvot", "rows", "to_mvot"]
 
-LETTERS = "ABCD"
 LAKE_MOVES = ("left", "down", "right", "up")
+_LAKE_MOVE = dict(enumerate(LAKE_MOVES))
+DOWN, RIGHT = MOVES.index("down"), MOVES.index("right")
 FATES = ("success", "terminated", "truncated")
 
 
@@ -104,7 +105,6 @@ def _walk(sample: Sample) -> _Walk:
     task: Generated = hub.load("tasks", sample.task)
     states = task.trace(spec)
     cells = [s.cell for s in states if s.cell is not None]
-    listed = [MOVES[a] for a in spec.world["actions"]]
     if "cells" in known:  # an untrusted tree says something else than the simulator
         cells = [(r, c) for r, c in known["cells"]]
     pictures = [i for i in (sample.prompt_images[0], *(h.image for h in sample.hops)) if i >= 0]
@@ -112,19 +112,25 @@ def _walk(sample: Sample) -> _Walk:
         frames = [sample.images[i] for i in pictures]
     else:
         frames = [task.draw(spec, state, "mvot") for state in states]
-    executed = len(cells) - 1
-    unused = known.get("additional_actions")
+    moves, unused = _listed(sample, len(cells) - 1)
     return _Walk(
         task=sample.task,
         n=spec.n,
         cells=cells,
-        moves=listed[:executed],
-        unused=listed[executed:] if unused is None else [LAKE_MOVES[a] for a in unused],
+        moves=moves,
+        unused=unused,
         answer=sample.answer_index,
         world=spec.world,
         frames=frames,
         known=known,
     )
+
+
+def _listed(sample: Sample, executed: int) -> tuple[list[str], list[str]]:
+    """The moves that are executed, and those that only stand in the prompt."""
+    listed = [MOVES[a] for a in sample.meta["spec"]["world"]["actions"]]
+    unused = sample.meta.get("mvot", {}).get("additional_actions")
+    return listed[:executed], listed[executed:] if unused is None else [_LAKE_MOVE[a] for a in unused]
 
 
 def _free(wanted: int | None, taken: set[int]) -> int:
@@ -159,7 +165,29 @@ def _maze_entry(walk: _Walk, path_id: int) -> dict[str, Any]:
 def _maze_info(world: dict[str, Any], n: int) -> str:
     """Passages down of all cells, row-major, then passages right: T open, F closed."""
     cells = [(r, c) for r in range(n) for c in range(n)]
-    return "".join("FT"[maze.is_open(world, cell, MOVES.index(m))] for m in ("down", "right") for cell in cells)
+    # Both ways: a wall tile can be left but not entered, and MVoT knows only walls between cells.
+    return "".join(
+        "FT"[maze.passable(world, cell, a) and maze.passable(world, step(cell, a), reverse(a))]
+        for a in (DOWN, RIGHT)
+        for cell in cells
+    )
+
+
+def _maze_board(info: str, n: int, where: str) -> list[list[int]]:
+    """`_maze_info` back: bit a of a cell is set where a wall stands in direction a."""
+    if len(info) != 2 * n * n or not set(info) <= {"T", "F"}:
+        raise InputError(f"{where}: maze_info is {2 * n * n} letters T or F for {n} x {n} cells, given {info!r}")
+    board = [[15] * n for _ in range(n)]
+    for i, letter in enumerate(info):
+        move, here = (DOWN, RIGHT)[i // (n * n)], divmod(i % (n * n), n)
+        there = step(here, move)
+        if letter == "F":
+            continue
+        if not inside(there, n):
+            raise InputError(f"{where}: maze_info opens cell {here} towards the outside")
+        board[here[0]][here[1]] &= ~(1 << move)
+        board[there[0]][there[1]] &= ~(1 << reverse(move))
+    return board
 
 
 def _add_episode(walk: _Walk, level: dict[str, dict[str, Any]]) -> int:
@@ -252,13 +280,14 @@ def _maze_walk(entry: dict[str, Any], root: Path, where: str) -> _Walk:
     cells = [(int(r), int(c)) for r, c in entry["path_locs"]]
     moves = [str(a).removesuffix("-1") for a in entry["action_list"]]
     plates = [[int(r), int(c)] for r, c in entry["candidate_locs"]]
-    info = entry["maze_info"]
-    if len(info) != 2 * n * n or not set(info) <= {"T", "F"}:
-        raise InputError(f"{where}: maze_info is {2 * n * n} letters T or F for {n} x {n} cells, given {info!r}")
-    below, beside = info[: n * n], info[n * n :]
-    passages = {(divmod(i, n), MOVES.index("down")) for i in range(n * n) if below[i] == "T"}
-    passages |= {(divmod(i, n), MOVES.index("right")) for i in range(n * n) if beside[i] == "T"}
-    world = maze.world_of(n, passages, cells[0], plates, [MOVES.index(m) for m in moves])
+    world = {
+        "walls": "edges",
+        "board": _maze_board(entry["maze_info"], n, where),
+        "start": list(cells[0]),
+        "plates": plates,
+        "actions": [MOVES.index(m) for m in moves],
+    }
+    _check_cells([*cells, *((r, c) for r, c in plates)], n, where)
     names = [f"{entry['file_prefix']}_{k + 1}.jpg" for k in range(len(cells))]
     return _Walk(
         task="maze",
@@ -280,13 +309,14 @@ def _lake_walk(data: tuple[str, dict[str, Any], int], folder: Path, where: str) 
     if n * n != len(desc) or not set(desc) <= set("SFHG") or desc.count("G") != 1:
         raise InputError(f"{where}: env_desc is a square of S, F, H and one G, given {desc!r}")
     cells = [divmod(int(s), n) for s in env["states"][i]]
-    moves = [LAKE_MOVES[int(a)] for a in env["actions"][i]]
+    moves = [_LAKE_MOVE[a] for a in env["actions"][i]]
     unused = [int(a) for a in env["additional_actions"][i]]
+    _check_cells(cells, n, where)
     fate = env["exec_states"][i]
     if fate not in FATES:
         raise InputError(f"{where}: exec_states is one of {', '.join(FATES)}, given {fate!r}")
     # A truncated run has no end behind which further moves would be void: to the simulator they do not exist.
-    listed = moves if fate == "truncated" else [*moves, *(LAKE_MOVES[a] for a in unused)]
+    listed = moves if fate == "truncated" else [*moves, *(_LAKE_MOVE[a] for a in unused)]
     world = {
         "grid": [[int(desc[r * n + c] == "H") for c in range(n)] for r in range(n)],
         "start": list(cells[0]),
@@ -299,7 +329,7 @@ def _lake_walk(data: tuple[str, dict[str, Any], int], folder: Path, where: str) 
         n=n,
         cells=cells,
         moves=moves,
-        unused=[LAKE_MOVES[a] for a in unused],
+        unused=[_LAKE_MOVE[a] for a in unused],
         answer=FATES.index(fate),
         world=world,
         frames=[_frame(folder, f"{data_id}/{k}.png", where) for k in range(len(cells))],
@@ -311,6 +341,12 @@ def _lake_walk(data: tuple[str, dict[str, Any], int], folder: Path, where: str) 
             "additional_actions": unused,
         },
     )
+
+
+def _check_cells(cells: Sequence[Cell], n: int, where: str) -> None:
+    for cell in cells:
+        if not inside(cell, n):
+            raise InputError(f"{where}: cell {cell} is not on a board of {n} x {n}")
 
 
 def _frame(root: Path, name: str, where: str) -> Path:
@@ -326,7 +362,7 @@ def _sample(walk: _Walk, where: str, trusted: bool) -> Sample:
     if len(walk.cells) != len(walk.moves) + 1:
         raise InputError(f"{where}: {len(walk.moves)} moves need {len(walk.moves) + 1} states, given {len(walk.cells)}")
     task: Generated = hub.load("tasks", walk.task, preset="mvot")
-    key = (maze if walk.task == "maze" else frozenlake).layout_key(walk.world)
+    key = _layout_key(walk.task, walk.world)
     spec = Spec(
         task=walk.task,
         version=task.version,
@@ -350,6 +386,8 @@ def _sample(walk: _Walk, where: str, trusted: bool) -> Sample:
                 "to read trees with wrong labels use: --from mvot-dare"
             )
         known["cells"] = [list(cell) for cell in walk.cells]
+    if trusted and walk.task == "frozenlake" and (fate := _fate(walk.world, walk.cells[-1])) != walk.answer:
+        raise InputError(f"{where}: on this board the run ends in {FATES[fate]}, not {FATES[walk.answer]}")
     hops = [
         Hop(f"Go {move}.", image=i, state=coordinate(*cell))
         for i, (move, cell) in enumerate(zip(walk.moves, walk.cells[1:], strict=True), start=1)
@@ -392,6 +430,14 @@ def _sample(walk: _Walk, where: str, trusted: bool) -> Sample:
         },
         meta=meta if trusted else meta | {"untrusted_labels": True},
     )
+
+
+def _layout_key(task: str, world: dict[str, Any]) -> str:
+    return maze._key(world["walls"], world["board"]) if task == "maze" else frozenlake._key(world)
+
+
+def _fate(world: dict[str, Any], end: Cell) -> int:
+    return 0 if list(end) == world["goal"] else 1 if world["grid"][end[0]][end[1]] else 2
 
 
 # ---------------------------------------------------------------------- rows
@@ -442,10 +488,11 @@ def rows(sample: Sample) -> list[Row]:
     if any(hop.image < 0 for hop in sample.hops):
         raise InputError(f"{sample.id}: a hop has no picture; make the data with --set task.hop_images=observed")
     head, opening, end = _RULES[sample.task]
-    listed = " ".join(f"Go {MOVES[a]}." for a in sample.meta["spec"]["world"]["actions"])
+    executed, unused = _listed(sample, len(sample.hops))
+    moves = [f"Go {move}. " for move in executed]
+    listed = "".join([*moves, *(f"Go {move}. " for move in unused)]).strip()
     start = sample.prompt_images[0]
     prompt = f"{head.format(moves=_MOVES)}Action sequence: {listed}\n{opening}<image>\nResponse: "
-    moves = [f"Go {MOVES[a]}. " for a in sample.meta["spec"]["world"]["actions"][: len(sample.hops)]]
     out: list[Row] = []
     for t, hop in enumerate(sample.hops):
         before = "".join(moves[:t])
