@@ -5,7 +5,8 @@ Legend: B batch, N positions, D hidden.
 Source: DARE's information cliff (known to us from slides and a summary): layers before it need vision, layers behind
     it do not. Ranked by the attention row of the last query at the layer before, as FastV does.
 Deviates: DARE learns scores and rates, nothing is learned here; a table for another depth is interpolated over
-    depth; behind the cliff vision is skipped or, with `scope: drop`, gone.
+    depth; behind the cliff vision is skipped or, with `scope: drop`, gone. What did not run the layer before has no
+    attention there, so with `row` the same positions tend to stay out; where rates rise, they come back from the left.
 Checked: twin (tests/unit/prune/test_twins.py).
 """
 
