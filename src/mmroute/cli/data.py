@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmroute.config import overrides
 from mmroute.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,6 +79,7 @@ def import_(
 
 def _task(name: str, preset: str | None, assignments: list[str]) -> "Task":
     from mmroute import hub
+    from mmroute.config import overrides
 
     name, _, named = name.partition(":")
     if named and preset and named != preset:
