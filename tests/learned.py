@@ -3,7 +3,7 @@
 Legend: B batch, N positions, D hidden.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,8 +27,13 @@ class LinearRouter(Pruner):
         first_layer: Annotated[int, Field(ge=0)] = 1
         vision_keep: Annotated[float, Field(ge=0, le=1)] = 0.4
         text_keep: Annotated[float, Field(ge=0, le=1)] = 0.7
+        every: Annotated[int, Field(ge=1)] = 1
+        """Every which layer chooses, from `first_layer` on."""
+        scope: Literal["skip", "drop"] = "skip"
         compresses: bool = False
         """Whether a hop's end evicts."""
+        reads_row: bool = False
+        """Whether the attention row of the layer before ranks too."""
         seed: int = 3
 
     needs = frozenset({"scores_kept"})
@@ -36,8 +41,11 @@ class LinearRouter(Pruner):
 
     def __init__(self, **given: object) -> None:
         super().__init__(**given)
+        self.action = self.config.scope
+        if self.config.reads_row:
+            self.needs = self.needs | {"row"}
         generator = torch.Generator().manual_seed(self.config.seed)
-        layers = range(self.config.first_layer, self.config.layers)
+        layers = range(self.config.first_layer, self.config.layers, self.config.every)
         self.rows = nn.ModuleDict({str(i): nn.Linear(self.config.hidden, 1) for i in layers})
         with torch.no_grad():
             for row in self.rows.values():
@@ -46,7 +54,7 @@ class LinearRouter(Pruner):
         self.asked = 0
 
     def acts(self, layer: int, num_layers: int) -> bool:
-        return layer >= self.config.first_layer
+        return str(layer) in self.rows
 
     def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
         if modality is Modality.LATENT:
@@ -59,7 +67,8 @@ class LinearRouter(Pruner):
         self.asked += 1
         x = x.detach().float()
         normed = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
-        return self.rows[str(site.layer)](normed).squeeze(-1)
+        score = self.rows[str(site.layer)](normed).squeeze(-1)
+        return score + 100 * site.row.detach() if self.config.reads_row else score
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:
         keep = super().keep(x, tokens, site)

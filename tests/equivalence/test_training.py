@@ -8,6 +8,8 @@ import torch
 from rig import RAGGED, attached, backbone_gradients, labels, relative, router, stock
 from teacher import closing_session, conversation
 
+from mmroute.deepen.uniform import Uniform
+
 BATCHES = [pytest.param(1, None, id="one"), pytest.param(3, RAGGED, id="ragged")]
 
 
@@ -23,15 +25,12 @@ def _train(routed, batch, **extra):
     return out, backbone_gradients(routed.model)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize(("B", "pads"), BATCHES)
-@pytest.mark.parametrize("name", families.NAMES)
-def test_the_dense_executor_trains_what_the_physical_one_does(name, B, pads, attn):
+def _dense_is_physical(name, attn, B, pads, choose, **parts):
     batch = families.make_inputs(name, stock(name), B, pads)
-    with attached(name, attn, prune=router(), executor="dense") as routed:
+    with attached(name, attn, prune=router(**choose), executor="dense", **parts) as routed:
         dense, wanted = _train(routed, batch)
-        ran = routed.trace.calls[0].layers[-1].ran
-    with attached(name, attn, prune=router(), executor="physical") as routed:
+        ran = [layer.ran for layer in routed.trace.calls[0].layers][-1]
+    with attached(name, attn, prune=router(**choose), executor="physical", **parts) as routed:
         physical, gradients = _train(routed, batch)
         assert routed.trace.calls[0].layers[-1].ran == ran
     real = batch["attention_mask"].bool()
@@ -39,6 +38,24 @@ def test_the_dense_executor_trains_what_the_physical_one_does(name, B, pads, att
     torch.testing.assert_close(dense.loss, physical.loss, rtol=0, atol=1e-6)
     torch.testing.assert_close(dense.logits[real], physical.logits[real], rtol=0, atol=1e-5)
     assert relative(gradients, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("B", "pads"), BATCHES)
+@pytest.mark.parametrize("name", families.NAMES)
+def test_the_dense_executor_trains_what_the_physical_one_does(name, B, pads, attn):
+    _dense_is_physical(name, attn, B, pads, {})
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("choose", [{"reads_row": True}, {"scope": "drop", "every": 2}], ids=["row", "drop"])
+def test_so_it_does_with_attention_rows_and_with_drops(name, choose):
+    _dense_is_physical(name, "sdpa", 3, RAGGED, choose)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_so_it_does_with_second_passes(name):
+    _dense_is_physical(name, "sdpa", 3, RAGGED, {}, deepen=Uniform(deepen_tokens=4))
 
 
 @pytest.mark.parametrize(("B", "pads"), BATCHES)

@@ -1,4 +1,4 @@
-"""Activation checkpointing changes memory and nothing else: layers run twice, routers once, gradients stay bit for bit."""
+"""Activation checkpointing changes memory and nothing else: layers run twice, routers once, gradients are the same."""
 
 import warnings
 from collections import Counter
