@@ -219,7 +219,7 @@ def _logits(routed: Any, one: Gold) -> Float[Tensor, "B R V"]:
     N = session.ids.shape[1]
     ids = torch.cat([session.ids, one.completion], 1)
     mask = torch.cat([session.mask, one.real.to(session.mask.dtype)], 1)
-    positions = routed.family.positions(routed.model, ids, mask, session.grids)
+    positions = routed.family.positions(routed.model, ids, mask, one.prompt.get("image_grid_thw"))
     out = routed.model(
         input_ids=one.completion,
         attention_mask=mask,
