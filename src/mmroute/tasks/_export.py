@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mmroute.errors import ConfigError, InputError
-from mmroute.tasks._io import new_folder, png_bytes, write
+from mmroute.tasks._io import new_folder, png_bytes, write_parquet
 from mmroute.tasks._mvot import to_mvot
 from mmroute.tasks._parse import strict
 from mmroute.tasks.base import Choice, Sample
@@ -229,13 +229,14 @@ def _lmms(samples: Iterable[Sample], out: Path) -> int:
     tasks: dict[str, None] = {}
 
     def noted() -> Iterator[Sample]:
-        for sample in samples:
+        for _, sample in _numbered(samples, out):
             seen.setdefault(sample.split)
             tasks.setdefault(sample.task)
             yield sample
 
     with new_folder(out) as folder:
-        count = write(noted(), folder / "data", "parquet")
+        (folder / "data").mkdir()
+        count = write_parquet(noted(), folder / "data")
         name = f"mmroute_{next(iter(tasks)) if len(tasks) == 1 else 'mixed'}"
         # `datasets` reads relative paths from the working directory, so this one has to be absolute.
         data = Path(out).absolute() / "data"

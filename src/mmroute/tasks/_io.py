@@ -27,7 +27,7 @@ from mmroute.errors import ConfigError, InputError, MissingExtra
 from mmroute.tasks._rows import SCHEMA, arrow_schema, row_of, sample_of
 from mmroute.tasks.base import Generated, Sample, Spec
 
-__all__ = ["FORMATS", "new_folder", "open_image", "png_bytes", "read", "write", "write_specs"]
+__all__ = ["FORMATS", "new_folder", "open_image", "png_bytes", "read", "write", "write_parquet", "write_specs"]
 
 SPEC_SCHEMA = "mmhop-spec/1"
 FORMATS = ("parquet", "jsonl", "spec")
@@ -120,7 +120,7 @@ def write(samples: Iterable[Sample], out: Path, format: str = "parquet") -> int:
     if format not in ("parquet", "jsonl"):
         raise ConfigError(f"samples are written as parquet or jsonl (given {format!r}); spec is for generated tasks")
     with new_folder(out) as folder:
-        count = (_write_parquet if format == "parquet" else _write_jsonl)(samples, folder)
+        count = (write_parquet if format == "parquet" else _write_jsonl)(samples, folder)
         if not count:
             raise InputError(f"{out}: there are no samples to write")
     return count
@@ -247,6 +247,12 @@ class _Shards:
             self.writer.close()
             self.writer, self.written, self.count = None, 0, self.count + 1
 
+    def abandon(self) -> None:
+        # A writer whose disk is full cannot close well; what matters is the error that led here.
+        if self.writer is not None:
+            with contextlib.suppress(self.pa.ArrowException, OSError):
+                self.writer.close()
+
     def finish(self) -> None:
         self.close()
         for i in range(self.count):
@@ -254,7 +260,13 @@ class _Shards:
             os.replace(self.folder / name, self.folder / f"{name}-of-{self.count:05d}.parquet")
 
 
-def _write_parquet(samples: Iterable[Sample], folder: Path) -> int:
+def write_parquet(samples: Iterable[Sample], folder: Path) -> int:
+    """Writes shards into a folder that is there; returns how many samples. For whole folders use `write`.
+
+    Raises:
+        InputError: a broken sample.
+        MissingExtra: pyarrow is missing.
+    """
     pa = _pyarrow()
     shards: dict[str, _Shards] = {}
     count = 0
@@ -269,11 +281,12 @@ def _write_parquet(samples: Iterable[Sample], folder: Path) -> int:
             if sample.split not in shards:
                 shards[sample.split] = _Shards(folder, sample.split, pa)
             shards[sample.split].add(row, size)
-    finally:
         for part in shards.values():
-            part.close()
-    for part in shards.values():
-        part.finish()
+            part.finish()
+    except BaseException:
+        for part in shards.values():
+            part.abandon()
+        raise
     return count
 
 

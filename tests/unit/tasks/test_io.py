@@ -260,6 +260,22 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, format):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_parquet_file_that_cannot_be_closed_does_not_hide_the_full_disk(tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def broken(self):
+        raise pa.ArrowInvalid("Operation on closed file")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    monkeypatch.setattr(pq.ParquetWriter, "close", broken)
+    with pytest.raises(InputError, match="the disk is full; nothing was kept"):
+        _io.write([sample()], tmp_path / "data", "parquet")
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_interrupted_run_leaves_nothing_in_place(tmp_path):
     def stopped():
         yield sample()
