@@ -26,7 +26,7 @@ from mmroute.trace import HopClose, Shape, Trace
 __all__ = ["Chunk", "RaggedCache", "RaggedLayer"]
 
 BLOCK = 64
-_META = ("modality", "hop", "protected", "generated")
+_META = ("modality", "hop", "protected", "generated", "valid")
 
 
 @dataclass
@@ -107,14 +107,14 @@ class RaggedLayer(DynamicLayer):
         if not rows.packed and len(set(start)) == 1:
             here = slice(start[0], rows.k[0])
             keys[:, :, here], values[:, :, here], pos[:, here] = key_states, value_states, plan.position
-            if plan.score is not None:
-                self.score[:, here] = plan.score
+            if self.score is not None:
+                self.score[:, here] = float("inf") if plan.score is None else plan.score
         elif not rows.packed and key_states.shape[2] == 1:  # a decode step of rows with unequal lengths
             row, slot = torch.arange(B, device=keys.device), torch.tensor(start, device=keys.device)
             keys[row, :, slot], values[row, :, slot] = key_states[:, :, 0], value_states[:, :, 0]
             pos[row, slot] = plan.position[:, 0].to(pos.dtype)
-            if plan.score is not None:
-                self.score[row, slot] = plan.score[:, 0].to(self.score.dtype)
+            if self.score is not None:
+                self.score[row, slot] = torch.inf if plan.score is None else plan.score[:, 0].to(self.score.dtype)
         else:
             at = 0
             for b, width in enumerate(rows.q):
@@ -123,12 +123,12 @@ class RaggedLayer(DynamicLayer):
                 if rows.packed:
                     here = slice(at, at + width)
                     keys[b, :, to], values[b, :, to], pos[b, to] = k[0, :, here], v[0, :, here], p[here]
-                    if s is not None:
-                        self.score[b, to] = s[here]
+                    if self.score is not None:
+                        self.score[b, to] = float("inf") if s is None else s[here]
                 else:
                     keys[b, :, to], values[b, :, to], pos[b, to] = k[b], v[b], p[b]
-                    if s is not None:
-                        self.score[b, to] = s[b]
+                    if self.score is not None:
+                        self.score[b, to] = float("inf") if s is None else s[b]
                 at += width
         self.n = list(rows.k)
         most = max(self.n)
@@ -183,19 +183,24 @@ class RaggedLayer(DynamicLayer):
         self.pos = pos
         if self.score is not None:
             score = torch.full(pos.shape, float("inf"), dtype=self.score.dtype, device=self.score.device)
-            score[:, :most] = self.score.gather(1, index)
+            score[:, :most] = self.score.gather(1, index).masked_fill(beyond, float("inf"))
             self.score = score
         self.n = list(counts)
 
-    def crop_to(self, column: int) -> None:
-        """Forgets every slot at or behind a logical column; exact also where this layer stored fewer."""
-        if not self.n or self.pos is None:
-            return
-        stays = (self.pos >= 0) & (self.pos < column)
-        self.n = stays.sum(1).tolist()
-        self.keys.masked_fill_(~stays[:, None, :, None], 0)
-        self.values.masked_fill_(~stays[:, None, :, None], 0)
-        self.pos.masked_fill_(~stays, -1)
+    def before(self, column: int) -> Tensor:
+        """(B,) slots that stand before a logical column."""
+        return ((self.pos >= 0) & (self.pos < column)).sum(1)
+
+    def shorten(self, lengths: list[int]) -> None:
+        """Forgets the slots of each row behind its new length."""
+        first, last = min(lengths), max(self.n)
+        if first < last:  # slots stand in order of position, so those to forget are the last ones
+            slot = torch.arange(first, last, device=self.pos.device)
+            gone = slot >= torch.tensor(lengths, device=self.pos.device)[:, None]
+            self.keys[:, :, first:last].masked_fill_(gone[:, None, :, None], 0)
+            self.values[:, :, first:last].masked_fill_(gone[:, None, :, None], 0)
+            self.pos[:, first:last].masked_fill_(gone, -1)
+        self.n, self._plan = list(lengths), None
 
     def get_seq_length(self) -> int:
         return max(self.n) if self.n else 0
@@ -222,10 +227,12 @@ class RaggedCache(Cache):
         self.hop = 0
         """Current hop of the session; `Chunk.hop` overrides it per position."""
         self.in_hop: Tensor | None = None
-        """(B,) valid positions the current hop has so far; rank of the next ones."""
+        """(B,) valid positions that the hop of each row's last column has so far; rank of the next ones."""
+        self.last_hop: Tensor | None = None
+        """(B,) that hop."""
         self.next: Chunk | None = None
-        self.route_chunks = True
-        """Whether calls of several positions on a filled cache are routed; assisted decoding says no."""
+        self.drafts_from: int | None = None
+        """Logical column behind which several positions in one call are drafts of assisted decoding: they all run."""
         self.reserved = 0
         self._compacted_at = 0
         self._meta: Tensor | None = None
@@ -273,7 +280,7 @@ class RaggedCache(Cache):
         most = max(stored.lengths)
         pos = stored.pos[:, :most].long()
         valid = pos >= 0
-        modality, hop, protected, generated = (self.meta[name].gather(1, pos.clamp(min=0)).long() for name in _META)
+        modality, hop, protected, generated, _ = (self.meta[name].gather(1, pos.clamp(min=0)).long() for name in _META)
         score = None if stored.score is None else stored.score[:, :most].float()
         return Slots(score, modality, hop, protected.bool() & valid, generated.bool() & valid, pos, valid)
 
@@ -281,7 +288,7 @@ class RaggedCache(Cache):
         """The next positions belong to another hop."""
         if hop < 0:
             raise ConfigError(f"a hop is counted from 0, given {hop}")
-        self.hop, self.in_hop = hop, None
+        self.hop, self.in_hop, self.last_hop = hop, None, None
 
     def close_hop(self, pruner: Pruner, closing: list[int] | None = None) -> None:
         """Compresses what a finished hop left in every layer; evicted slots never return. One device read in all.
@@ -291,6 +298,8 @@ class RaggedCache(Cache):
             closing: [row]: the hop that has ended, -1 for none; default the current hop in every row.
         """
         B = self.batch_size
+        if B < 0:
+            raise UnsupportedCall("the cache is empty; close a hop after the calls that wrote it")
         ended = closing if closing is not None else [self.hop] * B
         if len(ended) != B:
             raise ConfigError(f"closing has {len(ended)} rows, the cache {B}; give one hop per row, -1 for none")
@@ -317,7 +326,7 @@ class RaggedCache(Cache):
 
     @property
     def meta(self) -> dict[str, Tensor]:
-        """(B, seen) int8 each: modality, hop, protected, generated of every logical column."""
+        """(B, seen) int8 each: modality, hop, protected, generated, valid of every logical column."""
         if self._chunks:
             parts = [torch.stack(chunk).clamp(max=127).to(torch.int8) for chunk in self._chunks]
             whole = torch.cat(parts if self._meta is None else [self._meta, *parts], dim=2)
@@ -340,13 +349,24 @@ class RaggedCache(Cache):
                 f"crop to column {column}: a hop was compressed at column {self._compacted_at} and what it evicted "
                 "cannot come back; fork() the cache before closing the hop"
             )
-        self.seen = column
-        for layer in self.layers:
-            layer.crop_to(column)
-        if self.meta:
+        if column < 0:
+            raise UnsupportedCall(f"crop by {tokens_to_remove}: the cache holds {self.seen} columns")
+        meta = self.meta
+        if meta:
             self._meta = self._meta[:, :, :column]  # type: ignore[index]
-        for cache in self.depth:
-            cache.crop(tokens_to_remove)
+        if self.last_hop is not None:
+            self.in_hop = ((self.meta["hop"] == self.last_hop[:, None]) & self.meta["valid"].bool()).sum(1)
+        for cache in (self, *self.depth):
+            cache.seen = column
+            cache.forget_from(column)
+
+    def forget_from(self, column: int) -> None:
+        """Takes out of every layer what stands at or behind a logical column, exact also where layers stored fewer."""
+        filled = [layer for layer in self.layers if layer.pos is not None]
+        if filled:
+            lengths = torch.stack([layer.before(column).to(filled[0].pos.device) for layer in filled]).tolist()
+            for layer, n in zip(filled, lengths, strict=True):
+                layer.shorten(n)
 
     def fork(self) -> "RaggedCache":
         """An independent copy: two continuations of one prompt."""
@@ -375,7 +395,9 @@ class RaggedCache(Cache):
                 layer._rows(index.to(device), [layer.n[i] for i in rows])
         if self.meta:
             self._meta = self._meta.index_select(1, index.to(self._meta.device))  # type: ignore[union-attr]
-        if self.in_hop is not None:
-            self.in_hop = self.in_hop.index_select(0, index.to(self.in_hop.device))
+        for name in ("in_hop", "last_hop"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.index_select(0, index.to(value.device)))
         for cache in self.depth:
             cache._rows(index, rows)

@@ -8,6 +8,7 @@ Legend: B batch, N positions of this call.
 
 import threading
 import types
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -153,6 +154,10 @@ class Controller:
     def after_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
         """Advances the cache, only now that every layer has run, and files what happened."""
         step: Step | None = kwargs.get("mmroute_step")
+        if step is not None and out is None and step.cache is not None:  # the call failed: the cache is as before it
+            for each in (step.cache, *step.cache.depth):
+                each.forget_from(step.call.start)
+            step.cache.in_hop, step.cache.last_hop = step.before
         if step is None or out is None:
             return out
         step.call.layers = [step.records[i] for i in sorted(step.records)]
@@ -198,12 +203,19 @@ class Controller:
         B, N = x.shape[:2]
         chunk = pending.chunk if pending is not None else Chunk()
         route = pending.route if pending is not None else True
-        start = 0
+        start, before = 0, (None, None)
         if cache is not None:
-            start = cache.seen
+            if cache.batch_size not in (-1, B):
+                raise UnsupportedCall(
+                    f"this cache holds {cache.batch_size} rows, the call brings {B}; use its own batch, or select rows "
+                    "with cache.batch_select_indices"
+                )
+            start, before = cache.seen, (cache.in_hop, cache.last_hop)
             if cache.next is not None:
                 chunk, cache.next = _merged(cache.next, chunk), None
-            route = route and (cache.route_chunks or start == 0 or N == 1)
+            if cache.drafts_from is not None and N > 1:
+                route = route and start < cache.drafts_from
+                chunk.generated = (torch.arange(start, start + N) >= cache.drafts_from).expand(B, N)
         if chunk.modality is None:
             raise UnsupportedCall(
                 "embeddings came without saying what they are, and images would silently count as text; pass "
@@ -238,6 +250,7 @@ class Controller:
             dense=training and self.executor == "dense",
             full=self.full_trace,
             single=single,
+            before=before,
         )
 
     def _tokens(
@@ -256,37 +269,30 @@ class Controller:
                 raise UnsupportedCall(f"attention_mask has {mask.shape[1]} columns, the call brings {N} positions")
         hop_now = cache.hop if cache is not None else 0
         hop = torch.full_like(modality, hop_now) if chunk.hop is None else chunk.hop.long().to(device)
-        before = cache.in_hop if cache is not None else None
         generated = torch.full_like(valid, single) if chunk.generated is None else chunk.generated.bool().to(device)
-        protected = self._protected(valid, hop, before, single, chunk.hop is not None, generated)
+        many = chunk.hop is not None and not single
+        protected = valid & (self._rank_in_hop(valid, hop, cache, many) <= self.prefix_tokens)
+        if not single:
+            protected |= _last_given(valid & ~generated, hop if many else None)
         if chunk.protected is not None:
             protected |= chunk.protected.bool().to(device) & valid
-        if cache is not None:
-            added = valid.sum(1)
-            cache.in_hop = added if before is None else before + added
         position = torch.arange(start, start + N, device=device).expand(B, N)
         return Tokens(modality, hop, valid, protected, generated, position)
 
-    def _protected(
-        self, valid: Tensor, hop: Tensor, before: Tensor | None, single: bool, many: bool, generated: Tensor
-    ) -> Tensor:
-        """First `prefix_tokens` of each hop and the last position of each segment; what was given to a hop is one."""
-        if single:
-            return (before if before is not None else valid.new_zeros(valid.shape[0]).long())[:, None] < (
-                self.prefix_tokens
-            )
-        given = valid & ~generated
-        if not many:
-            rank, nth = valid.long().cumsum(1), given.long().cumsum(1)
-            rank_in_hop = rank if before is None else rank + before[:, None]
-            return valid & ((rank_in_hop <= self.prefix_tokens) | (given & (nth == nth[:, -1:])))
-        here = hop.clamp(max=MAX_HOPS - 1)[..., None]
-        member = torch.nn.functional.one_hot(here.squeeze(2), MAX_HOPS)
-        rank = (member * valid[..., None]).cumsum(1).gather(2, here).squeeze(2)
-        counted = (member * given[..., None]).cumsum(1)
-        nth = counted.gather(2, here).squeeze(2)
-        total = counted[:, -1:].expand_as(counted).gather(2, here).squeeze(2)
-        return valid & ((rank <= self.prefix_tokens) | (given & (nth == total)))
+    @staticmethod
+    def _rank_in_hop(valid: Tensor, hop: Tensor, cache: RaggedCache | None, many: bool) -> Tensor:
+        """(B, N): how many valid positions its hop has up to and with each position, earlier calls included."""
+        if many:
+            here = hop.clamp(max=MAX_HOPS - 1)[..., None]
+            member = torch.nn.functional.one_hot(here.squeeze(2), MAX_HOPS) * valid[..., None]
+            rank = member.cumsum(1).gather(2, here).squeeze(2)
+        else:
+            rank = valid.long().cumsum(1) if valid.shape[1] > 1 else valid.long()
+        if cache is not None:
+            if cache.in_hop is not None and cache.last_hop is not None:
+                rank = rank + cache.in_hop[:, None] * (hop == cache.last_hop[:, None])
+            cache.in_hop, cache.last_hop = rank[:, -1], hop[:, -1]
+        return rank
 
     # ------------------------------------------------------------------ gradient checkpointing
 
@@ -316,6 +322,17 @@ class Controller:
         for i in self.checkpointed:
             self.text.layers[i].gradient_checkpointing = self._checkpointing
         self.checkpointed = set()
+
+
+def _last_given(given: Tensor, hop: Tensor | None) -> Tensor:
+    """(B, N) bool: the last given position of each row, or with `hop` (B, N) of each of its hops."""
+    if hop is None:
+        nth = given.long().cumsum(1)
+        return given & (nth == nth[:, -1:])
+    here = hop.clamp(max=MAX_HOPS - 1)[..., None]
+    member = torch.nn.functional.one_hot(here.squeeze(2), MAX_HOPS) * given[..., None]
+    nth = member.cumsum(1)
+    return given & (nth.gather(2, here) == nth[:, -1:].expand_as(nth).gather(2, here)).squeeze(2)
 
 
 def _merged(first: Chunk, second: Chunk) -> Chunk:
@@ -355,4 +372,11 @@ def prepare_cache(
         )
     given.reserve(max_cache_length)
     given._is_user_defined = True
-    given.route_chunks = "assisted" not in str(generation_mode).lower()
+    assisted, mask = "assisted" in str(generation_mode).lower(), model_kwargs.get("attention_mask")
+    given.drafts_from = mask.shape[1] if assisted and mask is not None else None
+    if generation_config.prefill_chunk_size is not None and controller.routes:
+        warnings.warn(
+            f"prefill_chunk_size={generation_config.prefill_chunk_size}: each chunk of the prompt chooses among its "
+            "own positions, which is not what the whole prompt would choose; leave it out to route the prompt at once",
+            stacklevel=3,
+        )

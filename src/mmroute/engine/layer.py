@@ -67,6 +67,8 @@ class Step:
     """Record which positions ran, not only how many."""
     single: bool = False
     """A decode step: one valid position per row."""
+    before: tuple[Tensor | None, Tensor | None] = (None, None)
+    """The cache's `in_hop` and `last_hop` before the call, to be put back if it fails."""
     aux: dict[int, Keep] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
     records: dict[int, LayerCall] = field(default_factory=dict)
@@ -206,14 +208,14 @@ class Step:
         """Under `drop` those who ran are the only candidates of the next layer."""
         nxt = []
         for g in self._groups(index):
-            take = [r[g.modality] for r in keep.ran] if self._alone(g) else None
-            counts = take or self.pruner.counts(g, index, self.num_layers)  # type: ignore[union-attr]
+            rivals = [o for o in self._groups(index) if o is not g and o.modality == g.modality]
+            if any(any(o.width) for o in rivals):
+                counts = self.pruner.counts(g, index, self.num_layers)  # type: ignore[union-attr]
+            else:  # what the pruner says it took, also if it counts in its own way
+                counts = [r[g.modality] - sum(o.protected[b] for o in rivals) for b, r in enumerate(keep.ran)]
             free = [c - p for c, p in zip(counts, g.protected, strict=True)]
             nxt.append(narrow(g, keep.mask.float(), free))
         self.groups[index + 1] = nxt
-
-    def _alone(self, group: Group) -> bool:
-        return sum(g.modality == group.modality for g in self.groups[0]) == 1
 
     def _survivors(self, index: int, device: torch.device) -> Keep:
         """What a `drop` layer runs when it decides nothing new; the mask is made once per set."""
@@ -431,9 +433,12 @@ class Step:
         if len(hops) == 1 and not any(g.generated for g in self.groups[0]):
             return [[sum(row)] for row in record.ran]
         sizes = [[0] * len(hops) for _ in record.ran]
-        for g in (g for g in self.groups[0] if not g.generated):
-            choose = self.pruner is not None and self._chooses(index)
-            counts = self.pruner.counts(g, index, self.num_layers) if choose else g.size  # type: ignore[union-attr]
+        dropped = self.pruner is not None and self.pruner.action == "drop"
+        for g in (g for g in self._groups(index + dropped) if not g.generated):
+            if not dropped and self._chooses(index):
+                counts = self.pruner.counts(g, index, self.num_layers)  # type: ignore[union-attr]
+            else:
+                counts = [p + w for p, w in zip(g.protected, g.width, strict=True)]
             for b, n in enumerate(counts):
                 sizes[b][hops.index(g.hop)] += n
         return sizes
