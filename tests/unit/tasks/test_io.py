@@ -263,14 +263,17 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, format):
 def test_a_parquet_file_that_cannot_be_closed_does_not_hide_the_full_disk(tmp_path, monkeypatch):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class FullDisk:
+        def __init__(self, *args):
+            pass
 
-    def broken(self):
-        raise pa.ArrowInvalid("Operation on closed file")
+        def write_table(self, *args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    monkeypatch.setattr(pq.ParquetWriter, "close", broken)
+        def close(self):
+            raise pa.ArrowInvalid("Operation on closed file")
+
+    monkeypatch.setattr(pq, "ParquetWriter", FullDisk)
     with pytest.raises(InputError, match="the disk is full; nothing was kept"):
         _io.write([sample()], tmp_path / "data", "parquet")
     assert os.listdir(tmp_path) == []
