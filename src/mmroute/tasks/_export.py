@@ -10,7 +10,8 @@
 | `mvot` | MVoT's tree, see `_mvot` | MVoT's own loader |
 
 A conversation is the question, then one assistant turn: the hops' texts, each followed by its picture where it has one,
-and the answer. Pictures are listed in the order in which the turns show them.
+and the answer. Pictures are listed in the order in which the turns show them. For plain English throughout make the
+samples with `--set task.hop_text=sentence`; the default writes hops in the short words of the small models.
 """
 
 import base64

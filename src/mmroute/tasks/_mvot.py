@@ -1,4 +1,4 @@
-"""MVoT's files, out and in: a tree of trajectories with one picture per state, which its loader expands into rows.
+"""MVoT's files, out and in: a tree of trajectories with one picture per state. Its loader's rows are `_mvot_rows`.
 
     maze/grid{n}.json                      list of {path_id, grid_num, path_locs, file_prefix, action_list, ..}
     maze/grid{n}/path_{path_id}_{k}.jpg    k = 1 .. T + 1
@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from mmroute import hub
 from mmroute.errors import InputError
@@ -28,7 +28,7 @@ from mmroute.tasks._presets import level_of
 from mmroute.tasks._texts import MOVES, coordinate
 from mmroute.tasks.base import Generated, Hop, Sample, Spec
 
-__all__ = ["Row", "from_mvot", "rows", "to_mvot"]
+__all__ = ["from_mvot", "listed_moves", "to_mvot"]
 
 LAKE_MOVES = ("left", "down", "right", "up")
 _LAKE_MOVE = dict(enumerate(LAKE_MOVES))
@@ -112,7 +112,7 @@ def _walk(sample: Sample) -> _Walk:
         frames = [sample.images[i] for i in pictures]
     else:
         frames = [task.draw(spec, state, "mvot") for state in states]
-    moves, unused = _listed(sample, len(cells) - 1)
+    moves, unused = listed_moves(sample, len(cells) - 1)
     return _Walk(
         task=sample.task,
         n=spec.n,
@@ -126,7 +126,7 @@ def _walk(sample: Sample) -> _Walk:
     )
 
 
-def _listed(sample: Sample, executed: int) -> tuple[list[str], list[str]]:
+def listed_moves(sample: Sample, executed: int) -> tuple[list[str], list[str]]:
     """The moves that are executed, and those that only stand in the prompt."""
     listed = [MOVES[a] for a in sample.meta["spec"]["world"]["actions"]]
     unused = sample.meta.get("mvot", {}).get("additional_actions")
@@ -438,70 +438,3 @@ def _layout_key(task: str, world: dict[str, Any]) -> str:
 
 def _fate(world: dict[str, Any], end: Cell) -> int:
     return 0 if list(end) == world["goal"] else 1 if world["grid"][end[0]][end[1]] else 2
-
-
-# ---------------------------------------------------------------------- rows
-
-
-class Row(NamedTuple):
-    """One training row as MVoT's loader makes them: what stands before, and what is to be produced."""
-
-    kind: Literal["single_step_visualization", "action_reasoning"]
-    source: str
-    images: list[int]
-    """The sample's pictures behind the `<image>` tags of `source`, in order."""
-    target: str
-    target_image: int
-    """The picture behind the tag of `target`; -1 is none."""
-    label: str
-    """The answer's letter; empty in all rows but the last."""
-
-
-_RULES = {
-    "maze": (
-        "Task: Maze\nFind where a series of moves ends. The moves are carried out one by one from the start marked in "
-        "the picture; choose the letter of the cell that is reached.\n{moves}\n",
-        "Initial maze: ",
-        "finished",
-    ),
-    "frozenlake": (
-        "Task: Frozen lake\nSay how a series of moves ends. The figure carries them out one by one on a lake that is "
-        "not slippery, and stops in a hole or at the gift.\n{moves}\nOptions:\nA. The gift is reached.\n"
-        "B. The figure falls into a hole.\nC. The figure is safe and the gift is not reached.\n",
-        "Initial State: ",
-        "stopped",
-    ),
-}
-_MOVES = "Moves: up is one row towards the top, down one towards the bottom, left and right one column to that side."
-
-
-def rows(sample: Sample) -> list[Row]:
-    """The 2T + 1 rows of a trajectory: T pictures to draw, T moves to name, and the answer.
-
-    Actions accumulate in the source; of the thought images only the latest stays.
-
-    Raises:
-        InputError: another task, or a hop without its picture.
-    """
-    if sample.task not in _RULES:
-        raise InputError(f"{sample.id}: MVoT's rows are made of maze and frozenlake, this is {sample.task}")
-    if any(hop.image < 0 for hop in sample.hops):
-        raise InputError(f"{sample.id}: a hop has no picture; make the data with --set task.hop_images=observed")
-    head, opening, end = _RULES[sample.task]
-    executed, unused = _listed(sample, len(sample.hops))
-    moves = [f"Go {move}. " for move in executed]
-    listed = "".join([*moves, *(f"Go {move}. " for move in unused)]).strip()
-    start = sample.prompt_images[0]
-    prompt = f"{head.format(moves=_MOVES)}Action sequence: {listed}\n{opening}<image>\nResponse: "
-    out: list[Row] = []
-    for t, hop in enumerate(sample.hops):
-        before = "".join(moves[:t])
-        latest = [sample.hops[t - 1].image] if t else []
-        done = before + "<image>" * len(latest)
-        out.append(Row("action_reasoning", prompt + done, [start, *latest], moves[t].strip(), -1, ""))
-        seen = [start, *latest]
-        out.append(Row("single_step_visualization", prompt + done + moves[t], seen, "<image>", hop.image, ""))
-    latest = [sample.hops[-1].image] if sample.hops else []
-    done = "".join(moves) + "<image>" * len(latest)
-    answer = f"Action sequence {end}. The answer is {sample.answer}."
-    return [*out, Row("action_reasoning", prompt + done, [start, *latest], answer, -1, sample.answer)]

@@ -11,6 +11,7 @@ from PIL import Image
 from mmroute.errors import InputError
 from mmroute.tasks import _mvot
 from mmroute.tasks._io import open_image
+from mmroute.tasks._mvot_rows import rows
 
 # A 3 x 3 spanning tree: a comb that hangs from the top row.
 PASSAGES_DOWN = "TTTTTTFFF"
@@ -148,7 +149,7 @@ def test_samples_without_ids_of_a_tree_get_free_ones(tree, tmp_path):
 
 def test_a_trajectory_of_t_moves_gives_2t_plus_1_rows(tree):
     for item in _mvot.from_mvot(tree):
-        made = _mvot.rows(item)
+        made = rows(item)
         assert len(made) == 2 * len(item.hops) + 1
         assert sum(r.kind == "single_step_visualization" for r in made) == len(item.hops)
         assert [bool(r.label) for r in made] == [False] * (len(made) - 1) + [True]
@@ -158,7 +159,7 @@ def test_a_trajectory_of_t_moves_gives_2t_plus_1_rows(tree):
 
 def test_actions_accumulate_and_only_the_latest_thought_image_stays(tree):
     first, *_ = _mvot.from_mvot(tree)
-    made = _mvot.rows(first)
+    made = rows(first)
     done = [r.source.split("Response: ")[1] for r in made]
     assert done == [
         "",
@@ -177,11 +178,11 @@ def test_actions_accumulate_and_only_the_latest_thought_image_stays(tree):
 
 def test_the_lake_names_its_options_and_says_stopped(tree):
     won = list(_mvot.from_mvot(tree))[2]
-    last = _mvot.rows(won)[-1]
+    last = rows(won)[-1]
     assert last.target == "Action sequence stopped. The answer is A."
     assert "Go right. Go right. Go left. Go up.\nInitial State: <image>\nResponse: " in last.source
     safe = list(_mvot.from_mvot(tree))[4]
-    assert "Action sequence: Go left. Go right. Go down.\n" in _mvot.rows(safe)[0].source
+    assert "Action sequence: Go left. Go right. Go down.\n" in rows(safe)[0].source
     assert last.source.index("Options:") < last.source.index("Action sequence:")
 
 
@@ -189,7 +190,7 @@ def test_rows_need_a_picture_for_every_hop(tree):
     first, *_ = _mvot.from_mvot(tree)
     bare = dataclasses.replace(first, hops=[dataclasses.replace(h, image=-1) for h in first.hops])
     with pytest.raises(InputError, match=r"--set task.hop_images=observed"):
-        _mvot.rows(bare)
+        rows(bare)
 
 
 # ---------------------------------------------------------------------- what can go wrong
