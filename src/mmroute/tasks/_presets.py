@@ -74,7 +74,9 @@ def level_of(hops: int, n: int, blocked: float, noise: float) -> tuple[float, st
     return round(score, 4), "easy" if score < 0.33 else "medium" if score < 0.5 else "hard"
 
 
-def plan(rng: np.random.Generator, preset: Preset, pairs: list[tuple[int, int]], task: str, levels: bool) -> tuple[int, int]:
+def plan(
+    rng: np.random.Generator, preset: Preset, pairs: list[tuple[int, int]], task: str, levels: bool
+) -> tuple[int, int]:
     """Draws the size and length of one unit: levels in the shares of `LEVELS`, or all pairs alike.
 
     Raises:

@@ -12,7 +12,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -255,7 +254,7 @@ class Generated(Task):
         self.coords: str = (
             ("canvas" if self.skin == "tiles" else "board") if self.config.coords == "auto" else (self.config.coords)
         )
-        self.unit = lru_cache(maxsize=8)(self._unit)
+        self._last: dict[tuple[str, int], list[Spec]] = {}
 
     # ------------------------------------------------------------------ items
 
@@ -277,7 +276,10 @@ class Generated(Task):
         if split not in SPLITS or index < 0:
             raise ConfigError(f"split is one of {', '.join(SPLITS)} and index >= 0, given {split!r}, {index}")
         size = 1 if self._streams(split) else self.unit_size
-        return self.unit(split, index // size)[index % size]
+        key = (split, index // size)
+        if key not in self._last:  # the items of a unit are asked for one after the other
+            self._last = {key: self._unit(*key)}
+        return self._last[key][index % size]
 
     def _streams(self, split: str) -> bool:
         return self.variant in ("stream", "mvot") or (self.variant == "auto" and split == "train")
@@ -305,7 +307,9 @@ class Generated(Task):
             return self.preset, self.config.solvable == "none" and split != "train"
         names = list(self.preset.mix)
         name = names[int(rng.choice(len(names), p=list(self.preset.mix.values())))]
-        return (PRESETS["small"], split != "train") if name == "unsolvable" else (PRESETS[name], False)
+        if name == "unsolvable":
+            return PRESETS["small"], split != "train"
+        return PRESETS[name if self._pairs(PRESETS[name], False) else "small"], False
 
     def _fogged(self, spec: Spec) -> Spec:
         return dataclasses.replace(spec, fog=tuple(sorted(self.tile(spec, cell) for cell in self._decisive(spec))))

@@ -241,9 +241,11 @@ def _by_class(rng: np.random.Generator, n: int, length: int, answer: int) -> dic
     """A lake whose list ends in the given class; None when this walk does not allow it."""
     path, actions = walk(rng, n, divmod(int(rng.integers(n * n)), n), length)
     cells = {(r, c) for r in range(n) for c in range(n)}
+    goal: Cell | None
+    hole: Cell | None = None
     if answer == 0:
         stop = length - int(rng.integers(min(3, length)))  # the last up to two actions come after the end
-        goal, free, hole = path[stop], set(path[: stop + 1]), None
+        goal, free = path[stop], set(path[: stop + 1])
         if goal in path[:stop]:
             return None
     elif answer == 1:
@@ -253,7 +255,7 @@ def _by_class(rng: np.random.Generator, n: int, length: int, answer: int) -> dic
         rest = sorted(cells - free - {hole})
         goal = rest[int(rng.integers(len(rest)))] if rest else None
     else:
-        free, hole = set(path), None
+        free = set(path)
         rest = sorted(cells - free)
         goal = rest[int(rng.integers(len(rest)))] if rest else None
     if goal is None:
@@ -271,9 +273,10 @@ def _pool(rng: np.random.Generator, n: int, start: Cell, split: Split) -> list[t
         goal = divmod(int(rng.integers(n * n)), n)
         if goal == start:
             continue
-        world = {"grid": _holes(rng, n, 0.25, (start, goal)), "start": list(start), "goal": list(goal)}
+        grid = _holes(rng, n, 0.25, (start, goal))
+        world = {"grid": grid, "start": list(start), "goal": list(goal)}
         key = _key(world)
-        if split_of(key) == split and goal in reachable(start, world["grid"], n):
+        if split_of(key) == split and goal in reachable(start, grid, n):
             maps.setdefault(key, world)
         if len(maps) == _MAPS:
             break
