@@ -3,7 +3,7 @@
 A public benchmark subclasses `Task`; a world we generate subclasses `Generated` and fills the abstract methods at its
 end. Nothing is ever read back from pixels to make a label: spec -> trace -> tiles -> pixels, and spec -> words.
 
-Legend: C tiles of one side of the canvas, n cells of one side of the board (n <= C), P vision tokens of one image.
+Legend: C tiles of one side of the canvas, n cells of one side of the board (n <= C).
 A cell is (row, column) on the board; a tile id is row * C + column on the canvas.
 """
 
@@ -11,11 +11,10 @@ import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from PIL import Image
 from pydantic import Field
 
@@ -24,6 +23,8 @@ from mmroute.errors import ConfigError, InputError
 from mmroute.tasks import _skins
 from mmroute.tasks._grid import SPLITS, Cell, Split
 from mmroute.tasks._presets import PRESETS, Preset, level_of, plan
+from mmroute.tasks._relevance import Relevance, relevant_tokens
+from mmroute.tasks._schema import Card, Choice, Hop, Sample, Score, Spec, State
 from mmroute.tasks._texts import BOS, EOS, IMAGE, VISION_END, VISION_START, Words, coordinate
 
 __all__ = [
@@ -44,141 +45,6 @@ __all__ = [
 
 MAX_PROBE_CELLS = 14
 _Style = Literal["cot", "direct", "probe", "sentence"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One possible answer."""
-
-    label: str
-    """What is answered: a letter, or the word itself (`yes`, `red`)."""
-    text: str = ""
-    """What a letter stands for; empty where the picture says it."""
-
-
-@dataclass(frozen=True)
-class Hop:
-    """One written step towards the answer; `hops[i]` is hop i + 1."""
-
-    text: str
-    image: int = -1
-    """Index into the sample's images of the picture after this hop; -1 is none."""
-    boxes: list[list[float]] = field(default_factory=list)
-    """xyxy as shares of the sides of image `box_image`."""
-    box_image: int = -1
-    state: str = ""
-    """Where the simulator stands after the hop, as a coordinate word."""
-    relevant: list[int] = field(default_factory=list)
-    """Tile ids that must be seen to take this hop."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question in the schema `mmhop/1`; `meta` is plain JSON."""
-
-    id: str
-    task: str
-    split: str
-    group: str
-    """Ties the items of one quad or pair; empty where an item stands alone."""
-    question: str
-    images: list[Any]
-    """Pillow images or paths, in order of first use."""
-    prompt_images: list[int]
-    hops: list[Hop]
-    choices: list[Choice]
-    answer: str
-    answer_index: int
-    answer_text: str
-    difficulty: dict[str, Any]
-    meta: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one completion is worth."""
-
-    correct: float | None
-    """1 or 0; None where the sample has no gold answer."""
-    prediction: str | None
-    parsed: bool
-    scorer: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a reader must know before quoting a figure on the task."""
-
-    ids: tuple[str, ...]
-    splits: dict[str, int]
-    license: str
-    protocol: Literal["generate", "likelihood", "teacher_forced", "rollout"]
-    metric: str
-    chance: float
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One generated item without pixels; plain JSON both ways."""
-
-    task: str
-    version: int
-    preset: str
-    split: str
-    index: int
-    n: int
-    canvas: int
-    offset: Cell
-    """Tile where the board's first cell lies."""
-    seed: int
-    """Draws background, tile variants and probe cells; the items of a quad that share a board share it."""
-    world: dict[str, Any]
-    """Board, start, actions and so on, as the task's file says."""
-    answer: int
-    """Index into the task's choices."""
-    layout_hash: str
-    group: str = ""
-    fog: tuple[int, ...] = ()
-    """Tile ids covered by fog; not empty only in unsolvable items."""
-
-    def to_json(self) -> str:
-        """Canonical text: the same spec gives the same bytes."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Spec":
-        """The spec back from its parsed JSON.
-
-        Raises:
-            InputError: a field is missing or unknown.
-        """
-        try:
-            return cls(**{**data, "offset": (data["offset"][0], data["offset"][1]), "fog": tuple(data["fog"])})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"not a spec of mmroute's generated tasks: {error}") from None
-
-
-@dataclass(frozen=True)
-class State:
-    """What the picture shows after a step; two states that look alike are equal."""
-
-    cell: Cell | None
-    """Where the agent (the star, the marked object) is; None before anything is marked."""
-    step: int = field(default=0, compare=False)
-    event: str = field(default="", compare=False)
-    """What the step met, as the word of the written chain: `ice`, `wall`, `right` ..."""
-
-
-@dataclass(frozen=True)
-class Relevance:
-    """Which vision tokens of the prompt image matter, known from the simulator."""
-
-    needed: Bool[np.ndarray, " P"]
-    """Looked at by some hop or by the answer."""
-    board: Bool[np.ndarray, " P"]
-    """Part of the board at all."""
-    hops: list[list[int]]
-    """Token ids by hop: 0 is the look-up of the start, then the hops, last the answer."""
 
 
 class Task(ABC):
@@ -668,47 +534,6 @@ def messages_so_far(
         if done.image >= 0 and (context == "accumulate" or i == hop):
             blocks.append({"type": "image", "image": sample.images[done.image]})
     return [*out, {"role": "assistant", "content": blocks}] if blocks else out
-
-
-def relevant_tokens(sample: Sample, grid_thw: Sequence[int], merge: int) -> Relevance:
-    """Which vision tokens of the prompt image the answer depends on.
-
-    Args:
-        sample: of a generated task, tiles skin.
-        grid_thw: frames, rows and columns of patches as the processor gives them.
-        merge: patches per token and side.
-
-    Returns:
-        Tokens of which the tiles in question cover a quarter or more.
-
-    Raises:
-        InputError: the sample does not know its tiles.
-    """
-    if not sample.meta.get("canvas"):
-        raise InputError(f"{sample.id} has no tiles to map (skin {sample.meta.get('skin')!r}); use the tiles skin")
-    rows, cols, _ = sample.meta["canvas"]
-    height, width = int(grid_thw[1]) // merge, int(grid_thw[2]) // merge
-    down, across = _overlap(rows, height), _overlap(cols, width)
-
-    def tokens(tiles: Iterable[int]) -> Bool[np.ndarray, " P"]:
-        mask = np.zeros((rows, cols))
-        mask.reshape(-1)[list(tiles)] = 1
-        return (down @ mask @ across.T >= 0.25 - 1e-9).reshape(-1)
-
-    related = sample.meta["relevant"]
-    masks = [tokens(t) for t in (related["start"], *(h.relevant for h in sample.hops), related["answer"])]
-    return Relevance(
-        needed=np.logical_or.reduce(masks),
-        board=tokens(sample.meta["board"]),
-        hops=[np.flatnonzero(m).tolist() for m in masks],
-    )
-
-
-def _overlap(tiles: int, tokens: int) -> np.ndarray:
-    """(tokens, tiles): share of each token's side that each tile covers."""
-    low, high = np.arange(tokens)[:, None] / tokens, (np.arange(tokens)[:, None] + 1) / tokens
-    left, right = np.arange(tiles)[None] / tiles, (np.arange(tiles)[None] + 1) / tiles
-    return np.clip(np.minimum(high, right) - np.maximum(low, left), 0, None) * tokens
 
 
 def group_accuracy(groups: Sequence[str], correct: Sequence[float]) -> float:
