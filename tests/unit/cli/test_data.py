@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made import sample
+from made import picture, sample
 
-from mmroute import cli
+from mmroute import cli, hub
 from mmroute.tasks import _io
+from mmroute.tasks.base import Generated
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -69,6 +70,21 @@ def test_export_reads_a_folder_and_says_how_many(run: Run, tmp_path: Path, to: s
     assert code == 0
     assert json.loads(said)["n"] == 2
     assert any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(("source", "flagged"), [("mvot", False), ("mvot-dare", True)])
+def test_import_reads_what_export_wrote(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, flagged: bool
+) -> None:
+    monkeypatch.setattr(Generated, "_mvot", lambda self, spec, state: picture(state.step))
+    _io.write_specs(hub.load("tasks", "frozenlake", preset="nano"), "test", 4, tmp_path / "d")
+    assert run("export", tmp_path / "d", "--to", "mvot", "-o", tmp_path / "tree")[0] == 0
+    options = ("--from", source, "--format", "jsonl", "-o", tmp_path / "back", "--json")
+    code, said, _ = run("import", tmp_path / "tree", *options)
+    assert (code, json.loads(said)["n"]) == (0, 4)
+    back = list(_io.read(tmp_path / "back"))
+    assert sorted(s.answer for s in back) == sorted(s.answer for s in _io.read(tmp_path / "d"))
+    assert all(s.meta.get("untrusted_labels", False) == flagged for s in back)
 
 
 @pytest.mark.parametrize(

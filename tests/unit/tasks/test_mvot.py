@@ -8,10 +8,12 @@ import pytest
 from made import picture, sample
 from PIL import Image
 
+from mmroute import hub
 from mmroute.errors import InputError
 from mmroute.tasks import _mvot
 from mmroute.tasks._io import open_image
 from mmroute.tasks._mvot_rows import rows
+from mmroute.tasks.base import Generated
 
 # A 3 x 3 spanning tree: a comb that hangs from the top row.
 PASSAGES_DOWN = "TTTTTTFFF"
@@ -191,6 +193,25 @@ def test_rows_need_a_picture_for_every_hop(tree):
     bare = dataclasses.replace(first, hops=[dataclasses.replace(h, image=-1) for h in first.hops])
     with pytest.raises(InputError, match=r"--set task.hop_images=observed"):
         rows(bare)
+
+
+@pytest.mark.parametrize("options", [{"preset": "mvot"}, {"preset": "tiny", "skin": "tiles", "coords": "board"}])
+@pytest.mark.parametrize("name", ["maze", "frozenlake"])
+def test_what_our_worlds_make_comes_back_with_the_same_content(tmp_path, monkeypatch, name, options):
+    # A world without MVoT's look would refuse to draw; the look itself is not what is tested here.
+    monkeypatch.setattr(Generated, "_mvot", lambda self, spec, state: picture(state.step))
+    task = hub.load("tasks", name, hop_text="action", **options)
+    made = list(task.samples("val", 6))
+    _mvot.to_mvot(made, tmp_path / "tree")
+    back = list(_mvot.from_mvot(tmp_path / "tree"))
+
+    def content(item):
+        return (item.question, item.choices, item.answer_index, [(h.text, h.state) for h in item.hops])
+
+    assert sorted(map(content, made), key=repr) == sorted(map(content, back), key=repr)  # a tree sorts by size
+    assert all(len(rows(s)) == 2 * len(s.hops) + 1 for s in back)
+    if options["preset"] == "mvot":  # a split is a function of the layout; of wall tiles a tree keeps passages only
+        assert {s.split for s in back} == {"val"}
 
 
 # ---------------------------------------------------------------------- what can go wrong
