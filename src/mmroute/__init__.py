@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmroute.engine.attach import Routed as Routed
     from mmroute.engine.attach import attach as attach
     from mmroute.engine.attach import detach as detach
+    from mmroute.engine.saving import from_pretrained as from_pretrained
     from mmroute.reason import Answer as Answer
     from mmroute.tokens import Modality as Modality
     from mmroute.tokens import Tokens as Tokens
@@ -28,10 +29,11 @@ _HOME = {
     "Trace": "mmroute.trace",
     "attach": "mmroute.engine.attach",
     "detach": "mmroute.engine.attach",
+    "from_pretrained": "mmroute.engine.saving",
     "load": "mmroute.backbones.load",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

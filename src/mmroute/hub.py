@@ -25,6 +25,7 @@ __all__ = [
     "describe_file",
     "find",
     "load",
+    "name_of",
     "names",
     "recipes",
 ]
@@ -76,6 +77,14 @@ def by_class(kind: str, name: str) -> type:
         if any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body):
             return find(kind, file)
     raise AttributeError(f"no method in mmroute.{kind} has the class {name!r}; files: {', '.join(_files(kind))}")
+
+
+def name_of(kind: str, cls: type) -> str | None:
+    """The name by which `find` gives this class; None for a class the registry does not know."""
+    package, _, file = cls.__module__.rpartition(".")
+    if package == f"mmroute.{kind}" and file in _files(kind):
+        return file
+    return next((name for name, point in _outsiders(kind).items() if point.load() is cls), None)
 
 
 def _files(kind: str) -> list[str]:

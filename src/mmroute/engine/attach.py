@@ -2,6 +2,7 @@
 
 import logging
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,17 @@ def detach(model: nn.Module) -> None:
     routed.detach()
 
 
+def _save_with_parts(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Bound in place of the model's `save_pretrained`: says what else goes into the file."""
+    if any(True for _ in self.mmroute.parameters()):
+        warnings.warn(
+            "the checkpoint of an attached model holds extra mmroute.* keys, which stock loading reports as unexpected "
+            "and leaves out; save the routing with routed.save_pretrained(folder), and detach() before saving the base",
+            stacklevel=2,
+        )
+    return type(self).save_pretrained(self, *args, **kwargs)
+
+
 class Routed:
     """Handle of an attached model."""
 
@@ -128,6 +140,7 @@ class Routed:
             c.text.register_forward_pre_hook(c.before_text, with_kwargs=True),
             c.text.register_forward_hook(c.after_text, with_kwargs=True, always_call=True),
         ]
+        model.save_pretrained = types.MethodType(_save_with_parts, model)
         model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
         model.mmroute = self.parts
         model.__dict__["_mmroute"] = self
@@ -147,6 +160,7 @@ class Routed:
         c.family.lock_images(model)
         c.text.config._attn_implementation_internal = self._base
         del model._prepare_cache_for_generation
+        del model.save_pretrained
         del model._modules["mmroute"]
         del model.__dict__["_mmroute"]
         self._handles = []
