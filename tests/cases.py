@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import families
@@ -20,7 +20,7 @@ LAYERS = 5
 PADS = {"one": (0,), "three": (0, 0, 0), "padded": (0, 3, 2)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _model(name: str, attn: str, copy: int) -> Any:
     return families.make(name, attn, LAYERS)  # equal seeds, equal weights
 

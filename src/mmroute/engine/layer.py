@@ -112,6 +112,8 @@ class Step:
         before = list(stored.lengths) if stored is not None and stored.n is not None else [0] * len(counts)
         record = self.records[index] = LayerCall(ran=ran, cached=before, stored=before)
         record.extra_flops = self._overhead(index, keep)
+        if self.full:
+            record.kept = self._columns(keep)
         if sum(counts) == 0:  # nobody wants this layer: no compute, no KV
             if stored is not None and stored.n is None:
                 stored.n = [0] * len(counts)
@@ -133,8 +135,6 @@ class Step:
             record.extra_flops += 2 * self.shape.heads * self.shape.head_dim * sum(rows.k)
         if self._evicts(index):
             self._evict(index, layer, entered, stored, record, rotary)
-        if self.full:
-            record.kept = self._columns(keep)
         if self.deepener is not None and self.deepener.acts(index, self.num_layers) and not self.single:
             h = self._second(index, h, chosen, rotary, stock, record)
         return (h, *rest) if self.family.tuple_out else h
