@@ -60,7 +60,7 @@ def overrides(assignments: list[str]) -> dict[str, Any]:
     """Nested dictionary from `a.b=value` strings; values are read as YAML.
 
     Raises:
-        ConfigError: an assignment without `=`.
+        ConfigError: an assignment without `=`, or a value that is no YAML.
 
     Example:
         >>> overrides(["prune.vision_keep=0.3", "n=5"])
@@ -77,7 +77,10 @@ def overrides(assignments: list[str]) -> dict[str, Any]:
             at = at.setdefault(part, {})
             if not isinstance(at, dict):
                 raise ConfigError(f"--set {path}: {part!r} has a value already and cannot hold {leaf!r} too")
-        at[leaf] = yaml.safe_load(value)
+        try:
+            at[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {path}: {value!r} is not a YAML value; quote it") from None
     return out
 
 
@@ -88,8 +91,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: not YAML, or not a mapping at the top.
     """
     try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of names to values, given {type(data).__name__}")

@@ -10,6 +10,7 @@ Legend: B batch, N positions, V vocabulary.
 """
 
 import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,24 +66,34 @@ class Session:
         self.cache: RaggedCache = routed.new_cache()
         self.ids: Tensor | None = None
         self.mask: Tensor | None = None
-        self.grids: list[list[Tensor]] = []
-        """[row]: the patch grid of each of its images so far, where the family has grids."""
         self.next_position: Tensor | None = None
         self.rows: list[int] = []
         """Conversations still in the batch, by their first index."""
         self.calls: list[tuple[Call, list[int]]] = []
         """Every forward call with the conversations that took part."""
         self.closes: list[tuple[HopClose, list[int]]] = []
+        self._grids: list[list[Tensor]] = []
+        self._padding: dict[int, list[int]] = {}
         self._reserve = reserve
         self._axes = 1
         """Numbers that make a position: 3 where it has a time, a row and a column."""
 
-    def append(self, batch: dict[str, Tensor], relevance: Tensor | None = None) -> Tensor:
+    @property
+    def grids(self) -> Tensor | None:
+        """(images, 3): the patch grid of every image so far, row by row, where the family has grids."""
+        flat = [grid for row in self._grids for grid in row]
+        return torch.stack(flat) if flat else None
+
+    def append(
+        self, batch: dict[str, Tensor], relevance: Tensor | None = None, hops: list[int] | None = None
+    ) -> Tensor:
         """Enters a prompt, or an observation with new images, as one segment.
 
         Args:
-            batch: `input_ids` (B, N), `attention_mask` (B, N) of this segment, and its image tensors.
+            batch: `input_ids` (B, N), `attention_mask` (B, N) of this segment, and its image tensors. Rows may hold
+                different numbers of images; a shorter row is padded on its left.
             relevance: (B, N) ground truth for pruners that ask for it.
+            hops: [row]: the hop the segment belongs to; None is 0, the prompt's.
 
         Returns:
             (B, V) logits of each row's last position.
@@ -98,15 +109,22 @@ class Session:
             mask = torch.cat([self.mask, mask], 1)  # type: ignore[list-item]
         if batch.get("image_grid_thw") is not None:
             fresh = self._by_row(batch)
-            self.grids = [old + new for old, new in zip(self.grids or [[] for _ in fresh], fresh, strict=True)]
-        flat = [grid for row in self.grids for grid in row]
-        positions = family.positions(routed.model, ids, mask, torch.stack(flat) if flat else None)
+            self._grids = [old + new for old, new in zip(self._grids or [[] for _ in fresh], fresh, strict=True)]
+        for conversation, real in zip(self.rows, batch["attention_mask"].tolist(), strict=True):
+            pads = [start + i for i, value in enumerate(real) if not value]
+            self._padding[conversation] = self._padding.get(conversation, []) + pads
+        positions = family.positions(routed.model, ids, mask, self.grids)
         self.ids, self.mask = ids, mask
         self._axes = positions.shape[0] if positions.ndim == 3 else 1
         top = positions.amax(0) if positions.ndim == 3 else positions
         self.next_position = top.masked_fill(mask == 0, -1).amax(1) + 1
         images = {k: batch[k] for k in family.image_kwargs(batch)}
-        return self._forward(ids[:, start:], positions[..., start:], {"relevance": relevance, **images})
+        if hops is not None:
+            self.cache.next = Chunk(hop=torch.tensor(hops, device=ids.device)[:, None].expand(-1, ids.shape[1] - start))
+        logits = self._forward(ids[:, start:], positions[..., start:], {"relevance": relevance, **images})
+        if hops is not None:
+            self.calls[-1][0].hop = list(hops)
+        return logits
 
     def step(self, ids: Tensor, hops: list[int] | None = None) -> Tensor:
         """Enters one generated token per row.
@@ -157,35 +175,41 @@ class Session:
                 out[-1].append(grids.pop(0))
         return out
 
-    def start_hop(self, starting: list[bool], ended: list[int]) -> None:
-        """Rows whose next token begins a hop close the one before it.
+    def close_hop(self, ended: list[int]) -> None:
+        """Compresses what a finished hop left behind, if the pruner does such a thing.
 
         Args:
-            starting: [row].
-            ended: [row]: the hop each of them has just finished.
+            ended: [row]: the hop that row has just finished; -1 where none ended.
         """
         pruner = self.routed.controller.pruner
         if pruner is not None and pruner.closes:
-            self.cache.close_hop(pruner, [h if s else -1 for h, s in zip(ended, starting, strict=True)])
+            self.cache.close_hop(pruner, ended)
             self.closes.append((self.cache.trace.closes[-1], list(self.rows)))
-        if self.cache.in_hop is not None:
-            goes_on = [not s for s in starting]
-            self.cache.in_hop = self.cache.in_hop * torch.tensor(goes_on, device=self.cache.in_hop.device)
 
     def keep_rows(self, stays: list[int]) -> None:
         """Only these rows of the batch, by their present index, go on."""
         assert self.ids is not None and self.mask is not None and self.next_position is not None
         index = torch.tensor(stays, device=self.ids.device)
         self.cache.batch_select_indices(index)
-        self.grids = [self.grids[i] for i in stays] if self.grids else []
+        self._grids = [self._grids[i] for i in stays] if self._grids else []
         self.ids, self.mask = self.ids[index], self.mask[index]
         self.next_position = self.next_position[index]
         self.rows = [self.rows[i] for i in stays]
 
-    def trace_of(self, row: int) -> Trace:
-        """The trace of one conversation alone."""
-        calls = [call.row(rows.index(row)) for call, rows in self.calls if row in rows]
-        closes = [close.row(rows.index(row)) for close, rows in self.closes if row in rows]
+    def trace_of(self, conversation: int) -> Trace:
+        """The trace of one conversation alone: its columns count its own positions, padding left out."""
+        pads = self._padding[conversation]
+        calls = []
+        for batch_call, rows in self.calls:
+            if conversation in rows:
+                call = batch_call.row(rows.index(conversation))
+                call.start -= bisect_left(pads, call.start)
+                for layer in call.layers:
+                    if layer.kept is not None:
+                        layer.kept = [[c - bisect_left(pads, c) for c in layer.kept[0]]]
+                calls.append(call)
+        closes = [close.row(rows.index(conversation)) for close, rows in self.closes if conversation in rows]
+        closes = [close for close in closes if close.hop[0] >= 0]
         return Trace(self.routed.controller.shape, calls, closes, full=self.routed.full_trace)
 
 
@@ -252,7 +276,7 @@ def answer_many(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     relevance: Sequence[Sequence[float]] | None = None,
 ) -> list[Answer]:
     """Several conversations in one batch; each gets the answer it would get alone.
@@ -264,26 +288,32 @@ def answer_many(
         max_new_tokens: longest completion; default the thinker's.
         temperature: 0 is greedy.
         top_p: with a temperature, the share of probability that is sampled from.
-        seed: each conversation draws from its own stream, so its sample does not depend on the batch.
+        seed: one for each conversation, or a number: conversation i then has seed + i. Each draws from its own
+            stream, so a sample depends on its seed and not on the batch.
         relevance: for pruners that ask for ground truth: one number per vision position of each prompt.
 
     Raises:
         ConfigError: no processor, or a setting out of range.
+        InputError: an image cannot be used, or as many seeds or relevances are needed as there are conversations.
     """
     think = think or hub.load("think", "text")
     limit = max_new_tokens if max_new_tokens is not None else think.max_new_tokens
-    if limit < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if limit < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ConfigError(
             f"max_new_tokens >= 1, temperature >= 0 and top_p in (0, 1] are needed, given {limit}, {temperature}, "
             f"{top_p}"
         )
     if not conversations:
         return []
+    seeds = [seed + i for i in range(len(conversations))] if isinstance(seed, int) else list(seed)
+    for name, given in (("seed", seeds), ("relevance", relevance)):
+        if given is not None and len(given) != len(conversations):
+            raise InputError(f"{name} has {len(given)} entries for {len(conversations)} conversations; give one each")
     tokenizer = _processor(routed).tokenizer
     batch = prepare(routed.model, _processor(routed), conversations)
     session = Session(routed, reserve=limit)
     logits = session.append(batch, _placed(relevance, batch, routed))
-    draw = [torch.Generator().manual_seed(seed + i) for i in range(len(conversations))]
+    draw = [torch.Generator().manual_seed(each) for each in seeds]
     ends = _end_ids(routed)
     written: list[list[int]] = [[] for _ in conversations]
     cuts: list[list[int]] = [[0] for _ in conversations]
@@ -306,7 +336,7 @@ def answer_many(
                 pieces[value] = think.starts_hop(tokenizer.decode([value]))
         starting = [pieces[v] and len(written[r]) > 1 for r, v in zip(session.rows, values, strict=True)]
         if any(starting):
-            session.start_hop(starting, [hop[r] for r in session.rows])
+            session.close_hop([hop[r] if s else -1 for r, s in zip(session.rows, starting, strict=True)])
             for row, starts in zip(session.rows, starting, strict=True):
                 if starts:
                     hop[row] += 1

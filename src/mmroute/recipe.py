@@ -53,8 +53,8 @@ def read(name: str, sets: list[str] | None = None) -> Recipe:
         raise ConfigError(f"no recipe {name!r}; one of {', '.join(shipped)}, or the path of a YAML file")
     data = read_yaml(path)
     for key, value in overrides(sets or []).items():
-        merged = {**(data.get(key) or {}), **value} if isinstance(value, dict) else value
-        data[key] = merged
+        before = data.get(key)
+        data[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     recipe = parse(Recipe, {"name": path.stem, **data}, f"recipe {path.stem}")
     for kind in ("prune", "deepen", "think"):
         recipe.build(kind)  # a wrong option is reported before a model is loaded

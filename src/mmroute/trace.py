@@ -65,7 +65,8 @@ class Call:
     """Logical column of the first new position."""
 
     def row(self, b: int) -> "Call":
-        """One row of the call alone; what methods spent on the whole batch is shared out evenly."""
+        """One row of the call alone; what methods spent on the batch is shared out by the positions each row brought."""
+        share, whole = sum(self.new[b]), max(sum(map(sum, self.new)), 1)
         layers = [
             LayerCall(
                 ran=[layer.ran[b]],
@@ -73,7 +74,7 @@ class Call:
                 stored=[layer.stored[b]],
                 again=layer.again[b : b + 1],
                 again_cached=layer.again_cached[b : b + 1],
-                extra_flops=layer.extra_flops // len(layer.ran),
+                extra_flops=layer.extra_flops * share // whole,
                 kept=None if layer.kept is None else [layer.kept[b]],
             )
             for layer in self.layers

@@ -99,7 +99,8 @@ def view(
 
 def render(views: Sequence[View]) -> str:
     """The page as HTML text."""
-    data = json.dumps([asdict(v) for v in views]).replace("</", "<\\/")  # a closing tag in data would end the script
+    # An opening comment or closing tag in the data would end the script, or keep it from ending.
+    data = json.dumps([asdict(v) for v in views]).replace("<", "\\u003c")
     return files("mmroute.page").joinpath("trace.html").read_text().replace("/*DATA*/[]", data)
 
 
