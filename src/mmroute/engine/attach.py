@@ -146,8 +146,18 @@ class Routed:
         model.__dict__["_mmroute"] = self
 
     def detach(self) -> None:
-        """Leaves the model as it was: forwards, hooks, configuration, keys."""
+        """Leaves the model as it was: forwards, hooks, configuration, keys.
+
+        Raises:
+            UnsupportedCall: a layer's forward was wrapped after attach, so what is below cannot be taken out.
+        """
         model, c = self.model, self.controller
+        for i, layer in enumerate(c.text.layers):
+            if getattr(layer.forward, "__func__", None) is not routed_forward:
+                raise UnsupportedCall(
+                    f"layer {i} was wrapped after attach (accelerate hooks, offloading); take that off first, e.g. "
+                    "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+                )
         for handle in self._handles:
             handle.remove()
         for i, layer in enumerate(c.text.layers):

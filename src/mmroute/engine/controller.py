@@ -142,6 +142,7 @@ class Controller:
         x = kwargs.get("inputs_embeds")
         x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
         if training:
+            self._warn_frozen()
             kwargs["use_cache"] = False
         elif cache is None:
             use_cache = kwargs.get("use_cache")
@@ -196,6 +197,15 @@ class Controller:
         if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
             given = "a dict of masks" if isinstance(mask, dict) else f"a {mask.ndim}-D mask"
             raise UnsupportedCall(f"attention_mask is {given}; routing takes the 2-D padding mask (batch, columns)")
+
+    def _warn_frozen(self) -> None:
+        learned = list(self.model.__dict__["_mmroute"].parts.parameters())
+        if learned and not any(p.requires_grad for p in learned):
+            warnings.warn(
+                "training with every routing part frozen: the routers learn nothing (get_peft_model freezes them); "
+                "call routed.unfreeze_parts() after it",
+                stacklevel=2,
+            )
 
     def _step(
         self, x: Tensor, cache: RaggedCache | None, mask: Tensor | None, pending: _Pending | None, training: bool
