@@ -26,6 +26,8 @@ def masked_forward(
     batch: Mapping[str, Tensor],
     keep: Sequence[Bool[Tensor, "B N"] | None],
     visible: Sequence[Bool[Tensor, "B N N"] | None] | None = None,
+    again: Sequence[Sequence[Bool[Tensor, "B N"]]] | None = None,
+    gain: float = 1.0,
 ) -> Float[Tensor, "B N V"]:
     """What the logits are if each layer keeps these positions.
 
@@ -36,6 +38,8 @@ def masked_forward(
         keep: for each layer the positions that run it; None is all of them. Padding never runs, whatever it says.
         visible: for each layer, which keys (last axis) each query may see, beside causality and `keep`: for evictions
             that only later hops notice. A query always sees itself.
+        again: for each layer the positions of each further pass, which sees nobody else.
+        gain: strength of those passes.
 
     Returns:
         Logits of every position; those of padding mean nothing.
@@ -53,7 +57,8 @@ def masked_forward(
         )
     kept = [valid if mask is None else mask & valid for mask in keep]
     seen = [None] * len(layers) if visible is None else visible
-    with _stepping_in(layers, family.tuple_out, kept, seen):
+    more = [()] * len(layers) if again is None else again
+    with _stepping_in(layers, family.tuple_out, kept, seen, more, gain):
         return model(**inputs, use_cache=False).logits
 
 
@@ -69,9 +74,11 @@ def _stepping_in(
     tuple_out: bool,
     kept: Sequence[Tensor],
     visible: Sequence[Tensor | None],
+    again: Sequence[Sequence[Tensor]],
+    gain: float,
 ) -> Iterator[None]:
-    for layer, keep, see in zip(layers, kept, visible, strict=True):
-        layer.forward = _masked(type(layer).forward.__get__(layer), tuple_out, keep, see)
+    for layer, keep, see, more in zip(layers, kept, visible, again, strict=True):
+        layer.forward = _masked(type(layer).forward.__get__(layer), tuple_out, keep, see, more, gain)
     try:
         yield
     finally:
@@ -79,18 +86,31 @@ def _stepping_in(
             del layer.__dict__["forward"]
 
 
-def _masked(stock: Callable[..., Any], tuple_out: bool, keep: Tensor, visible: Tensor | None) -> Callable[..., Any]:
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _masked(
+    stock: Callable[..., Any],
+    tuple_out: bool,
+    keep: Tensor,
+    visible: Tensor | None,
+    again: Sequence[Tensor],
+    gain: float,
+) -> Callable[..., Any]:
+    def one_pass(hidden: Tensor, runs: Tensor, visible: Tensor | None, args: Any, kwargs: Any) -> tuple[Tensor, Any]:
         N = hidden.shape[1]
         causal = torch.ones(N, N, dtype=torch.bool, device=hidden.device).tril()
-        sees = causal & keep[:, None, :]
+        sees = causal & runs[:, None, :]
         if visible is not None:
             sees = sees & visible
         sees = sees | torch.eye(N, dtype=torch.bool, device=hidden.device)  # a softmax over nothing is NaN
         mask = torch.zeros(sees.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~sees, float("-inf"))
         out = stock(hidden, *args, **{**kwargs, "attention_mask": mask[:, None]})
-        ran = out[0] if tuple_out else out
+        return (out[0], out[1:]) if tuple_out else (out, ())
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ran, rest = one_pass(hidden, keep, visible, args, kwargs)
         held = torch.where(keep[..., None], ran, hidden)
-        return (held, *out[1:]) if tuple_out else held
+        for runs in again:
+            ran, _ = one_pass(held, runs, None, args, kwargs)
+            held = torch.where(runs[..., None], held + gain * (ran - held), held)
+        return (held, *rest) if tuple_out else held
 
     return forward
