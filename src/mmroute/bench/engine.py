@@ -1,15 +1,17 @@
 """What the engine realises of the saving that the arithmetic promises: `python -m mmroute.bench.engine --out DIR`.
 
 A random Qwen2.5-VL text stack, stock and routed interleaved in one process. Selection is random, so what is timed is
-the engine; positions stand for images by their ids alone, and no vision tower runs. Peak memory is measured in one
-fresh process per configuration. Writes one `engine/1` file per case; ends with a card for people and one JSON line.
+the engine; positions stand for images by their ids alone, and no vision tower runs. Rounds of several fresh processes
+are pooled, because how a process happens to lie in memory moves the ratio by a tenth; every ratio is of two runs of one
+process. Peak memory has a fresh process per configuration. Writes one `engine/1` file per case; ends with a card for
+people and one JSON line.
 """
 
 import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,16 +25,16 @@ from mmroute import cost, hub
 from mmroute.bench import schema
 from mmroute.bench.measure import (
     WALL,
-    Timings,
     interleave,
     peak_memory_bytes,
     realised_saving,
     reset_peak_memory,
+    spread,
 )
 from mmroute.engine.attach import Routed, attach
 from mmroute.trace import Shape, Trace
 
-__all__ = ["CASES", "Case", "Stack", "measure_cases", "measure_peak"]
+__all__ = ["CASES", "Case", "Raw", "Stack", "groups", "measure_cases", "measure_peak", "result_of"]
 
 IMAGE = 500
 
@@ -47,6 +49,20 @@ class Stack:
     heads: int
     kv_heads: int = 2
     vocab: int = 2048
+
+    @property
+    def shape(self) -> Shape:
+        """What costs depend on, in float32."""
+        return Shape(
+            hidden=self.hidden,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.hidden // self.heads,
+            mlp=self.mlp,
+            vocab=self.vocab,
+            itemsize=4,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,16 +88,18 @@ class Case:
         """[row][modality] positions of the prompt."""
         return [[n - self.num_vision, self.num_vision, 0] for n in self.lengths]
 
-    def planned(self, shape: Shape, routed: bool, steps: int = 0) -> Trace:
+    def planned(self, routed: bool, steps: int = 0) -> Trace:
         """What a run must leave; the stock model runs and stores its padding too."""
         if routed:
-            return cost.planned_trace(shape, self.new, (self.text_keep, self.vision_keep, 1.0), steps)
-        return cost.planned_trace(shape, [[max(self.lengths), 0, 0] for _ in self.lengths], decode_steps=steps)
+            return cost.planned_trace(self.stack.shape, self.new, (self.text_keep, self.vision_keep, 1.0), steps)
+        return cost.planned_trace(
+            self.stack.shape, [[max(self.lengths), 0, 0] for _ in self.lengths], decode_steps=steps
+        )
 
-    def flop_ratio(self, shape: Shape) -> float:
+    def flop_ratio(self) -> float:
         """Routed over stock FLOPs of what is timed, language-model head apart."""
         steps = 1 if self.what == "decode" else 0
-        sides = [cost.estimate_flops(self.planned(shape, routed, steps)) for routed in (True, False)]
+        sides = [cost.estimate_flops(self.planned(routed, steps)) for routed in (True, False)]
         ours, theirs = ((f.decode if steps else f.prefill) for f in sides)
         return ours / theirs
 
@@ -196,60 +214,81 @@ def live_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
-def measure_cases(
-    cases: list[Case], rounds: int, warmup: int, run: Callable[[], schema.Run], *, memory: bool, device: str = "cpu"
-) -> list[schema.EngineResult]:
-    """Times the cases of one stack and kind together, each against the same stock model in the same rounds.
+@dataclass
+class Raw:
+    """What one process measured of one case: seconds per counted round, and bytes."""
+
+    time_s: list[float]
+    stock_time_s: list[float]
+    kv_bytes: int
+    stock_kv_bytes: int
+    kv_bytes_estimate: int
+
+
+def measure_cases(cases: list[Case], rounds: int, warmup: int, device: str = "cpu") -> dict[str, Raw]:
+    """Times cases that share stack, prompt and kind against the same stock model in the same rounds.
 
     Args:
-        cases: all of one stack, prompt and kind.
+        cases: all of one group, see `groups`.
         rounds: counted rounds.
         warmup: dropped rounds.
-        run: says where the results come from, asked once at the end.
-        memory: also measure peak memory, in fresh processes.
+        device: of both models.
     """
     first = cases[0]
     kind = _Decode if first.what == "decode" else _Prefill
-    stock = build(first.stack, device)
-    runs = {"": kind(stock, first, device)}
-    routed = {}
+    runs = {"": kind(build(first.stack, device), first, device)}
     for case in cases:
-        routed[case.name] = _attached(build(first.stack, device), case)
-        runs[case.name] = kind(routed[case.name].model, case, device)
+        runs[case.name] = kind(_attached(build(first.stack, device), case).model, case, device)
     timings = interleave(runs, rounds, warmup)
     steps = rounds + warmup if first.what == "decode" else 0
-    origin = run()
-    return [_result(case, runs, routed[case.name], timings, steps, origin, memory, device) for case in cases]
+    return {
+        case.name: Raw(
+            time_s=timings.seconds[case.name]["total"],
+            stock_time_s=timings.seconds[""]["total"],
+            kv_bytes=live_bytes(runs[case.name].cache),
+            stock_kv_bytes=live_bytes(runs[""].cache),
+            kv_bytes_estimate=cost.estimate_kv_bytes(case.planned(True, steps)),
+        )
+        for case in cases
+    }
 
 
-def _result(
+def groups(cases: Iterable[Case]) -> list[list[Case]]:
+    """Cases that one stock model serves, together."""
+    together: dict[Any, list[Case]] = {}
+    for case in cases:
+        together.setdefault((case.stack, case.lengths, case.what), []).append(case)
+    return list(together.values())
+
+
+def result_of(
     case: Case,
-    runs: dict[str, Any],
-    routed: Routed,
-    timings: Timings,
-    steps: int,
+    raws: list[Raw],
     run: schema.Run,
-    memory: bool,
-    device: str,
+    device: str = "cpu",
+    peak: int | None = None,
+    stock_peak: int | None = None,
 ) -> schema.EngineResult:
-    shape = routed.family.shape(routed.model)
-    ratio, ideal = timings.ratio(case.name, ""), case.flop_ratio(shape)
+    """The result file's content of one case, from what one or several processes measured."""
+    ours = [seconds for raw in raws for seconds in raw.time_s]
+    theirs = [seconds for raw in raws for seconds in raw.stock_time_s]
+    ratio, ideal = spread([a / b for a, b in zip(ours, theirs, strict=True)]), case.flop_ratio()
     return schema.EngineResult(
         run=run,
         machine=schema.machine_here(device, "float32", "sdpa"),
         case=case.name,
-        setting={**dataclasses.asdict(case), "lengths": list(case.lengths)},
-        time_s=dataclasses.asdict(timings.spread(case.name)),
-        stock_time_s=dataclasses.asdict(timings.spread("")),
+        setting={**dataclasses.asdict(case), "lengths": list(case.lengths), "processes": len(raws)},
+        time_s=dataclasses.asdict(spread(ours)),
+        stock_time_s=dataclasses.asdict(spread(theirs)),
         ratio=dataclasses.asdict(ratio),
         flop_ratio=ideal,
         goal=case.goal * ideal if case.over_ideal else case.goal,
-        kv_bytes=live_bytes(runs[case.name].cache),
-        kv_bytes_estimate=cost.estimate_kv_bytes(case.planned(shape, True, steps)),
-        stock_kv_bytes=live_bytes(runs[""].cache),
+        kv_bytes=raws[0].kv_bytes,
+        kv_bytes_estimate=raws[0].kv_bytes_estimate,
+        stock_kv_bytes=raws[0].stock_kv_bytes,
         realised_saving=realised_saving(ratio.median, ideal) if case.what == "prefill" else None,
-        peak_memory_bytes=_peak_apart(case.name, "routed", device) if memory else None,
-        stock_peak_memory_bytes=_peak_apart(case.name, "stock", device) if memory else None,
+        peak_memory_bytes=peak,
+        stock_peak_memory_bytes=stock_peak,
     )
 
 
@@ -270,10 +309,11 @@ def measure_peak(case: Case, side: Literal["routed", "stock"], device: str = "cp
     return peak_memory_bytes() - before
 
 
-def _peak_apart(case: str, side: str, device: str) -> int:
-    command = [sys.executable, "-m", "mmroute.bench.engine", "--peak", case, "--side", side, "--device", device]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.splitlines()[-1])
+def _apart(*options: str) -> str:
+    """The last line that this file, run in a fresh process, prints."""
+    command = [sys.executable, "-m", "mmroute.bench.engine", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 def card(results: list[schema.EngineResult]) -> str:
@@ -292,10 +332,14 @@ def card(results: list[schema.EngineResult]) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("results/engine"),
-    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds of prefill; decode gets ten times as many.")] = 11,
-    warmup: Annotated[int, typer.Option(min=0)] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds of prefill; decode gets ten times as many.")] = 9,
+    warmup: Annotated[int, typer.Option(min=0)] = 2,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Fresh processes per group of cases, their rounds pooled; 0 is this one.")
+    ] = 3,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, in fresh processes.")] = True,
     device: str = "cpu",
+    group: Annotated[int, typer.Option(hidden=True)] = -1,
     peak: Annotated[str, typer.Option(hidden=True)] = "",
     side: Annotated[str, typer.Option(hidden=True)] = "routed",
 ) -> None:
@@ -304,26 +348,38 @@ def main(
         case = next(c for c in CASES if c.name == peak)
         typer.echo(measure_peak(case, "stock" if side == "stock" else "routed", device))
         return
+    if group >= 0:
+        raws = measure_cases(groups(CASES)[group], rounds, warmup, device)
+        typer.echo(json.dumps({name: dataclasses.asdict(raw) for name, raw in raws.items()}))
+        return
     commit, dirty = schema.commit_of_source()
     began, start = datetime.now(UTC).isoformat(timespec="seconds"), WALL.read()
-    command = f"python -m mmroute.bench.engine --rounds {rounds} --warmup {warmup} --device {device}"
-
-    def origin() -> schema.Run:
-        return schema.run_here(command, commit, dirty, began, WALL.read() - start)
-
-    results = []
-    together: dict[Any, list[Case]] = {}
-    for case in CASES:
-        together.setdefault((case.stack, case.lengths, case.what), []).append(case)
-    for cases in together.values():
+    command = f"python -m mmroute.bench.engine --rounds {rounds} --warmup {warmup} --processes {processes}"
+    measured: dict[str, list[Raw]] = {case.name: [] for case in CASES}
+    for number, cases in enumerate(groups(CASES)):
         many = 10 if cases[0].what == "decode" else 1
-        results += measure_cases(cases, rounds * many, warmup * many, origin, memory=memory, device=device)
+        counts = rounds * many, warmup * many
+        if processes == 0:
+            for name, raw in measure_cases(cases, *counts, device).items():
+                measured[name].append(raw)
+        for _ in range(processes):
+            options = ["--group", str(number), "--rounds", str(counts[0]), "--warmup", str(counts[1])]
+            for name, fields in json.loads(_apart(*options, "--device", device)).items():
+                measured[name].append(Raw(**fields))
+    peaks: dict[str, tuple[int, int]] = {}
+    if memory:
+        for case in CASES:
+            ours, stock = (
+                int(_apart("--peak", case.name, "--side", s, "--device", device)) for s in ("routed", "stock")
+            )
+            peaks[case.name] = ours, stock
+    run = schema.run_here(command, commit, dirty, began, WALL.read() - start)
+    results = [result_of(case, measured[case.name], run, device, *peaks.get(case.name, (None, None))) for case in CASES]
     for result in results:
         schema.write_result(out / f"{result.case.replace('.', '')}.json", result)
     typer.echo(card(results))
-    typer.echo(
-        json.dumps({r.case: {"ratio": r.ratio["median"], "goal": r.goal, "reached": r.reached} for r in results})
-    )
+    line = {r.case: {"ratio": r.ratio["median"], "goal": r.goal, "reached": r.reached} for r in results}
+    typer.echo(json.dumps(line))
 
 
 if __name__ == "__main__":

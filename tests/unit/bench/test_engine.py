@@ -20,7 +20,8 @@ def small(case: engine.Case) -> engine.Case:
 
 @pytest.mark.parametrize("case", engine.CASES, ids=lambda case: case.name)
 def test_every_case_caches_exactly_what_it_keeps(case, tmp_path):
-    (result,) = engine.measure_cases([small(case)], rounds=2, warmup=1, run=lambda: RUN, memory=False)
+    raw = engine.measure_cases([small(case)], rounds=2, warmup=1)[case.name]
+    result = engine.result_of(small(case), [raw], RUN)
     assert result.kv_bytes == result.kv_bytes_estimate
     assert (result.kv_bytes < result.stock_kv_bytes) == (case.vision_keep < 1)
     assert result.ratio["n"] == 2
@@ -30,25 +31,28 @@ def test_every_case_caches_exactly_what_it_keeps(case, tmp_path):
 
 def test_goals_over_the_ideal_scale_with_the_flop_ratio():
     case = small(engine.CASES[1])
-    (result,) = engine.measure_cases([case], rounds=1, warmup=0, run=lambda: RUN, memory=False)
+    result = engine.result_of(case, [engine.Raw([1.0], [2.0], 1, 1, 1)], RUN)
     assert result.goal == pytest.approx(1.06 * result.flop_ratio)
     assert 0.3 < result.flop_ratio < 0.6
 
 
 def test_the_headline_flop_ratio_is_the_promised_one():
-    case = engine.CASES[1]
-    stack = case.stack
-    shape = engine.Shape(
-        hidden=stack.hidden,
-        layers=stack.layers,
-        heads=stack.heads,
-        kv_heads=stack.kv_heads,
-        head_dim=stack.hidden // stack.heads,
-        mlp=stack.mlp,
-        vocab=stack.vocab,
-        itemsize=4,
-    )
-    assert case.flop_ratio(shape) == pytest.approx(0.432, abs=0.001)
+    assert engine.CASES[1].flop_ratio() == pytest.approx(0.432, abs=0.001)
+
+
+def test_rounds_of_several_processes_are_pooled():
+    raws = [engine.Raw([1.0, 2.0], [2.0, 2.0], 8, 16, 8), engine.Raw([3.0], [2.0], 8, 16, 8)]
+    result = engine.result_of(engine.CASES[0], raws, RUN)
+    assert (result.ratio["min"], result.ratio["median"], result.ratio["max"], result.ratio["n"]) == (0.5, 1.0, 1.5, 3)
+    assert result.setting["processes"] == 2
+
+
+def test_cases_of_one_stock_model_are_timed_together():
+    assert [[case.name for case in cases] for cases in engine.groups(engine.CASES)] == [
+        ["prefill-1024-keep-1-1", "prefill-1024-keep-.4-.7", "prefill-1024-keep-.4-.4"],
+        ["batch-4-padded-keep-.4-.7"],
+        ["decode-1024-keep-1-1", "decode-1024-keep-.4-.7"],
+    ]
 
 
 def test_padded_rows_end_where_the_batch_ends():
@@ -69,7 +73,7 @@ def test_peak_memory_of_the_routed_run_is_measured():
 
 
 def test_the_card_names_what_was_missed():
-    (result,) = engine.measure_cases([small(engine.CASES[0])], rounds=1, warmup=0, run=lambda: RUN, memory=False)
+    result = engine.result_of(engine.CASES[0], [engine.Raw([1.0], [2.0], 8, 16, 8)], RUN)
     slow = dataclasses.replace(result, ratio={**result.ratio, "median": 9.0})
     wrong = dataclasses.replace(result, ratio={**result.ratio, "median": 0.5}, kv_bytes=1)
     assert "MISSED" in engine.card([slow])
@@ -79,7 +83,7 @@ def test_the_card_names_what_was_missed():
 
 def test_the_command_writes_one_file_per_case_and_ends_with_one_json_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "CASES", tuple(small(case) for case in engine.CASES))
-    engine.main(out=tmp_path, rounds=1, warmup=0, memory=False)
+    engine.main(out=tmp_path, rounds=1, warmup=0, processes=0, memory=False)
     assert len(list(tmp_path.glob("*.json"))) == len(engine.CASES)
     for path in tmp_path.glob("*.json"):
         schema.read_engine(path)
