@@ -9,8 +9,10 @@ import families
 import peft
 import pytest
 import torch
+import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from rig import LAYERS, RAGGED, attached, labels, router, stock
+from teacher import conversation
 
 import mmroute
 from mmroute.errors import UnsupportedCall
@@ -242,3 +244,37 @@ def test_offloaded_weights_route_the_same():
     accelerate.cpu_offload(model, execution_device="cpu")
     assert next(model.model.language_model.layers[0].parameters()).is_meta
     assert torch.equal(_logits(model, batch), wanted)
+
+
+# ---------------------------------------------------------------------- Trainer
+
+
+def test_the_stock_trainer_takes_a_step(tmp_path):
+    model, talk = _own(), conversation(NAME, stock(NAME), 3, RAGGED)
+    routed = mmroute.attach(model, prune=router())
+    whole = {key: value for key, value in talk.whole.items() if key != "position_ids"}
+    whole |= {"hop_ids": talk.hop, "generated": talk.generated, "labels": labels(talk.whole)}
+    with torch.no_grad():
+        wanted = model.train()(**whole).loss
+    before = copy.deepcopy(model.state_dict())
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        activation_checkpointing=True,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=[0, 1, 2], data_collator=lambda rows: whole)
+    result = trainer.train()
+    assert result.training_loss == pytest.approx(float(wanted), abs=1e-5)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name for name in moved if name.startswith("mmroute.")} == {
+        f"mmroute.prune.rows.{i}.{kind}" for i in range(1, LAYERS) for kind in ("weight", "bias")
+    }
+    assert "lm_head.weight" in moved
+    assert routed.trace.calls[0].layers[-1].ran[0][1] < 3 * 16
