@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmroute import cost, hub
-from mmroute.backbones.inputs import prepare
+from mmroute.backbones.images import prepare
 from mmroute.bench import schema, stats
 from mmroute.bench.measure import WALL, Timings, clock_of, interleave, measure_generation, realised_saving
 from mmroute.config import resolved
