@@ -230,10 +230,9 @@ def _tower_flops(routed: Routed, chats: list[Any]) -> int | None:
     if vision is None:
         return None
     batch = prepare(routed.model, routed.processor, chats)
-    grids = batch.get("image_grid_thw")
-    if grids is None:
-        grids = [(1, *grid) for grid in routed.family.image_grid(routed.model, batch)]
-    return cost.estimate_tower_flops(vision, [(int(t), int(h), int(w)) for t, h, w in grids])
+    if "image_grid_thw" in batch:
+        return cost.estimate_tower_flops(vision, [(t, h, w) for t, h, w in batch["image_grid_thw"].tolist()])
+    return cost.estimate_tower_flops(vision, [(1, h, w) for h, w in routed.family.image_grid(routed.model, batch)])
 
 
 # ---------------------------------------------------------------------- timing
