@@ -4,7 +4,7 @@ that both executors put on a layer's update.
 Legend: B batch, N positions of this call.
 
 Source: DARE, straight-through selection with an additive mask in training.
-Deviates: the paper masks hidden states; here a key is gated by log(z + 1e-8), which is the derivative of the masked
+Deviates: the paper masks hidden states; here a key is gated by log(z + 1e-30), which is the derivative of the masked
     softmax, and the update by z. Scaling hidden states instead would be undone by the next norm.
 """
 
@@ -17,8 +17,11 @@ from mmroute.tokens import Tokens
 
 __all__ = ["dense_bias", "update_gate"]
 
-EPSILON = 1e-8
-"""A true -inf gives pruned keys no gradient; errors of the gradient: 1e-8 4e-7, 1e-6 5e-6, 1e-4 5e-4."""
+EPSILON = 1e-30
+"""A true -inf gives pruned keys no gradient, so a little of them stays. How little matters: a pruned key whose score is
+d above the kept ones leaks e^d of it, and attention sinks lie 20 to 40 above the rest. At d = 19 the output is wrong by
+2 with 1e-8, by 8e-4 with 1e-12, and right to rounding with 1e-16. 1e-30 serves up to d = 60, and its quotients still
+fit float32 and bfloat16."""
 
 
 def update_gate(keep: Keep) -> Float[Tensor, "B N"] | None:

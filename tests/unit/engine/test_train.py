@@ -1,0 +1,125 @@
+"""The dense executor's mask: what it lets through, and that its gradient is that of a gated softmax.
+
+Legend: B batch, N positions, H query heads, K key-value heads, E head dim.
+"""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from mmroute.engine.attention import _attend, last_row
+from mmroute.engine.rows import Rows
+from mmroute.engine.train import dense_bias, update_gate
+from mmroute.prune.base import Keep
+from mmroute.tokens import Tokens
+
+B, N, H, K, E = 2, 9, 4, 2, 8
+
+
+@pytest.fixture
+def tokens():
+    hop = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 1, 1, 1, 2]])
+    valid = torch.ones(B, N, dtype=torch.bool)
+    valid[1, :2] = False
+    nothing = torch.zeros_like(valid)
+    return Tokens(torch.zeros_like(hop), hop, valid, nothing, nothing, torch.arange(N).expand(B, N))
+
+
+@pytest.fixture
+def soft():
+    return torch.rand(B, N, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def _keep(soft, tokens, alive=None):
+    hard = ((soft.detach() > 0.5) & tokens.valid).float()
+    return Keep(hard.bool(), [[0, 0, 0]] * B, z=hard + soft - soft.detach(), alive=alive)
+
+
+def _qkv():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(B, heads, N, E, generator=generator) for heads in (H, K, K)]
+
+
+def _gated_softmax(q, k, v, gate):
+    """Attention whose weights are multiplied by `gate` (B, N, N) before they are normalised; float64."""
+    k, v = (t.repeat_interleave(H // K, 1) for t in (k, v))
+    weight = (q @ k.transpose(-1, -2) * E**-0.5).exp() * gate[:, None]
+    return weight / weight.sum(-1, keepdim=True) @ v
+
+
+@pytest.mark.parametrize("spread", [1, 6], ids=["even", "sinks"])
+def test_attention_under_the_mask_is_a_softmax_times_the_gate_and_so_is_its_gradient(tokens, soft, spread):
+    keep = _keep(soft, tokens)
+    q, k, v = _qkv()
+    q = q * spread  # 6: scores of one query differ by up to 40, as trained models' attention sinks do
+    out = scaled_dot_product_attention(q, k, v, attn_mask=dense_bias(keep, tokens, torch.float32), enable_gqa=True)
+    rows = tokens.valid[:, None, :, None]
+    (out * rows).square().sum().backward()
+    found, soft.grad = soft.grad, None
+
+    z = _keep(soft, tokens).z.double() * tokens.valid
+    gate = torch.ones(N, N).tril() * z[:, None, :]
+    gate = torch.where(torch.eye(N, dtype=torch.bool), 1.0, gate)
+    q, k, v = (t.double() for t in (q, k, v))
+    wanted = _gated_softmax(q, k, v, gate)
+    torch.testing.assert_close(out.double()[rows.expand_as(out)], wanted[rows.expand_as(out)], atol=1e-5, rtol=0)
+    (wanted * rows).square().sum().backward()
+    assert (found[tokens.valid] != 0).sum() > N, "pruned keys must have a gradient too"
+    torch.testing.assert_close(found, soft.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_alive_gates_a_key_by_the_hop_of_the_query(tokens, soft):
+    alive = torch.ones(B, 3, N)
+    alive[0, 1:, 2] = 0  # column 2 leaves row 0's cache when hop 0 ends
+    alive[1, 2, 6] = 0
+    bias = dense_bias(_keep(soft, tokens, alive), tokens, torch.float32)[:, 0]
+    seen = bias > -10
+    causal = torch.ones(N, N, dtype=torch.bool).tril()
+    wanted = causal & tokens.valid[:, None, :] | torch.eye(N, dtype=torch.bool)
+    wanted[0, 4:, 2] = False
+    wanted[1, 8:, 6] = False
+    assert torch.equal(seen, wanted)
+
+
+def test_hops_beyond_those_named_share_the_last_gate(tokens, soft):
+    alive = torch.ones(B, 2, N)
+    alive[:, 1, 3] = 0
+    bias = dense_bias(_keep(soft, tokens, alive), tokens, torch.float32)[:, 0]
+    assert (bias[0, 4:, 3] < -10).all()
+
+
+def test_the_update_gate_is_the_product_of_what_is_given(soft, tokens):
+    keep = _keep(soft, tokens)
+    gain = torch.full((B, N), 0.5)
+    assert update_gate(Keep(keep.mask, keep.ran)) is None
+    assert update_gate(keep) is keep.z
+    assert update_gate(Keep(keep.mask, keep.ran, gain=gain)) is gain
+    assert torch.equal(update_gate(Keep(keep.mask, keep.ran, z=keep.z, gain=gain)), keep.z * 0.5)
+
+
+@pytest.mark.parametrize("base", ["flash_attention_2", "flash_attention_3"])
+def test_flash_kernels_take_no_float_mask_so_the_dense_executor_runs_sdpa(base, tokens, soft):
+    class Attention(torch.nn.Module):
+        num_key_value_groups, is_causal, training = H // K, True, False
+
+    q, k, v = _qkv()
+    rows = Rows([N] * B, [N] * B, False, bias=dense_bias(_keep(soft, tokens), tokens, torch.float32))
+    out, _ = _attend(base, Attention(), q, k, v, None, E**-0.5, rows)
+    wanted = scaled_dot_product_attention(q, k, v, attn_mask=rows.bias, enable_gqa=True)
+    torch.testing.assert_close(out, wanted.transpose(1, 2))
+
+
+def test_the_probed_row_under_the_mask_is_the_row_of_what_is_kept(tokens, soft):
+    keep = _keep(soft, tokens)
+    keep.mask[:, -1] = True
+    keep.z = keep.mask.float()
+    q, k, _ = _qkv()
+    counts = keep.mask.sum(1).tolist()
+    last = torch.full((B,), N - 1)
+    rows = Rows([N] * B, [N] * B, False, bias=dense_bias(keep, tokens, torch.float32), last=last, probe=True)
+    found = last_row(q, k, rows, E**-0.5)
+    packed = [t.transpose(1, 2)[keep.mask].transpose(0, 1)[None] for t in (q, k)]
+    wanted = last_row(*packed, Rows(counts, counts, True), E**-0.5)
+    for b, n in enumerate(counts):
+        torch.testing.assert_close(found[b][keep.mask[b]], wanted[b, :n], atol=1e-6, rtol=0)
+        assert found[b][~keep.mask[b]].max() < 1e-6
