@@ -1,0 +1,269 @@
+"""Trains a small stock model from scratch on generated worlds: `mmroute train backbone --recipe tiny`.
+
+Looking is the bottleneck: moves and copies are learned in a few hundred steps while the picture stays unread. So the
+recipe teaches random read-outs first, on small pictures, while each vision token also learns to name its place and what
+it shows; written chains come when held-out read-outs are right, and read-outs stay in the mix.
+"""
+
+import copy
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmroute import hub
+from mmroute.bench.schema import commit_of_source
+from mmroute.config import resolved
+from mmroute.errors import ConfigError, InputError
+from mmroute.tasks import _skins
+from mmroute.tasks._texts import EOS, MAX_COORDINATE, VOCABULARY
+from mmroute.tasks.base import Generated, Spec
+from mmroute.train.decode import embed, right
+from mmroute.train.exam import examine
+from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas, place_words
+from mmroute.train.fast import Positions, run_text
+from mmroute.train.folder import write_folder
+from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, save_state
+from mmroute.train.recipe import Phase, Recipe, as_yaml, at
+from mmroute.train.small_model import MERGE, PATCH, build
+
+__all__ = ["Run", "train_backbone"]
+
+logger = logging.getLogger(__name__)
+
+_NEWEST = 0.4
+"""Share of the items that have the largest board of the moment."""
+_NAMING_GAIN = 4.0
+_PLACE_SEED = 1
+"""Keeps the randomness of held-out items apart from that of training steps, which starts with the run's seed."""
+
+
+def train_backbone(recipe: Recipe, out: Path, device: str = "cpu", resume: bool = False) -> Path:
+    """Trains what the recipe says, examines it, and writes the checkpoint folder `out/model`.
+
+    Args:
+        recipe: from `recipe.load_recipe`.
+        out: folder of the run.
+        device: `cpu` or `cuda`.
+        resume: go on from the state in `out`.
+
+    Returns:
+        The checkpoint folder.
+
+    Raises:
+        ConfigError, InputError: see `Run`.
+        MmrouteError: the disk is full; the last state is intact.
+    """
+    commit, dirty = commit_of_source()
+    run = Run(recipe, out, device, resume)
+    progress = run.train()
+    results = {
+        "command": "mmroute " + " ".join(sys.argv[1:]),
+        "commit": commit,
+        "dirty": dirty,
+        "device": device,
+        "steps": progress.step,
+        "cpu_s": progress.cpu_s,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "preset": recipe.preset,
+        "split": "test",
+        "vision_tokens": run.side**2,
+        "decoding": "greedy, written chain, weights as stored (bf16), computed in fp32",
+        "tasks": run.exam(),
+    }
+    write_folder(out / "model", run.model, as_yaml(resolved(recipe)), results)
+    return out / "model"
+
+
+class Run:
+    """One training run in one folder: `state.safetensors`, `log.jsonl`, and at its end the model folder."""
+
+    def __init__(self, recipe: Recipe, out: Path, device: str = "cpu", resume: bool = False) -> None:
+        """Opens the folder.
+
+        Args:
+            recipe: what to train; its seed too.
+            out: folder of the run; made if missing.
+            device: `cpu` or `cuda`.
+            resume: go on from the folder's state; without a state it starts at the beginning.
+
+        Raises:
+            ConfigError: the device is missing, or the folder's state belongs to another recipe.
+            InputError: the folder holds a run and `resume` is off.
+        """
+        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+            raise ConfigError(f"--device is cpu, or cuda where there is one (given {device!r})")
+        self.recipe, self.out, self.device = recipe, out, torch.device(device)
+        self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        self.tasks: dict[str, Generated] = {
+            name: hub.load("tasks", name, preset=recipe.preset) for name in recipe.tasks
+        }
+        self.side = next(iter(self.tasks.values())).preset.canvas
+        self.index = {word: i for i, word in enumerate(VOCABULARY)}
+        pixels = _skins.atlas(PATCH * MERGE)
+        self.atlas = torch.tensor(pixels.reshape(-1, *pixels.shape[2:]), dtype=torch.float32, device=self.device)
+        self.model = build(recipe.model, VOCABULARY, recipe.seed).to(self.device)
+        self.optimisers = Optimisers(self.model, recipe.weight_decay)
+        self.state = out / "state.safetensors"
+        self.progress = Progress(recipe=json.dumps(resolved(recipe)))
+        if resume and self.state.exists():
+            saved = load_state(self.state, self.model, self.optimisers)
+            if saved.recipe != self.progress.recipe:
+                raise ConfigError(f"{out} was started with another recipe; give the same one, or another --out")
+            self.progress = saved
+        elif self.state.exists():
+            raise InputError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
+        self.journal = Journal(out / "log.jsonl", self.progress.log_bytes)
+        self._held_out: dict[tuple[str, str, int], Batch] = {}
+
+    def train(self, stop_after: int | None = None) -> Progress:
+        """Runs the phases that are left, one after the other.
+
+        Args:
+            stop_after: steps after which to return early, unsaved, as if killed; for tests.
+        """
+        started, before = time.process_time(), self.progress.cpu_s
+        progress, recipe = self.progress, self.recipe
+        while progress.phase < len(recipe.phases):
+            phase = recipe.phases[progress.phase]
+            loss, place = self.step(phase)
+            progress.step += 1
+            progress.phase_step += 1
+            progress.cpu_s = round(before + time.process_time() - started, 1)
+            entry = {"step": progress.step, "phase": phase.name, "loss": loss, "place": place}
+            self.journal.write(**entry, cpu_s=progress.cpu_s)
+            over = progress.phase_step == phase.steps
+            if over or progress.step % recipe.eval_every == 0:
+                look = self.look(phase)
+                self.journal.write(step=progress.step, phase=phase.name, look=look, cpu_s=progress.cpu_s)
+                logger.info("%s step %d: loss %.4f %s", phase.name, progress.step, loss, _brief(look))
+                over = over or self._learned(phase, look)
+            if over:
+                progress.phase, progress.phase_step = progress.phase + 1, 0
+            if over or progress.step % recipe.save_every == 0:
+                progress.log_bytes = self.journal.num_bytes
+                save_state(self.state, self.model, self.optimisers, progress)
+            if progress.step == stop_after:
+                break
+        return progress
+
+    def step(self, phase: Phase) -> tuple[float, float]:
+        """One update; what it draws depends on the seed and the step alone. Returns both losses."""
+        progress = self.progress
+        done = progress.phase_step / phase.steps
+        rng = np.random.default_rng([self.recipe.seed, progress.step])
+        batch = self.batch(phase, done, rng).to(self.device)
+        weight = at(phase.place, done)
+        x = embed(self.model, batch, self.atlas, self.dtype)
+        places = Positions(batch.first, batch.side, batch.ids.shape[1], self.device).ids
+        h, early = run_text(self.model, x, places, self.recipe.place_layer if weight else None)
+        labels = batch.labels[:, 1:]
+        learned = labels != IGNORED
+        loss = self._cross_entropy(h[:, :-1][learned], labels[learned])
+        place = loss.new_zeros(())
+        if early is not None:
+            place = self._naming(early[:, batch.first : batch.first + batch.named.shape[1]], batch.named)
+        (loss + weight * place).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        share = rate_at(progress.phase_step, phase.steps, phase.warmup, phase.floor)
+        self.optimisers.step(share * phase.muon, share * phase.adamw)
+        return round(loss.item(), 6), round(place.item(), 6)
+
+    def _naming(self, early: Tensor, named: Tensor) -> Tensor:
+        """How badly vision tokens name themselves; raised logits leave most of a token's direction to other things."""
+        logits = F.linear(early, self.model.lm_head.weight.to(early.dtype)).float() * _NAMING_GAIN
+        said = logits.log_softmax(-1).gather(-1, named.clamp(min=0))
+        return -said[named != IGNORED].mean()
+
+    def _cross_entropy(self, h: Tensor, words: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, self.model.lm_head.weight.to(h.dtype)).float(), words)
+
+    def batch(self, phase: Phase, done: float, rng: np.random.Generator) -> Batch:
+        """The items of one step."""
+        side = min(self.side, int(at(phase.canvas, done)))
+        weights = np.array([phase.tasks.get(name, 1.0) for name in self.tasks])
+        items = []
+        for _ in range(phase.batch):
+            task = self.tasks[list(self.tasks)[int(rng.choice(len(weights), p=weights / weights.sum()))]]
+            sizes = [n for n in task.sizes if n <= min(side, int(at(phase.size, done)))] or [task.sizes[0]]
+            size = sizes[-1] if rng.random() < _NEWEST else sizes[int(rng.integers(len(sizes)))]
+            spec = task.stream(rng, size, int(rng.integers(1, task.max_length(size) + 1)))
+            if side != self.side:
+                spec = on_canvas(spec, side, rng)
+            items.append(item(task, spec, "probe" if rng.random() < at(phase.probe, done) else "cot"))
+        return collate(items, self.index)
+
+    def look(self, phase: Phase) -> dict[str, dict[str, float]]:
+        """By task, on held-out items, the words before given: places found, cells read, chains without a fault."""
+        side = self._side(phase)
+        out: dict[str, dict[str, float]] = {}
+        for name in self.tasks:
+            probe = self._held(name, "probe", side)
+            hit, learned = right(self.model, probe, self.atlas, self.dtype)
+            finds = learned & torch.isin(probe.labels[:, 1:], place_words(self.index, MAX_COORDINATE).to(self.device))
+            ends = learned & (probe.labels[:, 1:] == self.index[EOS])
+            chain, of = right(self.model, self._held(name, "cot", side), self.atlas, self.dtype)
+            out[name] = {
+                "find": _share(hit, finds),
+                "cell": _share(hit, learned & ~finds & ~ends),
+                "chain": round(float((chain == of).all(1).float().mean()), 4),
+                "word": _share(chain, of),
+            }
+        return out
+
+    def exam(self) -> dict[str, dict[str, Any]]:
+        """By task: accuracy of greedy chains on the split test, and with the picture blanked; bf16 weights."""
+        model = copy.deepcopy(self.model).to(torch.bfloat16).float().eval()
+        out = {}
+        for name, task in self.tasks.items():
+            specs = [task.spec("test", i) for i in range(self.recipe.exam_items)]
+            asked_blank = specs[: self.recipe.exam_blank]
+            out[name] = {
+                **examine(model, task, specs, self.atlas, self.index),
+                "chance": task.card.chance,
+                "blank": examine(model, task, asked_blank, self.atlas, self.index, blank=True),
+            }
+            logger.info("%s: %s", name, out[name])
+        return out
+
+    def _held(self, name: str, mode: Literal["cot", "probe"], side: int) -> Batch:
+        """Items of the split val on a canvas of this side."""
+        key = (name, mode, side)
+        if key not in self._held_out:
+            task = self.tasks[name]
+            rng = np.random.default_rng([_PLACE_SEED, side])
+            specs: list[Spec] = []
+            at_index = 0
+            while len(specs) < self.recipe.eval_items:
+                spec = task.spec("val", at_index)
+                at_index += 1
+                if spec.n <= side:
+                    specs.append(spec if side == self.side else on_canvas(spec, side, rng))
+            items = [item(task, spec, mode) for spec in specs]
+            self._held_out[key] = collate(items, self.index).to(self.device)
+        return self._held_out[key]
+
+    def _side(self, phase: Phase) -> int:
+        return min(self.side, int(at(phase.canvas, self.progress.phase_step / phase.steps)))
+
+    def _learned(self, phase: Phase, look: dict[str, dict[str, float]]) -> bool:
+        """Whether a phase that may end early is done, on every task it trains."""
+        goals = {"find": phase.until_probe, "cell": phase.until_probe, "chain": phase.until_chain}
+        asked = {key: goal for key, goal in goals.items() if goal is not None}
+        trained = [name for name in self.tasks if phase.tasks.get(name, 1.0) > 0]
+        return bool(asked) and all(look[name][key] >= goal for name in trained for key, goal in asked.items())
+
+
+def _share(hit: Tensor, of: Tensor) -> float:
+    return round(float((hit & of).sum() / of.sum()), 4)
+
+
+def _brief(look: dict[str, dict[str, float]]) -> str:
+    return " ".join(f"{name} {' '.join(f'{k} {v:.2f}' for k, v in values.items())}" for name, values in look.items())

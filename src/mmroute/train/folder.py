@@ -1,0 +1,133 @@
+"""The checkpoint folder of a small model: what plain Auto classes open, and where it came from.
+
+Everything is written into a folder beside and moved into place, so a folder that exists is whole.
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+from mmroute.errors import MmrouteError
+from mmroute.tasks._texts import BOS, EOS, IMAGE, PAD, SPECIAL, UNK, VISION_END, VISION_START, VOCABULARY
+from mmroute.train.small_model import MERGE, PATCH
+
+__all__ = ["CHAT_TEMPLATE", "make_tokenizer", "write_folder"]
+
+MAX_TOKENS = 256
+"""Largest picture in vision tokens that the processor leaves as it is."""
+CHAT_TEMPLATE = (
+    f"{BOS}"
+    "{% for message in messages %}"
+    "{% if message['content'] is string %} {{ message['content'] }}"
+    "{% else %}{% for block in message['content'] %}"
+    "{% if block['type'] == 'image' %}"
+    f" {VISION_START}{IMAGE}{VISION_END}"
+    "{% elif block['type'] == 'text' %} {{ block['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+"""Prints the blocks in order, without roles: the model has only ever seen one text."""
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words: split at spaces, unknown words become `<unk>`."""
+    words = {word: i for i, word in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNK))
+    # A colon belongs to mode words and `answer:`; other marks stand alone even where they touch a word.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), *(pre_tokenizers.Split(mark, "isolated") for mark in ".,?;()")]
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        additional_special_tokens=[w for w in SPECIAL if w not in (BOS, EOS, PAD, UNK)],
+        padding_side="left",
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_folder(path: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: str, results: dict[str, Any]) -> None:
+    """Writes the model in bf16 with tokenizer, processor, chat template, recipe and figures.
+
+    Args:
+        path: folder to make; one that stands there is replaced only when the new one is whole.
+        model: built by `small_model.build`.
+        recipe: YAML text that `mmroute train backbone` takes.
+        results: command, commit and figures, for `RESULTS.json`.
+
+    Raises:
+        MmrouteError: the disk is full; what stood at `path` still stands there.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.mkdir(parents=True)
+        _write(beside, model, recipe, results)
+        old = path.with_name(f".{path.name}.old.{os.getpid()}")
+        if path.exists():
+            path.rename(old)
+        beside.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        what = "the disk is full" if full else str(error)
+        raise MmrouteError(
+            f"could not write {path}: {what}; what stood there is intact: make room, then run again"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write(folder: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: str, results: dict[str, Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
+    for part in ("text_config", "vision_config"):
+        config[part]["dtype"] = "bfloat16"
+    _json(folder / "config.json", config)
+    GenerationConfig(
+        do_sample=False,
+        max_new_tokens=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(folder)
+    # The output layer is the embedding: one copy, under the name the stock class ties from.
+    weights = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    image = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": (PATCH * MERGE) ** 2 * MAX_TOKENS},
+    }
+    processor = {"processor_class": "Qwen2_5_VLProcessor", "image_processor": image}
+    _json(folder / "processor_config.json", processor)
+    # Older readers look for the image processor's own file.
+    _json(folder / "preprocessor_config.json", image | {"processor_class": "Qwen2_5_VLProcessor"})
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "recipe.yaml").write_text(recipe)
+    _json(folder / "RESULTS.json", results)
+
+
+def _json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")

@@ -1,0 +1,202 @@
+"""Training that can be killed: one state file written beside and renamed, a log cut back to it, nothing random kept.
+
+Everything a step draws comes from (seed, step), so the state is the weights, the optimisers' moments and the step. A
+run that was killed and resumed therefore gives the weights of one that was not, bit for bit, on the same machine.
+"""
+
+import errno
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmroute.errors import CheckpointMismatch, MmrouteError
+
+__all__ = ["Journal", "Optimisers", "Progress", "load_state", "rate_at", "replacing", "save_state"]
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the name `path` only when all of it is on disk.
+
+    Raises:
+        MmrouteError: the disk is full; what stood at `path` still stands there.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        with beside.open("rb") as written:
+            os.fsync(written.fileno())
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(path, error) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: Exception) -> MmrouteError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    what = "the disk is full" if full else str(error)
+    return MmrouteError(
+        f"could not write {path}: {what}; what was written before is intact: make room, then run again with --resume"
+    )
+
+
+class Journal:
+    """An append-only JSONL file that can be cut back to where a checkpoint stands."""
+
+    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+        """Opens the file and drops what was written after `keep_bytes`."""
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("r+b" if path.exists() else "w+b")
+            self._file.truncate(keep_bytes)
+            self._file.seek(keep_bytes)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def write(self, **entry: Any) -> None:
+        """Appends one line.
+
+        Raises:
+            MmrouteError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(entry).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    @property
+    def num_bytes(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    """Steps done over all phases; seeds the next step's randomness."""
+    phase: int = 0
+    phase_step: int = 0
+    """Steps done in this phase."""
+    log_bytes: int = 0
+    cpu_s: float = 0.0
+    """CPU seconds of all processes that worked on this run."""
+    recipe: str = ""
+    """The recipe as JSON: a run is not resumed with another one."""
+    finished: bool = False
+
+
+class Optimisers:
+    """Muon for the matrices, AdamW for embeddings, the patch projection, norms and biases."""
+
+    def __init__(self, model: nn.Module, weight_decay: float) -> None:
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
+        taken = {id(p) for p in matrices}
+        rest = [p for _, p in named if id(p) not in taken]
+        self.muon = torch.optim.Muon(
+            matrices, lr=1.0, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
+                {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=1.0,
+            betas=(0.9, 0.98),
+        )
+
+    def step(self, muon: float, adamw: float) -> None:
+        """One update at these rates; clears the gradients."""
+        for optimiser, rate in ((self.muon, muon), (self.adamw, adamw)):
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All moments, by name."""
+        return {
+            f"{name}.{index}.{key}": value
+            for name, optimiser in (("muon", self.muon), ("adamw", self.adamw))
+            for index, state in optimiser.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes the moments that `tensors` gave."""
+        for name, optimiser in (("muon", self.muon), ("adamw", self.adamw)):
+            state: dict[int, dict[str, Tensor]] = {}
+            for path, value in tensors.items():
+                owner, index, key = path.split(".", 2)
+                if owner == name:
+                    state.setdefault(int(index), {})[key] = value
+            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def rate_at(step: int, steps: int, warmup: int, floor: float) -> float:
+    """Share of the peak rate: a straight rise, then a cosine down to `floor`.
+
+    Example:
+        >>> rate_at(0, 100, 10, 0.1), round(rate_at(99, 100, 10, 0.1), 3)
+        (0.1, 0.1)
+    """
+    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / warmup) * cosine
+
+
+def save_state(path: Path, model: nn.Module, optimisers: Optimisers, progress: Progress) -> None:
+    """Writes all that a resumed run needs, in one file that is whole or not there.
+
+    Raises:
+        MmrouteError: the disk is full; the state before this one is intact.
+    """
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors |= optimisers.tensors()
+    with replacing(path) as beside:
+        save_file(
+            {name: t.contiguous().cpu() for name, t in tensors.items()},
+            beside,
+            metadata={"progress": json.dumps(vars(progress))},
+        )
+
+
+def load_state(path: Path, model: nn.Module, optimisers: Optimisers) -> Progress:
+    """Puts a saved state into the model and the optimisers.
+
+    Raises:
+        CheckpointMismatch: not a state of this model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = Progress(**json.loads((file.metadata() or {})["progress"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors.pop(f"model.{name}"))
+    except (SafetensorError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise CheckpointMismatch(
+            f"{path} is no training state of this recipe ({error}); start without --resume"
+        ) from error
+    optimisers.load(tensors)
+    return progress
