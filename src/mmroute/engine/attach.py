@@ -207,9 +207,13 @@ class Routed:
     def full_trace(self, value: bool) -> None:
         self.controller.full_trace = value
 
-    def new_cache(self) -> RaggedCache:
-        """An empty routed cache for `model(..., past_key_values=cache)`."""
-        return self.controller.new_cache()
+    def new_cache(self, differentiable: bool = False) -> RaggedCache:
+        """An empty routed cache for `model(..., past_key_values=cache)`.
+
+        Args:
+            differentiable: gradients flow through it, hop by hop; slower and larger, for training.
+        """
+        return self.controller.new_cache(differentiable)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, routed."""

@@ -116,17 +116,17 @@ def last_row(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
         return _last_row_masked(query, key, rows, scaling)
     if rows.packed:
         ends = torch.tensor(rows.q, device=query.device).cumsum(0) - 1
-        last = query[0].index_select(1, ends.clamp(min=0)).transpose(0, 1)
+        last = query[0].index_select(1, (ends - rows.drafts).clamp(min=0)).transpose(0, 1)
         if key.shape[0] == 1 and B > 1:
             starts = ends + 1 - torch.tensor(rows.q, device=query.device)
             slots = (starts[:, None] + torch.arange(S, device=query.device)).clamp(max=key.shape[2] - 1)
             key = key[0][:, slots].transpose(0, 1)
     else:
-        last = query[:, :, -1]
+        last = query[:, :, -1 - rows.drafts]
     K = key.shape[1]
     grouped = last.float().reshape(B, K, -1, last.shape[-1])
     scores = torch.einsum("bgre,bgse->bgrs", grouped, key[:, :, :S].float()) * scaling
-    length = torch.tensor(rows.k, device=query.device)
+    length = torch.tensor(rows.k, device=query.device) - rows.drafts
     behind = torch.arange(S, device=query.device) >= length[:, None]
     row = scores.masked_fill(behind[:, None, None], float("-inf")).softmax(-1).flatten(1, 2).mean(1)
     empty = torch.tensor([q == 0 for q in rows.q], device=query.device)

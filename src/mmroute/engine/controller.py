@@ -21,6 +21,7 @@ from mmroute.backbones.base import Family
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.deepen.base import Deepener
 from mmroute.engine.layer import Step, build_groups
+from mmroute.engine.train import GrowingCache
 from mmroute.errors import UnsupportedCall
 from mmroute.prune.base import Keep, Pruner
 from mmroute.tokens import Modality, Tokens
@@ -101,9 +102,9 @@ class Controller:
             return True
         return self.pruner is not None and not self.pruner.is_identity(self.shape.layers)
 
-    def new_cache(self) -> RaggedCache:
+    def new_cache(self, differentiable: bool = False) -> RaggedCache:
         depth = self.deepener.max_depth if self.deepener is not None else 0
-        cache = RaggedCache(self.shape.layers, self.shape, depth)
+        cache = (GrowingCache if differentiable else RaggedCache)(self.shape.layers, self.shape, depth)
         cache.trace.full = self.full_trace
         return cache
 
@@ -191,8 +192,11 @@ class Controller:
                 f"past_key_values is a {kind}; an attached model keeps its own routed cache: pass none, or one from an "
                 "earlier routed call, or use routed.off()"
             )
-        if training and cache is not None:
-            raise UnsupportedCall("training with a cache is not differentiable; pass the whole sequence with hop_ids")
+        if training and cache is not None and not isinstance(cache, GrowingCache):
+            raise UnsupportedCall(
+                "this cache is written in place, which cannot be differentiated; train on the whole sequence with "
+                "hop_ids, or hop by hop on routed.new_cache(differentiable=True)"
+            )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
             given = "a dict of masks" if isinstance(mask, dict) else f"a {mask.ndim}-D mask"
@@ -213,7 +217,7 @@ class Controller:
         B, N = x.shape[:2]
         chunk = pending.chunk if pending is not None else Chunk()
         route = pending.route if pending is not None else True
-        start, before = 0, (None, None)
+        start, drafts, before = 0, 0, (None, None)
         if cache is not None:
             if cache.batch_size not in (-1, B):
                 raise UnsupportedCall(
@@ -225,6 +229,7 @@ class Controller:
                 chunk, cache.next = _merged(cache.next, chunk), None
             if cache.drafts_from is not None and N > 1:
                 route = route and start < cache.drafts_from
+                drafts = max(0, min(N, start + N - cache.drafts_from))
                 chunk.generated = (torch.arange(start, start + N) >= cache.drafts_from).expand(B, N)
         if chunk.modality is None:
             raise UnsupportedCall(
@@ -257,9 +262,10 @@ class Controller:
             groups={0: groups},
             relevance=chunk.relevance,
             checkpoints=self._checkpoints(training),
-            dense=training and self.executor == "dense",
+            dense=training and self.executor == "dense" and cache is None,
             full=self.full_trace,
             single=single,
+            drafts=drafts,
             before=before,
         )
 
@@ -382,8 +388,12 @@ def prepare_cache(
         )
     given.reserve(max_cache_length)
     given._is_user_defined = True
-    assisted, mask = "assisted" in str(generation_mode).lower(), model_kwargs.get("attention_mask")
-    given.drafts_from = mask.shape[1] if assisted and mask is not None else None
+    given.drafts_from = None
+    if "assisted" in str(generation_mode).lower():
+        # The first call already brings drafts behind the prompt. A mask of ones was dropped by now, positions never.
+        known = model_kwargs.get("attention_mask")
+        columns = (known if known is not None else model_kwargs["position_ids"]).shape[-1]
+        given.drafts_from = columns if columns > given.seen else given.seen + columns
     if generation_config.prefill_chunk_size is not None and controller.routes:
         warnings.warn(
             f"prefill_chunk_size={generation_config.prefill_chunk_size}: each chunk of the prompt chooses among its "

@@ -22,7 +22,7 @@ from mmroute.cache import RaggedCache, RaggedLayer
 from mmroute.deepen.base import Deepener
 from mmroute.engine.rows import Pick, Rows, pick
 from mmroute.engine.select import Group, first_true, group_positions, narrow
-from mmroute.engine.train import dense_bias, update_gate
+from mmroute.engine.train import GrowingCache, dense_bias, grown, update_gate
 from mmroute.errors import UnsupportedCall
 from mmroute.probe import by_column
 from mmroute.prune.base import Keep, Pruner, Site
@@ -67,6 +67,8 @@ class Step:
     """Record which positions ran, not only how many."""
     single: bool = False
     """A decode step: one valid position per row."""
+    drafts: int = 0
+    """Positions at the end of each row that assisted decoding guessed."""
     before: tuple[Tensor | None, Tensor | None] = (None, None)
     """The cache's `in_hop` and `last_hop` before the call, to be put back if it fails."""
     aux: dict[int, Keep] = field(default_factory=dict)
@@ -120,7 +122,7 @@ class Step:
             return (h,) if self.family.tuple_out else h
         chosen = self._pick(keep, counts, before)
         rows = self._plan(stored, chosen, keep, counts)
-        rows.probe = self._probes(index + 1)
+        rows.probe, rows.drafts = self._probes(index + 1), self.drafts
         out = stock(chosen.take(h), _take(chosen, rotary), rows, self.cache)
         y, rest = (out[0], out[1:]) if self.family.tuple_out else (out, ())
         gate = None if keep is None else update_gate(keep)
@@ -154,10 +156,15 @@ class Step:
             attention_mask=None,
             position_ids=None,
             position_embeddings=rotary,
-            past_key_values=cache,
             rows=rows,
             **kwargs,
         )
+        if isinstance(cache, GrowingCache):
+            pure = partial(grown, call, cache.layers[index])
+            out = layer._gradient_checkpointing_func(pure, x) if index in self.checkpoints else pure(x)
+            cache.layers[index].adopt(out[1])
+            return out[0]
+        call = partial(call, past_key_values=cache)
         # Checkpointing wraps the stock call only: attention runs twice, routing once.
         return layer._gradient_checkpointing_func(call, x) if index in self.checkpoints else call(x)
 
@@ -336,7 +343,7 @@ class Step:
             return Rows(counts, counts, chosen.packed)
         score = None
         if keep is not None and keep.logits is not None:
-            score = chosen.columns(keep.logits)
+            score = chosen.columns(keep.logits.detach())
         room = max(0, self.cache.reserved - self.cache.seen - self.tokens.shape[1])  # type: ignore[union-attr]
         position = chosen.columns(self.tokens.position)
         return stored.plan(self.tokens.shape[0], counts, chosen.packed, position, score, room)

@@ -30,6 +30,8 @@ class Rows:
     """A second pass: `output_attentions` shows first passes only."""
     probe: bool = False
     """Record the attention row of each row's last position."""
+    drafts: int = 0
+    """Positions at the end of each row that are drafts: the probe is the position before them, which sees none."""
     bias: Tensor | None = None
     """(B, 1, N, N) additive mask of the dense training executor, in place of everything above."""
     last: Tensor | None = None

@@ -1,5 +1,5 @@
-"""Gradients through routing: the dense executor, where every position runs and gates decide what counts, and the gate
-that both executors put on a layer's update.
+"""Gradients through routing: the dense executor, where every position runs and gates decide what counts, the gate that
+both executors put on a layer's update, and a cache that gradients flow through.
 
 Legend: B batch, N positions of this call.
 
@@ -8,14 +8,19 @@ Deviates: the paper masks hidden states; here a key is gated by log(z + 1e-30), 
     softmax, and the update by z. Scaling hidden states instead would be undone by the next norm.
 """
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmroute.cache import RaggedCache, RaggedLayer
 from mmroute.prune.base import Keep
 from mmroute.tokens import Tokens
 
-__all__ = ["dense_bias", "update_gate"]
+__all__ = ["GrowingCache", "GrowingLayer", "dense_bias", "grown", "update_gate"]
 
 EPSILON = 1e-30
 """A true -inf gives pruned keys no gradient, so a little of them stays. How little matters: a pruned key whose score is
@@ -60,3 +65,56 @@ def dense_bias(keep: Keep, tokens: Tokens, dtype: torch.dtype) -> Float[Tensor, 
 
 def _log(gate: Tensor) -> Tensor:
     return torch.log(gate.float() + EPSILON)
+
+
+class GrowingLayer(RaggedLayer):
+    """One layer of a differentiable session: what has been stored is never written again, only followed."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._own()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def crop_to(self, column: int) -> None:
+        self._own()
+        super().crop_to(column)
+
+    def adopt(self, other: "GrowingLayer") -> None:
+        """Takes the state of a copy that has run."""
+        self.__dict__.update(other.__dict__)
+
+    def _own(self) -> None:
+        for name in ("keys", "values", "pos", "score"):
+            stored = getattr(self, name)
+            if stored is not None:
+                setattr(self, name, stored.clone())
+
+
+class GrowingCache(RaggedCache):
+    """A routed cache for training hop by hop: each call leaves new tensors, and the graph runs through all of them."""
+
+    layer_class = GrowingLayer
+
+    def fork(self) -> "GrowingCache":
+        """An independent continuation; what is stored so far is shared, gradients of both add up."""
+        twin = copy.copy(self)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        twin.depth = [cache.fork() for cache in self.depth]
+        twin.trace = copy.deepcopy(self.trace)
+        twin._chunks = list(self._chunks)
+        return twin
+
+
+def grown(call: Callable[..., Any], stored: GrowingLayer, x: Tensor) -> tuple[Any, GrowingLayer]:
+    """A stock layer call on a copy of what is stored, which it returns: pure, so that checkpointing may run it twice."""
+    twin = copy.copy(stored)
+    return call(x, past_key_values=_OneLayer(twin)), twin
+
+
+class _OneLayer:
+    """What a layer's attention sees of a cache."""
+
+    def __init__(self, layer: GrowingLayer) -> None:
+        self.layer = layer
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.layer.update(keys, values)
