@@ -59,13 +59,13 @@ class Journal:
     """An append-only JSONL file that can be cut back to where a checkpoint stands."""
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        """Opens the file and drops what was written after `keep_bytes`."""
+        """Drops what was written after `keep_bytes`."""
         self.path = path
+        self.num_bytes = keep_bytes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("r+b" if path.exists() else "w+b")
-            self._file.truncate(keep_bytes)
-            self._file.seek(keep_bytes)
+            with path.open("ab") as file:
+                file.truncate(keep_bytes)
         except OSError as error:
             raise _unwritable(path, error) from error
 
@@ -75,18 +75,13 @@ class Journal:
         Raises:
             MmrouteError: the disk is full.
         """
+        line = json.dumps(entry).encode() + b"\n"
         try:
-            self._file.write(json.dumps(entry).encode() + b"\n")
-            self._file.flush()
+            with self.path.open("ab") as file:
+                file.write(line)
         except OSError as error:
             raise _unwritable(self.path, error) from error
-
-    @property
-    def num_bytes(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self._file.close()
+        self.num_bytes += len(line)
 
 
 @dataclass
