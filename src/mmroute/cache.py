@@ -219,8 +219,10 @@ class RaggedLayer(DynamicLayer):
 class RaggedCache(Cache):
     """What `generate()` and sessions hold; made by the attached model."""
 
+    layer_class: type[RaggedLayer] = RaggedLayer
+
     def __init__(self, num_layers: int, shape: Shape, max_depth: int = 0) -> None:
-        super().__init__(layers=[RaggedLayer() for _ in range(num_layers)])
+        super().__init__(layers=[self.layer_class() for _ in range(num_layers)])
         self.trace = Trace(shape)
         self.seen = 0
         """Logical columns entered so far, padding included."""
@@ -237,7 +239,7 @@ class RaggedCache(Cache):
         self._compacted_at = 0
         self._meta: Tensor | None = None
         self._chunks: list[tuple[Tensor, ...]] = []
-        self.depth = [RaggedCache(num_layers, shape) for _ in range(max_depth)]
+        self.depth = [type(self)(num_layers, shape) for _ in range(max_depth)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -344,13 +346,13 @@ class RaggedCache(Cache):
         if tokens_to_remove == 0:
             return
         column = self.seen + tokens_to_remove
+        if column < 0:
+            raise UnsupportedCall(f"crop by {tokens_to_remove}: the cache holds {self.seen} columns")
         if column < self._compacted_at:
             raise UnsupportedCall(
                 f"crop to column {column}: a hop was compressed at column {self._compacted_at} and what it evicted "
                 "cannot come back; fork() the cache before closing the hop"
             )
-        if column < 0:
-            raise UnsupportedCall(f"crop by {tokens_to_remove}: the cache holds {self.seen} columns")
         meta = self.meta
         if meta:
             self._meta = self._meta[:, :, :column]  # type: ignore[index]
