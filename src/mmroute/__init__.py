@@ -39,7 +39,7 @@ __all__ = ["__version__", *sorted(_HOME)]
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in ("prune", "deepen", "think", "gate", "tasks", "hub"):
+    if name in ("cost", "deepen", "gate", "hub", "prune", "tasks", "think"):
         return importlib.import_module(f"mmroute.{name}")
     raise AttributeError(f"module 'mmroute' has no attribute {name!r}")
 
