@@ -139,7 +139,7 @@ class Controller:
         if not (isinstance(cache, RaggedCache) or self.strip_padding or self.routes):
             self._stock_checkpointing()
             return args, kwargs
-        self._check(cache, kwargs, training)
+        self._check(cache, args, kwargs, training)
         x = kwargs.get("inputs_embeds")
         x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
         if training:
@@ -151,6 +151,8 @@ class Controller:
                 cache = kwargs["past_key_values"] = self.new_cache()
         step = self._step(x, cache, kwargs.get("attention_mask"), pending, training)
         kwargs["mmroute_step"] = step
+        # No layer reads a mask; a ready-made one keeps the text model from building (B, 1, N, S) of them.
+        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
         return args, kwargs
 
     def after_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
@@ -180,7 +182,7 @@ class Controller:
 
     # ------------------------------------------------------------------ parts of a call
 
-    def _check(self, cache: Any, kwargs: dict[str, Any], training: bool) -> None:
+    def _check(self, cache: Any, args: tuple, kwargs: dict[str, Any], training: bool) -> None:
         if self.model._modules.get("mmroute") is not self.model.__dict__["_mmroute"].parts:
             raise UnsupportedCall(
                 "model.mmroute was replaced (PEFT's modules_to_save trains a copy that is never called); leave it out "
@@ -196,6 +198,10 @@ class Controller:
             raise UnsupportedCall(
                 "this cache is written in place, which cannot be differentiated; train on the whole sequence with "
                 "hop_ids, or hop by hop on routed.new_cache(differentiable=True)"
+            )
+        if len(args) > 1:
+            raise UnsupportedCall(
+                "an attached model takes everything but input_ids by keyword, attention_mask above all"
             )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):

@@ -9,6 +9,7 @@ Source: DARE and Vedas describe routed layers; neither describes an executor.
 Deviates: everything here: see docs/method.md.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -160,7 +161,7 @@ class Step:
             **kwargs,
         )
         if isinstance(cache, GrowingCache):
-            pure = partial(grown, call, cache.layers[index])
+            pure = partial(grown, call, copy.copy(cache.layers[index]))  # what is stored now, also when run again
             out = layer._gradient_checkpointing_func(pure, x) if index in self.checkpoints else pure(x)
             cache.layers[index].adopt(out[1])
             return out[0]

@@ -74,9 +74,9 @@ class GrowingLayer(RaggedLayer):
         self._own()
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def crop_to(self, column: int) -> None:
+    def shorten(self, lengths: list[int]) -> None:
         self._own()
-        super().crop_to(column)
+        super().shorten(lengths)
 
     def adopt(self, other: "GrowingLayer") -> None:
         """Takes the state of a copy that has run."""
@@ -105,7 +105,7 @@ class GrowingCache(RaggedCache):
 
 
 def grown(call: Callable[..., Any], stored: GrowingLayer, x: Tensor) -> tuple[Any, GrowingLayer]:
-    """A stock layer call on a copy of what is stored, which it returns: pure, so that checkpointing may run it twice."""
+    """A stock layer call on a copy of what is stored, which it returns; pure, so checkpointing may run it twice."""
     twin = copy.copy(stored)
     return call(x, past_key_values=_OneLayer(twin)), twin
 
