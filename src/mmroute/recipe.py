@@ -26,15 +26,17 @@ class Recipe:
     deepen: dict[str, Any] | None = None
     """`name` and options of the deepener; None is the stock depth."""
     think: dict[str, Any] | None = None
-    """`name` and options of the way to think; None is written text."""
+    """`name` and options of the way to think; written text unless named."""
     prefix_tokens: int = 2
     """Positions at the start of each hop that are never pruned."""
 
     def build(self, kind: str) -> Any:
         """The method of one folder, or None."""
         given: Mapping[str, Any] | None = getattr(self, kind)
+        if kind == "think":
+            given = {"name": "text", **(given or {})}
         if given is None:
-            return hub.load("think", "text") if kind == "think" else None
+            return None
         if "name" not in given:
             raise ConfigError(f"{kind}: no name given; one of {', '.join(hub.names(kind))}")
         rest = {k: v for k, v in given.items() if k != "name"}

@@ -65,7 +65,7 @@ class Call:
     """Logical column of the first new position."""
 
     def row(self, b: int) -> "Call":
-        """One row of the call alone; what methods spent on the batch is shared out by the positions each row brought."""
+        """One row of the call alone; what methods spent on the batch is shared by the positions each row brought."""
         share, whole = sum(self.new[b]), max(sum(map(sum, self.new)), 1)
         layers = [
             LayerCall(

@@ -26,6 +26,19 @@ def test_set_replaces_one_option_and_keeps_the_others():
     assert found.build("prune").config.vision_keep == 0.3
 
 
+def test_thinking_is_written_text_unless_named():
+    assert recipe.read("random", ["think.max_new_tokens=7"]).build("think").max_new_tokens == 7
+    assert recipe.read("random", ["think.name=direct"]).build("think").style == "direct"
+
+
+def test_a_part_that_is_no_mapping_is_refused_not_merged(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text("prune: fastv\n")
+    for sets in ([], ["prune.vision_keep=0.3"]):
+        with pytest.raises(ConfigError, match="prune"):
+            recipe.read(str(path), sets)
+
+
 def test_a_recipe_may_be_a_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("prune: {name: random, vision_keep: 0.2}\n")

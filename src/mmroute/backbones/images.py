@@ -14,7 +14,17 @@ from torch import Tensor
 from mmroute import backbones
 from mmroute.errors import InputError
 
-__all__ = ["MAX_RATIO", "MAX_SIDE", "MIN_SIDE", "Source", "check_prompt", "open_images", "prepare", "user_message"]
+__all__ = [
+    "MAX_RATIO",
+    "MAX_SIDE",
+    "MIN_SIDE",
+    "Source",
+    "check_given",
+    "check_prompt",
+    "open_images",
+    "prepare",
+    "user_message",
+]
 
 Source = str | Path | bytes | Image.Image
 """An image file's path, its bytes, or a PIL image."""
@@ -100,16 +110,25 @@ def user_message(question: str, images: Sequence[Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
+def check_given(question: str, images: Sequence[Any]) -> None:
+    """Whether there is anything to ask; needs no model.
+
+    Raises:
+        InputError: no question, or no image.
+    """
+    if not question.strip():
+        raise InputError("the question is empty; write what to find out about the image")
+    if not images:
+        raise InputError("no image given; at least one is needed (-i FILE on the command line)")
+
+
 def check_prompt(question: str, images: Sequence[Any], processor: Any) -> None:
     """Whether a question about these images can be asked.
 
     Raises:
         InputError: no question, no image, or the processor's chat template does not place every image once.
     """
-    if not question.strip():
-        raise InputError("the question is empty; write what to find out about the image")
-    if not images:
-        raise InputError("no image given; at least one is needed (-i FILE on the command line)")
+    check_given(question, images)
     _placed([user_message(question, images)], processor)
 
 

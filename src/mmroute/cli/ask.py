@@ -19,10 +19,14 @@ def ask(
 ) -> None:
     """Answer one question about images."""
     from mmroute import recipe as recipes  # torch costs seconds; --help must not pay them
+    from mmroute.backbones.images import check_given, open_images
     from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares
 
-    with recipes.equip(model, recipes.read(recipe, set_)) as (routed, think):
-        answer = routed.answer(question, images=image or [], think=think)
+    settings = recipes.read(recipe, set_)
+    check_given(question, image or [])
+    pictures = open_images(image or [])  # what cannot be asked is said before a model is loaded
+    with recipes.equip(model, settings) as (routed, think):
+        answer = routed.answer(question, images=pictures, think=think)
     if not json_:
         print(answer.text)
         return

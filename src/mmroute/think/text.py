@@ -6,8 +6,7 @@ Deviates: no paper says where a written thought ends. Here a hop begins where a 
 """
 
 import re
-from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -33,10 +32,10 @@ class Text(Thinker):
     style = "cot"
     config: Config
 
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
         try:
-            return re.compile(self.config.hop_pattern)
+            self._begins = re.compile(self.config.hop_pattern)
         except re.error as error:
             raise ConfigError(f"think.text.hop_pattern: not a regular expression: {error}") from None
 
@@ -49,4 +48,4 @@ class Text(Thinker):
         return self.config.max_new_tokens
 
     def starts_hop(self, piece: str) -> bool:
-        return self._pattern.search(piece) is not None
+        return self._begins.search(piece) is not None
