@@ -24,7 +24,7 @@ from mmroute.config import resolved
 from mmroute.errors import ConfigError, InputError
 from mmroute.tasks import _skins
 from mmroute.tasks._texts import EOS, MAX_COORDINATE, VOCABULARY
-from mmroute.tasks.base import Generated, Spec
+from mmroute.tasks.base import Generated
 from mmroute.train.decode import embed, right
 from mmroute.train.exam import examine
 from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas, place_words
@@ -204,7 +204,7 @@ class Run:
         """By task, on held-out items, the words before given: places found, cells read, chains without a fault."""
         side = self._side(phase)
         out: dict[str, dict[str, float]] = {}
-        for name in self.tasks:
+        for name in self._trained(phase):
             probe = self._held(name, "probe", side)
             hit, learned = right(self.model, probe, self.atlas, self.dtype)
             finds = learned & torch.isin(probe.labels[:, 1:], place_words(self.index, MAX_COORDINATE).to(self.device))
@@ -234,18 +234,18 @@ class Run:
         return out
 
     def _held(self, name: str, mode: Literal["cot", "probe"], side: int) -> Batch:
-        """Items of the split val on a canvas of this side."""
+        """Items to look at on a canvas of this side: of the split val on the preset's own."""
         key = (name, mode, side)
         if key not in self._held_out:
             task = self.tasks[name]
             rng = np.random.default_rng([_PLACE_SEED, side])
-            specs: list[Spec] = []
-            at_index = 0
-            while len(specs) < self.recipe.eval_items:
-                spec = task.spec("val", at_index)
-                at_index += 1
-                if spec.n <= side:
-                    specs.append(spec if side == self.side else on_canvas(spec, side, rng))
+            if side == self.side:
+                specs = [task.spec("val", i) for i in range(self.recipe.eval_items)]
+            else:  # counterbalanced items need larger boards than a small canvas holds; fresh ones of the stream do
+                fits = [n for n in task.sizes if n <= side]
+                sizes = [fits[i % len(fits)] for i in range(self.recipe.eval_items)]
+                drawn = [task.stream(rng, n, int(rng.integers(1, task.max_length(n) + 1))) for n in sizes]
+                specs = [on_canvas(spec, side, rng) for spec in drawn]
             items = [item(task, spec, mode) for spec in specs]
             self._held_out[key] = collate(items, self.index).to(self.device)
         return self._held_out[key]
@@ -254,11 +254,13 @@ class Run:
         return min(self.side, int(at(phase.canvas, self.progress.phase_step / phase.steps)))
 
     def _learned(self, phase: Phase, look: dict[str, dict[str, float]]) -> bool:
-        """Whether a phase that may end early is done, on every task it trains."""
+        """Whether a phase that may end early is done, on every task looked at."""
         goals = {"find": phase.until_probe, "cell": phase.until_probe, "chain": phase.until_chain}
         asked = {key: goal for key, goal in goals.items() if goal is not None}
-        trained = [name for name in self.tasks if phase.tasks.get(name, 1.0) > 0]
-        return bool(asked) and all(look[name][key] >= goal for name in trained for key, goal in asked.items())
+        return bool(asked) and all(values[key] >= goal for values in look.values() for key, goal in asked.items())
+
+    def _trained(self, phase: Phase) -> list[str]:
+        return [name for name in self.tasks if phase.tasks.get(name, 1.0) > 0]
 
 
 def _share(hit: Tensor, of: Tensor) -> float:
