@@ -5,7 +5,9 @@ The same global batch is trained for some steps by this process alone, and then 
 
 import copy
 import json
+import os
 import sys
+from pathlib import Path
 
 import families
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mmroute
+from mmroute.engine import saving
 
 PADS = [0, 3, 0, 3]
 STEPS = 8
@@ -64,6 +67,16 @@ def sharded(model: torch.nn.Module, world: int) -> torch.nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def saved(shards: torch.nn.Module, start: torch.nn.Module, rank: int) -> bool:
+    """Whether sharded routers, saved by all ranks, come back whole."""
+    folder = Path(os.environ["MMROUTE_TEST_FOLDER"]) / f"rank{rank}"
+    shards.__dict__["_mmroute"].save_pretrained(folder)
+    whole = {name: value.full_tensor() for name, value in shards.mmroute.state_dict().items()}
+    twin = copy.deepcopy(start)
+    saving.load(twin.__dict__["_mmroute"], folder)
+    return all(torch.equal(whole[name], value) for name, value in twin.mmroute.state_dict().items())
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -80,6 +93,7 @@ def main() -> None:
         kinds = {type(p).__name__ for p in shards.mmroute.parameters()}
         assert kinds == {"DTensor"}, "the parts were not sharded with the model"
         found[name]["fsdp"] = train(shards, part, world)
+        found[name]["saved"] = saved(shards, start, rank)
         recomputed = sharded(copy.deepcopy(start), world)
         recomputed.activation_checkpointing_enable()
         found[name]["fsdp checkpointed"] = train(recomputed, part, world)

@@ -1,5 +1,6 @@
 """Training is what inference is: executors, hops under teacher forcing, and gradients against the stock model's."""
 
+import copy
 from collections.abc import Iterator
 
 import families
@@ -8,6 +9,8 @@ import torch
 from rig import RAGGED, attached, backbone_gradients, labels, relative, router, stock
 from teacher import closing_session, conversation
 
+import mmroute
+from mmroute import backbones
 from mmroute.deepen.uniform import Uniform
 
 BATCHES = [pytest.param(1, None, id="one"), pytest.param(3, RAGGED, id="ragged")]
@@ -156,3 +159,54 @@ def test_losses_of_the_pruner_reach_the_trainer():
         assert len(losses) == 3
         sum(losses).backward()
         assert routed.parts.prune.rows["1"].bias.grad.abs() > 0
+
+
+@pytest.mark.parametrize("executor", ["dense", "physical"])
+@pytest.mark.parametrize("name", families.NAMES)
+def test_collators_may_pad_on_the_right(name, executor):
+    """Training batches are padded behind their rows, generation batches before them."""
+    left = families.make_inputs(name, stock(name), 3, RAGGED)
+    right = dict(left)
+    for key in {"input_ids", "attention_mask", "mm_token_type_ids"} & left.keys():
+        right[key] = torch.stack([row.roll(-pad) for row, pad in zip(left[key], RAGGED, strict=True)])
+    family = backbones.of(stock(name))
+    found = []
+    for batch in (left, right):
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        places = family.positions(stock(name), ids, mask, batch.get("image_grid_thw"))
+        with attached(name, prune=router(), executor=executor) as routed:
+            logits = routed.model(**batch, position_ids=places).logits[mask.bool()]
+            logits.square().mean().backward()
+            found.append((logits, backbone_gradients(routed.model)))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
+    assert relative(found[1][1], found[0][1]) < 1e-5
+
+
+@pytest.mark.parametrize("executor", ["dense", "physical"])
+def test_bfloat16_trains_with_float32_routers(executor):
+    model = copy.deepcopy(stock("qwen2_5_vl")).bfloat16().train()
+    batch = families.make_inputs("qwen2_5_vl", model, 3, RAGGED)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    routed = mmroute.attach(model, prune=router(), executor=executor)
+    loss = model(**batch, labels=labels(batch)).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert {p.dtype for p in routed.parts.parameters()} == {torch.float32}
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert all(row.weight.grad.abs().max() > 0 for row in routed.parts.prune.rows.values())
+    with attached("qwen2_5_vl", prune=router(), executor=executor) as exact:
+        wanted = exact.model(**families.make_inputs("qwen2_5_vl", model, 3, RAGGED), labels=labels(batch)).loss
+        assert exact.trace.calls[0].layers[-1].ran == routed.trace.calls[0].layers[-1].ran
+    assert abs(loss.item() - wanted.item()) < 0.1
+
+
+def test_mixed_precision_trains_too():
+    batch = families.make_inputs("qwen2_5_vl", stock("qwen2_5_vl"), 3, RAGGED)
+    for executor in ("dense", "physical"):
+        with attached("qwen2_5_vl", prune=router(), executor=executor) as routed:
+            wanted = routed.model(**batch, labels=labels(batch)).loss.item()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = routed.model(**batch, labels=labels(batch)).loss
+            loss.backward()
+            assert abs(loss.item() - wanted) < 0.1
+            assert all(p.grad.isfinite().all() for p in routed.parts.parameters())

@@ -20,13 +20,14 @@ def _free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one():
+def test_two_processes_have_the_losses_of_one(tmp_path):
     environment = {
         **os.environ,
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
+        "MMROUTE_TEST_FOLDER": str(tmp_path),
     }
     launch = ["-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launch, f"--master-port={_free_port()}", str(ROOT / "distributed_worker.py"), *NAMES]
@@ -37,5 +38,6 @@ def test_two_processes_have_the_losses_of_one():
     for name in NAMES:
         one = found[name]["one"]
         assert one[-1] < one[0] - 0.1, "nothing was learned"
+        assert found[name]["saved"], "sharded routers came back as something else"
         for way in ("ddp", "fsdp", "fsdp checkpointed"):
             assert found[name][way] == pytest.approx(one, rel=0, abs=2e-6), f"{name}, {way}"
