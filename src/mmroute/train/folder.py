@@ -3,7 +3,6 @@
 Everything is written into a folder beside and moved into place, so a folder that exists is whole.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -16,8 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from mmroute.errors import MmrouteError
 from mmroute.tasks._texts import BOS, EOS, IMAGE, PAD, SPECIAL, UNK, VISION_END, VISION_START, VOCABULARY
+from mmroute.train.loop import unwritable
 from mmroute.train.small_model import MERGE, PATCH
 
 __all__ = ["CHAT_TEMPLATE", "make_tokenizer", "write_folder"]
@@ -82,11 +81,7 @@ def write_folder(path: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: 
         beside.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        what = "the disk is full" if full else str(error)
-        raise MmrouteError(
-            f"could not write {path}: {what}; what stood there is intact: make room, then run again"
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmroute.errors import CheckpointMismatch, MmrouteError
 
-__all__ = ["Journal", "Optimisers", "Progress", "load_state", "rate_at", "replacing", "save_state"]
+__all__ = ["Journal", "Optimisers", "Progress", "load_state", "rate_at", "replacing", "save_state", "unwritable"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,13 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         beside.replace(path)
     except (OSError, SafetensorError) as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: Exception) -> MmrouteError:
+def unwritable(path: Path, error: Exception) -> MmrouteError:
+    """What to raise when a file could not be written."""
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     what = "the disk is full" if full else str(error)
     return MmrouteError(
@@ -67,7 +68,7 @@ class Journal:
             with path.open("ab") as file:
                 file.truncate(keep_bytes)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
     def write(self, **entry: Any) -> None:
         """Appends one line.
@@ -80,7 +81,7 @@ class Journal:
             with self.path.open("ab") as file:
                 file.write(line)
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         self.num_bytes += len(line)
 
 
@@ -185,7 +186,8 @@ def load_state(path: Path, model: nn.Module, optimisers: Optimisers) -> Progress
     try:
         with safe_open(path, framework="pt") as file:
             progress = Progress(**json.loads((file.metadata() or {})["progress"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            # Copies: what is mapped would hold on to the old file's room after it is replaced.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors.pop(f"model.{name}"))
