@@ -41,6 +41,12 @@ def _mask_4d(routed: Any) -> None:
     routed.model(**{**batch, "attention_mask": torch.ones(3, 1, N, N).tril()}, position_ids=torch.zeros(3, 3, N).long())
 
 
+def _positional_mask(routed: Any) -> None:
+    batch = CASE.prompt
+    inside = routed.controller.text
+    inside(batch["input_ids"], batch["attention_mask"])
+
+
 def _short_mask(routed: Any) -> None:
     batch = CASE.prompt
     positions = CASE.family.positions(
@@ -139,6 +145,7 @@ def _positional(routed: Any) -> None:
         (_static, "past_key_values is a StaticCache; pass none"),
         (_implementation, "cache_implementation='static' .* leave it out"),
         (_mask_4d, "attention_mask is a 4-D mask; routing takes the 2-D padding mask"),
+        (_positional_mask, "takes everything but input_ids by keyword"),
         (_short_mask, "attention_mask has 31 columns, the call brings 32"),
         (_no_modality, "embeddings came without saying what they are"),
         (_wrong_modality, r"modality is \(1, 3\), the call brings \(1, 4\)"),
