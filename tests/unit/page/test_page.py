@@ -1,4 +1,4 @@
-"""The page of a trace: one file that refers to nothing outside, whose numbers are the trace's, whatever the text says."""
+"""The page of a trace: one file that refers to nothing outside, with the trace's numbers, whatever the text says."""
 
 import base64
 import io
