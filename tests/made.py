@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmroute.tasks._io import open_image
+from mmroute.tasks._pictures import open_image
 from mmroute.tasks.base import Choice, Hop, Sample
 
 LETTERS = [Choice("A", "red plate"), Choice("B", "blue plate"), Choice("C"), Choice("D")]

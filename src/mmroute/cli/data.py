@@ -1,17 +1,20 @@
 """`mmroute data`: make samples, hand them to other people's tools, read theirs, and check what can be guessed."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmroute.errors import ConfigError
+from mmroute.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from mmroute.tasks.base import Task
 
 __all__ = ["app"]
+
+LEAST_ITEMS = 48
 
 app = typer.Typer(help="Make, export, import and check samples.", no_args_is_help=True)
 
@@ -75,6 +78,36 @@ def import_(
         raise ConfigError(f"--from is one of mvot, mvot-dare (given {source!r})")
     count = _io.write(_mvot.from_mvot(folder, trusted=source == "mvot"), out, format)
     _done(out, count, as_json, source=source, format=format)
+
+
+@app.command()
+def gates(folder: _Folder, as_json: _Json = False) -> None:
+    """Check what solvers that do not look or do not read can guess; exit 1 if a gate fails."""
+    from mmroute.tasks import _gates, _io
+
+    rows: list[dict[str, Any]] = []
+    for task, split, specs in _io.read_worlds(folder):
+        seen = [s for s in specs if not s.fog]  # what fog hides is there to be guessed
+        if len(seen) < LEAST_ITEMS:
+            raise InputError(
+                f"{folder}: gates learn blind solvers from two thirds of the items and need {LEAST_ITEMS} or more, "
+                f"given {len(seen)} of {task.name} {split}; better some thousands"
+            )
+        rows += [
+            {"task": task.name, "preset": task.preset.name, "split": split, **asdict(g), "passed": g.passed}
+            for g in _gates.run(task, seen)
+        ]
+    failed = [r for r in rows if not r["passed"]]
+    for r in rows:
+        sign = ">=" if r["is_floor"] else "<="
+        word = "ok  " if r["passed"] else "FAIL"
+        where = f"{r['task']}:{r['preset']} {r['split']}"
+        typer.echo(f"{word} {where:<28} {r['name']:<18} {r['value']:.3f} {sign} {r['limit']:.3f}  n={r['num_items']}")
+    if as_json:
+        typer.echo(json.dumps({"passed": not failed, "gates": rows}))
+    if failed:
+        typer.echo(f"mmroute: {len(failed)} of {len(rows)} gates failed", err=True)
+        raise typer.Exit(1)
 
 
 def _task(name: str, preset: str | None, assignments: list[str]) -> "Task":

@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from mmroute.errors import ConfigError, InputError
-from mmroute.tasks._io import new_folder, png_bytes, write_parquet
+from mmroute.tasks._io import new_folder
 from mmroute.tasks._mvot import to_mvot
+from mmroute.tasks._parquet import write_parquet
 from mmroute.tasks._parse import strict
+from mmroute.tasks._pictures import png_bytes
 from mmroute.tasks.base import Choice, Sample
 
 __all__ = ["EXPORTERS", "export", "lmms_process", "lmms_text", "lmms_visual", "turns"]

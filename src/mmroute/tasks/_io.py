@@ -12,63 +12,23 @@ A folder is written beside its place and renamed, so a full disk or a kill leave
 import contextlib
 import dataclasses
 import errno
-import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
-from mmroute.errors import ConfigError, InputError, MissingExtra
-from mmroute.tasks._rows import SCHEMA, arrow_schema, row_of, sample_of
+from mmroute.errors import ConfigError, InputError
+from mmroute.tasks._parquet import read_parquet, write_parquet
+from mmroute.tasks._pictures import png_bytes
+from mmroute.tasks._rows import SCHEMA, row_of, sample_of
 from mmroute.tasks.base import Generated, Sample, Spec
 
-__all__ = ["FORMATS", "new_folder", "open_image", "png_bytes", "read", "write", "write_parquet", "write_specs"]
+__all__ = ["FORMATS", "new_folder", "read", "read_worlds", "write", "write_specs"]
 
 SPEC_SCHEMA = "mmhop-spec/1"
 FORMATS = ("parquet", "jsonl", "spec")
-SHARD_BYTES = 256 * 2**20
-GROUP_ROWS = 256
-
-
-# ---------------------------------------------------------------------- pictures
-
-
-def open_image(image: Any) -> Image.Image:
-    """A picture of a sample, decoded, as a plain Pillow image.
-
-    Args:
-        image: a Pillow image, or a path.
-
-    Raises:
-        InputError: the file is missing or no picture.
-    """
-    try:
-        if isinstance(image, Image.Image):
-            return image.copy()
-        with Image.open(image) as opened:
-            return opened.copy()
-    except FileNotFoundError:
-        raise InputError(f"{image}: no such image file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{image}: not a readable image: {error}") from None
-
-
-def png_bytes(image: Any) -> bytes:
-    """A picture as PNG; a PNG file keeps its bytes. Never JPEG: its artefacts break decoding of tiles."""
-    if not isinstance(image, Image.Image) and Path(image).suffix.lower() == ".png":
-        open_image(image)  # a broken file must not travel on
-        return Path(image).read_bytes()
-    decoded = open_image(image)
-    if decoded.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-        decoded = decoded.convert("RGB")
-    buffer = io.BytesIO()
-    decoded.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------------- folders
@@ -143,7 +103,7 @@ def read(folder: Path) -> Iterator[Sample]:
     if (folder / "specs.jsonl").is_file():
         return _read_specs(folder)
     if list(folder.glob("*.parquet")):
-        return _read_parquet(folder)
+        return read_parquet(folder)
     raise InputError(
         f"{folder} is no {SCHEMA} folder: it has neither metadata.jsonl, *.parquet nor specs.jsonl; "
         "make one with: mmroute data make --task maze -o DIR"
@@ -202,128 +162,6 @@ def _inside(root: Path, name: str, where: str) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------- parquet
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtra("Parquet", "pyarrow", "data") from None
-    return pyarrow
-
-
-class _Shards:
-    """Parquet files of one split, none larger than `SHARD_BYTES` (by the size of pictures and texts)."""
-
-    def __init__(self, folder: Path, split: str, pa: Any) -> None:
-        self.folder, self.split, self.pa = folder, split, pa
-        self.schema = arrow_schema(pa)
-        self.rows: list[dict[str, Any]] = []
-        self.held = self.written = self.count = 0
-        self.writer: Any = None
-
-    def add(self, row: dict[str, Any], size: int) -> None:
-        if self.held + self.written + size > SHARD_BYTES and (self.rows or self.written):
-            self.close()
-        self.rows.append(row)
-        self.held += size
-        if len(self.rows) == GROUP_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self.rows:
-            return
-        if self.writer is None:
-            self.writer = self.pa.parquet.ParquetWriter(self.folder / f"{self.split}-{self.count:05d}", self.schema)
-        table = self.pa.Table.from_pylist(self.rows, schema=self.schema)
-        self.writer.write_table(table, row_group_size=GROUP_ROWS)
-        self.written, self.held, self.rows = self.written + self.held, 0, []
-
-    def close(self) -> None:
-        self.flush()
-        if self.writer is not None:
-            self.writer.close()
-            self.writer, self.written, self.count = None, 0, self.count + 1
-
-    def abandon(self) -> None:
-        # A writer whose disk is full cannot close well; what matters is the error that led here.
-        if self.writer is not None:
-            with contextlib.suppress(self.pa.ArrowException, OSError):
-                self.writer.close()
-
-    def finish(self) -> None:
-        self.close()
-        for i in range(self.count):
-            name = f"{self.split}-{i:05d}"
-            os.replace(self.folder / name, self.folder / f"{name}-of-{self.count:05d}.parquet")
-
-
-def write_parquet(samples: Iterable[Sample], folder: Path) -> int:
-    """Writes shards into a folder that is there; returns how many samples. For whole folders use `write`.
-
-    Raises:
-        InputError: a broken sample.
-        MissingExtra: pyarrow is missing.
-    """
-    pa = _pyarrow()
-    shards: dict[str, _Shards] = {}
-    count = 0
-    try:
-        for count, sample in enumerate(samples, start=1):
-            row = row_of(sample)
-            pictures = [png_bytes(image) for image in sample.images]
-            row["images"] = [{"bytes": b, "path": f"{count - 1:06d}_{k}.png"} for k, b in enumerate(pictures)]
-            size = sum(map(len, pictures)) + len(row["meta"]) + len(row["question"])
-            if not re.fullmatch(r"\w[\w-]*", sample.split):
-                raise InputError(f"{sample.id}: a split is a plain word, it names a file (given {sample.split!r})")
-            if sample.split not in shards:
-                shards[sample.split] = _Shards(folder, sample.split, pa)
-            shards[sample.split].add(row, size)
-        for part in shards.values():
-            part.finish()
-    except BaseException:
-        for part in shards.values():
-            part.abandon()
-        raise
-    return count
-
-
-def _read_parquet(folder: Path) -> Iterator[Sample]:
-    pa = _pyarrow()
-    files = sorted(folder.glob("*.parquet"))
-    for file in files:
-        numbered = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.parquet", file.name)
-        if numbered:
-            total = int(numbered[3])
-            wanted = [folder / f"{numbered[1]}-{i:05d}-of-{total:05d}.parquet" for i in range(total)]
-            missing = [w.name for w in wanted if not w.is_file()]
-            if missing:
-                raise InputError(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {total}); copy it again")
-    for file in files:
-        try:
-            with pa.parquet.ParquetFile(file) as opened:
-                number = 0
-                for batch in opened.iter_batches(batch_size=64):
-                    for row in batch.to_pylist():
-                        yield _from_arrow(row, f"{file}:{number}")
-                        number += 1
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{file}: not a readable Parquet file: {error}") from None
-
-
-def _from_arrow(row: dict[str, Any], where: str) -> Sample:
-    images = row.get("images")
-    if not isinstance(images, list):
-        raise InputError(f"{where}: no field 'images'")
-    try:
-        row["images"] = [Image.open(io.BytesIO(image["bytes"])) for image in images]
-    except (OSError, TypeError, KeyError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: an embedded image cannot be read: {error}") from None
-    return sample_of(row, where)
-
-
 # ---------------------------------------------------------------------- specs
 
 
@@ -353,6 +191,16 @@ def write_specs(task: Generated, split: str, n: int | None, out: Path) -> int:
 
 
 def _read_specs(folder: Path) -> Iterator[Sample]:
+    task = _head(folder)
+    for where, spec in _specs(folder, task):
+        try:
+            sample = task.sample(spec)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"{where}: {task.name} cannot draw this world: {error!r}") from None
+        yield sample
+
+
+def _head(folder: Path) -> Generated:
     from mmroute import hub
 
     path = folder / "task.json"
@@ -365,7 +213,10 @@ def _read_specs(folder: Path) -> Iterator[Sample]:
         raise InputError(f"{path}: not the head of a spec folder: {error!r}") from None
     if schema != SPEC_SCHEMA:
         raise InputError(f"{path}: schema is {schema!r}, this version reads {SPEC_SCHEMA!r}")
-    task = hub.load("tasks", name, **config)
+    return hub.load("tasks", name, **config)
+
+
+def _specs(folder: Path, task: Generated) -> Iterator[tuple[str, Spec]]:
     for where, row in _json_lines(folder / "specs.jsonl"):
         try:
             spec = Spec.from_dict(row)
@@ -375,8 +226,29 @@ def _read_specs(folder: Path) -> Iterator[Sample]:
             raise InputError(
                 f"{where}: made by {spec.task}-v{spec.version}, this version of mmroute has {task.name}-v{task.version}"
             )
-        try:
-            sample = task.sample(spec)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise InputError(f"{where}: {task.name} cannot draw this world: {error!r}") from None
-        yield sample
+        yield where, spec
+
+
+def read_worlds(folder: Path) -> list[tuple[Generated, str, list[Spec]]]:
+    """The worlds behind a folder in any of the formats, nothing drawn: (task, split, specs), in order of appearance.
+
+    Raises:
+        InputError: as `read`, or items that no generator of ours made.
+    """
+    from mmroute import hub
+
+    folder = Path(folder)
+    found: dict[tuple[str, str, str], list[Spec]] = {}
+    head = _head(folder) if (folder / "specs.jsonl").is_file() else None
+    if head is not None:
+        for _, spec in _specs(folder, head):
+            found.setdefault((spec.task, spec.preset, spec.split), []).append(spec)
+    else:
+        for sample in read(folder):
+            if "spec" not in sample.meta:
+                raise InputError(f"{folder}: {sample.id} has no spec in meta; only generated items have their world")
+            spec = Spec.from_dict(sample.meta["spec"])
+            found.setdefault((spec.task, spec.preset, spec.split), []).append(spec)
+    return [
+        (head or hub.load("tasks", task, preset=preset), split, specs) for (task, preset, split), specs in found.items()
+    ]

@@ -23,7 +23,8 @@ from mmroute import hub
 from mmroute.errors import InputError
 from mmroute.tasks import frozenlake, maze
 from mmroute.tasks._grid import Cell, inside, reverse, split_of, step
-from mmroute.tasks._io import new_folder, open_image, png_bytes
+from mmroute.tasks._io import new_folder
+from mmroute.tasks._pictures import open_image, png_bytes
 from mmroute.tasks._presets import level_of
 from mmroute.tasks._texts import MOVES, coordinate
 from mmroute.tasks.base import Generated, Hop, Sample, Spec

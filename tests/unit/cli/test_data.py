@@ -126,6 +126,38 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(
     assert sorted(os.listdir(tmp_path)) == ["data", "empty"]
 
 
+def test_gates_pass_on_counterbalanced_items(run: Run, tmp_path: Path) -> None:
+    _io.write_specs(hub.load("tasks", "gridspatial", preset="tiny"), "test", 240, tmp_path / "d")
+    code, said, err = run("gates", tmp_path / "d", "--json")
+    *table, last = said.splitlines()
+    found = json.loads(last)
+    assert (code, err, found["passed"]) == (0, "", True)
+    assert {g["name"] for g in found["gates"]} == {"answer_prior", "oracle", "blind_text", "blind_image"}
+    assert len(table) == len(found["gates"])
+    assert all(line.startswith("ok   gridspatial:tiny test") for line in table)
+
+
+def test_a_failing_gate_fails_the_command(run: Run, tmp_path: Path) -> None:
+    _io.write_specs(hub.load("tasks", "maze", preset="mvot"), "val", 90, tmp_path / "d")
+    code, said, err = run("gates", tmp_path / "d", "--json")
+    found = json.loads(said.splitlines()[-1])
+    blind = next(g for g in found["gates"] if g["name"] == "wall_blind")
+    assert (code, found["passed"], blind["passed"]) == (1, False, False)
+    assert blind["value"] > 0.95, "start plus displacement solves the published mazes"
+    assert "gates failed" in err
+    assert any(line.startswith("FAIL maze:mvot val") and "wall_blind" in line for line in said.splitlines())
+
+
+def test_gates_want_enough_items_of_a_world_they_know(run: Run, tmp_path: Path) -> None:
+    _io.write_specs(hub.load("tasks", "maze", preset="nano"), "test", 8, tmp_path / "few")
+    code, said, err = run("gates", tmp_path / "few")
+    assert (code, said) == (1, "")
+    assert "need 48 or more, given 8 of maze test" in err
+    _io.write([sample()], tmp_path / "foreign", "jsonl")
+    code, _, err = run("gates", tmp_path / "foreign")
+    assert (code, "has no spec in meta" in err) == (1, True)
+
+
 def test_a_full_disk_is_said_in_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(image: object) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device")

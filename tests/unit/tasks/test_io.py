@@ -11,7 +11,8 @@ from made import comparable, picture, sample
 
 from mmroute import hub
 from mmroute.errors import ConfigError, InputError, MissingExtra
-from mmroute.tasks import _io
+from mmroute.tasks import _io, _parquet, _pictures
+from mmroute.tasks._pictures import open_image
 from mmroute.tasks._rows import SCHEMA
 
 
@@ -108,8 +109,8 @@ def test_the_arrow_metadata_is_what_datasets_itself_would_write(tmp_path):
 
 def test_shards_and_row_groups_stay_small(tmp_path, monkeypatch):
     pq = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(_io, "SHARD_BYTES", 1000)
-    monkeypatch.setattr(_io, "GROUP_ROWS", 2)
+    monkeypatch.setattr(_parquet, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(_parquet, "GROUP_ROWS", 2)
     items = [sample(i) for i in range(11)]
     _io.write(items, tmp_path / "data", "parquet")
     files = sorted((tmp_path / "data").iterdir())
@@ -126,7 +127,15 @@ def test_shards_and_row_groups_stay_small(tmp_path, monkeypatch):
 def test_jsonl_images_are_opened_only_when_asked_for(folder):
     first = next(_io.read(folder))
     assert first.images[0] == folder.resolve() / "images" / "000000_0.png"
-    assert _io.open_image(first.images[0]).tobytes() == picture(0).tobytes()
+    assert open_image(first.images[0]).tobytes() == picture(0).tobytes()
+
+
+def test_equal_samples_give_equal_bytes_whatever_the_order_of_their_keys(tmp_path):
+    one = sample(meta={"a": 1, "b": {"c": 2, "d": 3}})
+    two = sample(meta={"b": {"d": 3, "c": 2}, "a": 1})
+    for name, item in (("one", one), ("two", two)):
+        _io.write([item], tmp_path / name, "jsonl")
+    assert (tmp_path / "one/metadata.jsonl").read_bytes() == (tmp_path / "two/metadata.jsonl").read_bytes()
 
 
 def test_a_png_file_keeps_its_bytes(folder, tmp_path):
@@ -246,7 +255,7 @@ def test_an_empty_directory_may_be_filled_and_no_samples_leave_nothing(tmp_path)
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, format):
     if format == "parquet":
         pytest.importorskip("pyarrow")
-    real, calls = _io.png_bytes, []
+    real, calls = _pictures.png_bytes, []
 
     def full(image):
         calls.append(image)
@@ -254,7 +263,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, format):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(image)
 
-    monkeypatch.setattr(_io, "png_bytes", full)
+    monkeypatch.setattr(_io if format == "jsonl" else _parquet, "png_bytes", full)
     with pytest.raises(InputError, match="the disk is full; nothing was kept"):
         _io.write((sample(i) for i in range(5)), tmp_path / "data", format)
     assert os.listdir(tmp_path) == []
@@ -367,6 +376,26 @@ def test_a_broken_spec_is_named(tmp_path, lake, change, message):
     (tmp_path / "s" / "specs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(InputError, match=message):
         list(_io.read(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("format", ["jsonl", "spec"])
+def test_the_worlds_behind_a_folder_come_by_task_and_split_with_nothing_drawn(tmp_path, monkeypatch, lake, format):
+    if format == "spec":
+        _io.write_specs(lake, "test", 4, tmp_path / "d")
+        monkeypatch.setattr(type(lake), "draw", None)
+        expected = {"test": [lake.spec("test", i) for i in range(4)]}
+    else:
+        _io.write([*lake.samples("val", 4), *lake.samples("test", 4)], tmp_path / "d", "jsonl")
+        expected = {split: [lake.spec(split, i) for i in range(4)] for split in ("val", "test")}
+    worlds = _io.read_worlds(tmp_path / "d")
+    assert {split: specs for _, split, specs in worlds} == expected
+    assert all(task.name == "frozenlake" and task.preset.name == "nano" for task, _, _ in worlds)
+
+
+def test_samples_from_elsewhere_have_no_world(tmp_path):
+    _io.write([sample()], tmp_path / "d", "jsonl")
+    with pytest.raises(InputError, match="maze-v1-small-test-000000 has no spec in meta"):
+        _io.read_worlds(tmp_path / "d")
 
 
 def test_specs_without_their_task_cannot_be_drawn(tmp_path, lake):

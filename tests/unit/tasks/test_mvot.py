@@ -4,15 +4,17 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 from made import picture, sample
 from PIL import Image
+from PIL.JpegImagePlugin import get_sampling
 
 from mmroute import hub
 from mmroute.errors import InputError
 from mmroute.tasks import _mvot
-from mmroute.tasks._io import open_image
 from mmroute.tasks._mvot_rows import rows
+from mmroute.tasks._pictures import open_image
 from mmroute.tasks.base import Generated
 
 # A 3 x 3 spanning tree: a comb that hangs from the top row.
@@ -30,6 +32,11 @@ def _maze_entry(path_id, cells, moves, candidates):
         "candidate_locs": candidates,
         "maze_info": PASSAGES_DOWN + PASSAGES_RIGHT,
     }
+
+
+def _noise(seed):
+    """A picture that JPEG alters each time it is written."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 32, 3), dtype=np.uint8))
 
 
 def _tree(root):
@@ -65,7 +72,7 @@ def _tree(root):
     (root / "maze/grid3.json").write_text(json.dumps(entries))
     for entry in entries:
         for k in range(1, len(entry["path_locs"]) + 1):
-            picture(k).resize((64, 48)).save(root / f"{entry['file_prefix']}_{k}.jpg")
+            _noise(k).save(root / f"{entry['file_prefix']}_{k}.jpg")
     for env in lakes.values():
         for data_id, states in zip(env["data_id"], env["states"], strict=True):
             (root / f"frozenlake/level3/{data_id}").mkdir(parents=True)
@@ -140,13 +147,15 @@ def test_the_files_have_mvots_names_keys_and_types(tree, tmp_path):
 def test_samples_without_ids_of_a_tree_get_free_ones(tree, tmp_path):
     items = list(_mvot.from_mvot(tree))
     anonymous = [dataclasses.replace(s, meta={k: v for k, v in s.meta.items() if k != "mvot"}) for s in items]
-    _mvot.to_mvot([*items, *anonymous], tmp_path / "out")
+    _mvot.to_mvot([*items, *anonymous, items[0]], tmp_path / "out")
     entries = json.loads((tmp_path / "out/maze/grid3.json").read_text())
-    assert [e["path_id"] for e in entries] == [0, 5, 6, 7]
+    assert [e["path_id"] for e in entries] == [0, 5, 6, 7, 8], "an id that is taken is not given twice"
     level = json.loads((tmp_path / "out/frozenlake/level3/data.json").read_text())
     ids = [i for env in level.values() for i in env["data_id"]]
     assert len(ids) == len(set(ids)) == 6
-    assert len(list(_mvot.from_mvot(tmp_path / "out"))) == 10
+    rewards = [r for env in level.values() for run in env["rewards"] for r in run]
+    assert sum(rewards) == 2, "one at the goal, whether it came from a tree or from us"
+    assert len(list(_mvot.from_mvot(tmp_path / "out"))) == 11
 
 
 def test_a_trajectory_of_t_moves_gives_2t_plus_1_rows(tree):
@@ -316,5 +325,6 @@ def test_maze_pictures_become_jpeg_and_lake_pictures_png(tree, tmp_path):
     _mvot.to_mvot(items, tmp_path / "out")
     with Image.open(tmp_path / "out/maze/grid3/path_0_1.jpg") as maze:
         assert maze.format == "JPEG"
+        assert get_sampling(maze) == 0, "thin coloured lines survive only without chroma subsampling"
     with Image.open(tmp_path / "out/frozenlake/level3/3/4.png") as lake:
         assert (lake.format, lake.tobytes()) == ("PNG", picture(44).tobytes())
