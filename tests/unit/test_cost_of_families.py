@@ -68,11 +68,13 @@ def test_every_pruner_is_charged_what_it_spends(models, pruner, rows):
         cache, counted = run(model, family, PADS[rows])
     assert estimate_kv_bytes(cache.trace) == cache.live_bytes()
     flops = estimate_flops(cache.trace, convention="rectangle")
+    if pruner == "knorm":  # norms of keys are no matrix products: charged, but invisible to torch's counter
+        counted += flops.extra
     if rows == "ragged":  # choosing runs on padded rectangles, its charge counts real positions
         assert counted * 0.99 <= flops.total <= counted * 1.01
     else:
         assert flops.total == counted
-    assert (flops.extra > 0) == (pruner in ("fastv", "pyramiddrop"))
+    assert (flops.extra > 0) == (pruner != "random")
 
 
 @pytest.mark.parametrize("rows", PADS)
