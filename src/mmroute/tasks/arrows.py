@@ -136,7 +136,7 @@ class Arrows(Generated):
 
     # ------------------------------------------------------------------ texts
 
-    def _question(self, spec: Spec) -> list[str]:
+    def question_words(self, spec: Spec) -> list[str]:
         return ["k:", f"s{spec.world['k']}"]
 
     def chain(self, spec: Spec) -> list[list[str]]:

@@ -269,7 +269,7 @@ class Generated(Task):
     def words(self, spec: Spec, mode: Literal["cot", "direct", "probe"]) -> Words:
         """Prompt and response of the small models, word by word of the closed vocabulary."""
         picture = [VISION_START, *[IMAGE] * (spec.canvas * spec.canvas), VISION_END]
-        head, question = [BOS, "task:", self.name], self._question(spec)
+        head, question = [BOS, "task:", self.name], self.question_words(spec)
         ordered = [*head, *picture, *question] if self.config.prompt_order == "image_first" else [
             *head, *question, *picture
         ]  # fmt: skip
@@ -317,7 +317,7 @@ class Generated(Task):
         if style not in ("cot", "direct", "probe"):
             raise ConfigError(f"messages has the styles cot, direct, probe and sentence (given {style!r})")
         spec = Spec.from_dict(sample.meta["spec"])
-        head, question = f"task: {self.name}", " ".join(self._question(spec))
+        head, question = f"task: {self.name}", " ".join(self.question_words(spec))
         blocks: list[dict[str, Any]]
         if self.config.prompt_order == "image_first":
             blocks = [{"type": "text", "text": head}, image, {"type": "text", "text": f"{question} {style}:"}]
@@ -479,7 +479,7 @@ class Generated(Task):
         """One hop in plain English: `sentence`, or the bare `action`."""
 
     @abstractmethod
-    def _question(self, spec: Spec) -> list[str]:
+    def question_words(self, spec: Spec) -> list[str]:
         """The question in words of the vocabulary, without task and mode."""
 
     @abstractmethod

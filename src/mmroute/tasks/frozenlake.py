@@ -190,7 +190,7 @@ class FrozenLake(Generated):
 
     # ------------------------------------------------------------------ texts
 
-    def _question(self, spec: Spec) -> list[str]:
+    def question_words(self, spec: Spec) -> list[str]:
         return ["actions:", *numbered([MOVES[a] for a in spec.world["actions"]])]
 
     def chain(self, spec: Spec) -> list[list[str]]:

@@ -149,7 +149,7 @@ class GridSpatial(Generated):
 
     # ------------------------------------------------------------------ texts
 
-    def _question(self, spec: Spec) -> list[str]:
+    def question_words(self, spec: Spec) -> list[str]:
         w = spec.world
         names = [self._name(spec, o) for o in w["targets"]]
         if w["relation"] in _INVERSE:

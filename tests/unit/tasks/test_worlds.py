@@ -168,7 +168,7 @@ def test_a_solver_that_reads_tiles_agrees_with_the_simulator(name: str, preset: 
         pytest.skip("no such preset")
     task = hub.load("tasks", name, preset=preset)
     made = [*specs(task, "train", 60), *specs(task, "test", 40)]
-    right = [solve(name, task._question(s), task.codes(s)) == task._answer_word(s) for s in made]
+    right = [solve(name, task.question_words(s), task.codes(s)) == task._answer_word(s) for s in made]
     assert all(right)
 
 
@@ -262,7 +262,7 @@ def test_the_relevant_tiles_suffice_and_each_kind_of_them_is_needed(name: str) -
     task = hub.load("tasks", name)
     broken = 0
     for spec in specs(task, "test", 40):
-        codes, question, word = task.codes(spec), task._question(spec), task._answer_word(spec)
+        codes, question, word = task.codes(spec), task.question_words(spec), task._answer_word(spec)
         hops = range(len(task.trace(spec)) + 1)
         needed = sorted({tile for hop in hops for tile in task.relevant(spec, hop)})
         assert set(needed) <= set(task.board(spec))
@@ -305,7 +305,7 @@ def test_a_sample_without_tiles_has_no_relevant_tokens() -> None:
 def test_fogged_items_cannot_be_solved_from_what_is_visible(name: str) -> None:
     task = hub.load("tasks", name, solvable="none")
     made = specs(task, "test", 240)
-    assert all(solve(name, task._question(s), task.codes(s)) is None for s in made)
+    assert all(solve(name, task.question_words(s), task.codes(s)) is None for s in made)
     assert not any(s.fog for s in specs(task, "train", 20))
     # what stays visible is shared by items with different answers, so the labels must be even
     for num in {len(task.choices(s)) for s in made}:
