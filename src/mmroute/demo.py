@@ -129,8 +129,7 @@ def _row(
         ci95=wilson(correct, len(items)),
         same_as_alone=sum(a.ids == b.ids for a, b in zip(own, alone, strict=True)),
         flops_ratio=sum(estimate_flops(a.trace).total for a in own) / sum(estimate_flops(a.trace).total for a in stock),
-        kv_ratio=sum(estimate_kv_bytes(a.trace, "peak") for a in own)
-        / sum(estimate_kv_bytes(a.trace, "peak") for a in stock),
+        kv_ratio=sum(estimate_kv_bytes(a.trace) for a in own) / sum(estimate_kv_bytes(a.trace) for a in stock),
         prefill_ratio=times.ratio(name, "none", "prefill"),
         decode_ratio=times.ratio(name, "none", "decode"),
         keep={m: statistics.mean(s[m] for s in shares) for m in ("vision", "text")},

@@ -88,7 +88,7 @@ def test_the_tables_are_what_the_closed_forms_say():
 
 
 def test_a_position_of_a_7b_model_costs_what_is_known_of_such_models():
-    """The familiar rule, 2 FLOPs per weight and token, without the attention products: Mistral-7B has 6.98e9 in layers."""
+    """2 FLOPs per weight and token, attention products apart: Mistral-7B has 6.98e9 weights in its layers."""
     shape = SHAPES["LLaVA (Mistral-7B)"]
     assert shape.layers * position_macs(shape) == pytest.approx(6.98e9, rel=1e-3)
     assert kv_bytes_per_slot(shape) * shape.layers == 131072  # 128 KiB a token: 2 x 8 x 128 x 2 bytes x 32 layers
