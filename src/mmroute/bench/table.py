@@ -1,12 +1,14 @@
 """Markdown tables from result files only: `python -m mmroute.bench.table README.md [--check]`.
 
-Fills every block `<!-- table:NAME -->` ... `<!-- /table -->` of a Markdown file from `results/NAME/*.json`. A number
-that no committed file holds cannot stand in such a block, and `--check` says when one is out of date.
+Fills every block `<!-- table:NAME -->` ... `<!-- /table -->` of a Markdown file from `results/NAME/*.json`, and the
+block `<!-- headline -->` ... `<!-- /headline -->` from the files of the table `spatial`. A number that no committed file
+holds cannot stand in such a block, a block without files stays empty, and `--check` says when one is out of date.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -14,9 +16,11 @@ import typer
 from mmroute.bench import schema
 from mmroute.errors import ConfigError, InputError
 
-__all__ = ["engine_table", "fill", "result_table", "table_of"]
+__all__ = ["engine_table", "fill", "headline", "result_table", "table_of"]
 
 _BLOCK = re.compile(r"(<!-- table:([\w./-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+_HEADLINE = re.compile(r"(<!-- headline -->\n)(.*?)(<!-- /headline -->)", re.DOTALL)
+HEADLINE_TABLE, HEADLINE_RECIPE = "spatial", "schedule"
 
 
 def table_of(folder: Path, allow_dirty: bool = False) -> str:
@@ -34,10 +38,38 @@ def table_of(folder: Path, allow_dirty: bool = False) -> str:
         _refuse_dirty(paths, engine, allow_dirty)
         return engine_table(engine)
     if kinds == {"result/1"}:
-        results = [schema.read_result(path) for path in paths]
-        _refuse_dirty(paths, results, allow_dirty)
-        return result_table(results)
+        return result_table(_read_results(paths, allow_dirty))
     raise InputError(f"{folder}: files of {' and '.join(sorted(kinds))}; keep one kind in a folder")
+
+
+def _read_results(paths: list[Path], allow_dirty: bool) -> list[schema.Result]:
+    results = [schema.read_result(path) for path in paths]
+    _refuse_dirty(paths, results, allow_dirty)
+    return results
+
+
+def headline(folder: Path, allow_dirty: bool = False) -> str:
+    """The one sentence on top: what the recipe `schedule` saves on all tasks of a folder, and what it costs; or ""."""
+    results = _read_results(sorted(folder.glob("*.json")), allow_dirty)
+    pairs = [(r, _baseline_of(r, results)) for r in results if r.method.recipe == HEADLINE_RECIPE]
+    whole = [(r, base) for r, base in pairs if base is not None and base is not r]
+    if not whole:
+        return ""
+    ours, theirs = (
+        {
+            "accuracy": fmean(side.quality.accuracy for side in sides),
+            "flops": sum(side.cost.flops_answer for side in sides),
+            "kv": sum(side.cost.kv_bytes_end for side in sides),
+        }
+        for sides in zip(*whole, strict=True)
+    )
+    names = sorted(r.task.name.partition("-v")[0] for r, _ in whole)
+    tasks = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    flops, kv = (1 - ours[key] / theirs[key] for key in ("flops", "kv"))
+    return (
+        f"**{flops:.0%} fewer FLOPs and {kv:.0%} less KV cache** on held-out {tasks}: the bundled model answers {ours['accuracy']:.1%} right with the recipe "
+        f"`{HEADLINE_RECIPE}` and {theirs['accuracy']:.1%} unrouted ([results/{folder.name}](results/{folder.name})).\n"
+    )
 
 
 def _refuse_dirty(paths: list[Path], results: Sequence[schema.Result | schema.EngineResult], allow: bool) -> None:
@@ -72,8 +104,12 @@ def _megabytes(ours: int | None, stock: int | None) -> str:
 def result_table(results: list[schema.Result]) -> str:
     """Accuracy and cost, one line per recipe and task; ratios are to the baseline in the same folder."""
     order = sorted(results, key=lambda r: (r.task.name, r.task.preset, r.baseline is not None, r.method.recipe))
-    rows = []
+    rows, shown = [], set()
     for r in order:
+        same = (r.task.name, r.task.preset, r.task.ids_sha256, r.model.id, r.method.recipe)
+        if r.baseline is None and same in shown:  # the same baseline, run again beside another recipe
+            continue
+        shown.add(same)
         base = _baseline_of(r, results)
         low, high = r.quality.wilson95
         rows.append(
@@ -142,7 +178,12 @@ def fill(text: str, results: Path, allow_dirty: bool = False) -> str:
             f"{opened} table blocks are opened and {closed} are whole; write '<!-- table:NAME -->', a line break, and "
             "'<!-- /table -->'"
         )
-    return _BLOCK.sub(lambda found: found[1] + table_of(results / found[2], allow_dirty) + found[4], text)
+
+    def filled(folder: Path, make: Callable[[Path, bool], str]) -> str:
+        return make(folder, allow_dirty) if any(folder.glob("*.json")) else ""
+
+    text = _BLOCK.sub(lambda found: found[1] + filled(results / found[2], table_of) + found[4], text)
+    return _HEADLINE.sub(lambda found: found[1] + filled(results / HEADLINE_TABLE, headline) + found[3], text)
 
 
 def main(

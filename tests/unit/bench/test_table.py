@@ -80,3 +80,29 @@ def test_an_empty_folder_and_mixed_kinds_are_refused(results, tmp_path):
     schema.write_json(results / "runs/other.json", {"schema": "engine/1"})
     with pytest.raises(InputError, match="engine/1 and result/1"):
         table.table_of(results / "runs")
+
+
+def test_a_block_without_result_files_is_empty(results):
+    page = "<!-- table:never-run -->\nan old number\n<!-- /table -->\n<!-- headline -->\nold\n<!-- /headline -->\n"
+    assert table.fill(page, results) == (
+        "<!-- table:never-run -->\n<!-- /table -->\n<!-- headline -->\n<!-- /headline -->\n"
+    )
+
+
+def test_a_baseline_run_twice_stands_once(results):
+    none = schema.read_result(results / "runs/none.json")
+    again = dataclasses.replace(none, run=dataclasses.replace(none.run, started_at="2027"))
+    schema.write_result(results / "runs/none-again.json", again)
+    assert table.table_of(results / "runs").count("| none |") == 1
+
+
+def test_the_headline_compares_the_schedule_with_its_baseline(results):
+    found = schema.read_result(results / "runs/random.json")
+    renamed = dataclasses.replace(found, method=dataclasses.replace(found.method, recipe="schedule"))
+    schema.write_result(results / "spatial/schedule.json", renamed)
+    page = "<!-- headline -->\n<!-- /headline -->\n"
+    assert table.fill(page, results) == page  # without its baseline there is nothing to say
+    schema.write_result(results / "spatial/none.json", schema.read_result(results / "runs/none.json"))
+    said = table.fill(page, results).splitlines()[1]
+    assert said.startswith("**50% fewer FLOPs and 50% less KV cache** on held-out maze: ")
+    assert "answers 75.0% right with the recipe `schedule` and 75.0% unrouted" in said
