@@ -58,12 +58,18 @@ class RaggedLayer(DynamicLayer):
     """One layer: block-grown buffers, a length per row, the position of every slot."""
 
     is_croppable = False
+    # Tensors from the first update on, None before; typed loosely so that no line has to say so again.
+    keys: Any
+    values: Any
+    pos: Any
+    score: Any
+    is_initialized: bool
 
     def __init__(self) -> None:
         super().__init__()
         self.n: list[int] | None = None
-        self.pos: Tensor | None = None
-        self.score: Tensor | None = None
+        self.pos = None
+        self.score = None
         self._plan: _Plan | None = None
 
     @property
@@ -193,7 +199,7 @@ class RaggedLayer(DynamicLayer):
 
     def shorten(self, lengths: list[int]) -> None:
         """Forgets the slots of each row behind its new length."""
-        first, last = min(lengths), max(self.n)
+        first, last = min(lengths), max(self.lengths)
         if first < last:  # slots stand in order of position, so those to forget are the last ones
             slot = torch.arange(first, last, device=self.pos.device)
             gone = slot >= torch.tensor(lengths, device=self.pos.device)[:, None]

@@ -21,6 +21,7 @@ from mmroute.backbones.base import Family
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.deepen.base import Deepener
 from mmroute.engine.layer import Step, build_groups
+from mmroute.engine.select import Group
 from mmroute.engine.train import GrowingCache
 from mmroute.errors import UnsupportedCall
 from mmroute.prune.base import Keep, Pruner
@@ -140,8 +141,8 @@ class Controller:
             self._stock_checkpointing()
             return args, kwargs
         self._check(cache, args, kwargs, training)
-        x = kwargs.get("inputs_embeds")
-        x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds")
+        x: Any = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
         if training:
             self._warn_frozen()
             kwargs["use_cache"] = False
@@ -223,7 +224,8 @@ class Controller:
         B, N = x.shape[:2]
         chunk = pending.chunk if pending is not None else Chunk()
         route = pending.route if pending is not None else True
-        start, drafts, before = 0, 0, (None, None)
+        start, drafts = 0, 0
+        before: tuple[Tensor | None, Tensor | None] = (None, None)
         if cache is not None:
             if cache.batch_size not in (-1, B):
                 raise UnsupportedCall(
@@ -247,8 +249,9 @@ class Controller:
         single = N == 1 and start > 0 and chunk.valid is None
         tokens = self._tokens(x, cache, mask, chunk, start, single)
         call = Call("decode" if single else "prefill", [], [], [], start)
+        groups: list[Group] = []
         if single:
-            groups, new, hops = [], [[1, 0, 0] for _ in range(B)], [cache.hop if cache else 0] * B
+            new, hops = [[1, 0, 0] for _ in range(B)], [cache.hop if cache else 0] * B
         else:
             many = chunk.hop is not None
             first = 0 if many or cache is None else cache.hop

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmroute.backbones.base import Family
 from mmroute.cache import RaggedCache, RaggedLayer
@@ -33,7 +33,7 @@ from mmroute.trace import Call, LayerCall, Shape
 __all__ = ["Step", "routed_forward"]
 
 
-def routed_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+def routed_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The bound `forward` of an attached decoder layer."""
     step = kwargs.pop("mmroute_step", None)
     if step is None:
@@ -48,7 +48,7 @@ class Step:
     """One forward call. Everything that is not a tensor is known in Python before the first layer runs."""
 
     family: Family
-    text: nn.Module
+    text: Any
     shape: Shape
     tokens: Tokens
     cache: RaggedCache | None
@@ -73,7 +73,7 @@ class Step:
     before: tuple[Tensor | None, Tensor | None] = (None, None)
     """The cache's `in_hop` and `last_hop` before the call, to be put back if it fails."""
     aux: dict[int, Keep] = field(default_factory=dict)
-    memo: dict[str, Any] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
     records: dict[int, LayerCall] = field(default_factory=dict)
     _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By layer: the probed attention row and the logical columns of its slots."""
@@ -90,7 +90,7 @@ class Step:
 
     def run(
         self,
-        layer: nn.Module,
+        layer: Any,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Any = None,
@@ -144,7 +144,7 @@ class Step:
 
     def _stock(
         self,
-        layer: nn.Module,
+        layer: Any,
         index: int,
         kwargs: dict[str, Any],
         x: Tensor,
@@ -190,7 +190,7 @@ class Step:
             return self.groups[nearest] if self.pruner is not None and self.pruner.action == "drop" else self.groups[0]
         return self.groups[index]
 
-    def _choose(self, layer: nn.Module, index: int, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Keep | None:
+    def _choose(self, layer: Any, index: int, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Keep | None:
         """None: every valid position runs."""
         if self.single:
             if self.pruner is None or type(self.pruner).decode is Pruner.decode:
@@ -247,7 +247,7 @@ class Step:
             self.memo[key] = groups, Keep(mask[:, :N], ran, z=z)  # holds `groups`, so its id stays its own
         return self.memo[key][1]
 
-    def _site(self, layer: nn.Module, index: int, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Site:
+    def _site(self, layer: Any, index: int, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Site:
         needs = self.pruner.needs  # type: ignore[union-attr]
         sources: dict[str, Callable[..., Any]] = {
             "normed": lambda x: self.family.normed(layer, x),
@@ -349,9 +349,7 @@ class Step:
         position = chosen.columns(self.tokens.position)
         return stored.plan(self.tokens.shape[0], counts, chosen.packed, position, score, room)
 
-    def _dense(
-        self, layer: nn.Module, index: int, h: Tensor, keep: Keep, rotary: tuple[Tensor, Tensor], stock: Any
-    ) -> Any:
+    def _dense(self, layer: Any, index: int, h: Tensor, keep: Keep, rotary: tuple[Tensor, Tensor], stock: Any) -> Any:
         nothing = [0] * len(self.counts)
         record = self.records[index] = LayerCall(ran=keep.ran, cached=nothing, stored=nothing)
         record.extra_flops = self._overhead(index, keep)
@@ -383,7 +381,7 @@ class Step:
     def _evict(
         self,
         index: int,
-        layer: nn.Module,
+        layer: Any,
         x: Tensor,
         stored: RaggedLayer | None,
         record: LayerCall,

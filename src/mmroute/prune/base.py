@@ -107,7 +107,7 @@ class Site:
     training: bool
     groups: list[Group]
     """The (hop, modality) groups of this call with their sizes per row, and who may still compete."""
-    memo: dict[str, Any]
+    memo: dict[Any, Any]
     """Lives for this forward call: a set found at one stage and reused until the next."""
     shape: Shape
     _sources: dict[str, Callable[..., Any]]
