@@ -20,6 +20,7 @@ __all__ = [
     "BACKGROUND",
     "FOG",
     "LAKE",
+    "LETTERS",
     "MAZE",
     "MAZE_WALL",
     "NUM_BACKGROUNDS",
@@ -54,7 +55,7 @@ PALETTE = ((214, 48, 49), (46, 160, 67), (52, 104, 214), (238, 200, 40), (138, 7
 """In the order of `_texts.COLOURS`."""
 PLATES: tuple[tuple[int, int, int], ...] = ((250, 200, 60), (120, 210, 120), (130, 180, 250), (240, 150, 220))
 _GROUND = ((96, 128, 72), (120, 104, 84), (150, 150, 140), (70, 96, 110), (134, 118, 140))
-_LETTERS = (
+LETTERS = (
     ("01110", "10001", "10001", "11111", "10001", "10001", "10001"),
     ("11110", "10001", "10001", "11110", "10001", "10001", "11110"),
     ("01110", "10001", "10000", "10000", "10000", "10001", "01110"),
@@ -103,7 +104,7 @@ class _Tile:
         return ~self.box(width, width, 1 - width, 1 - width)
 
     def letter(self, which: int, top: float, left: float, height: float, width: float) -> Bool[np.ndarray, "h w"]:
-        bits = np.array([[c == "1" for c in row] for row in _LETTERS[which]])
+        bits = np.array([[c == "1" for c in row] for row in LETTERS[which]])
         row = np.clip(((self.y - top) / height * 7).astype(int), 0, 6)
         col = np.clip(((self.x - left) / width * 5).astype(int), 0, 4)
         return bits[row, col] & self.box(top, left, top + height, left + width)

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from mmroute.config import options, parse
 from mmroute.errors import ConfigError, InputError
-from mmroute.tasks import _skins
+from mmroute.tasks import _mvot_skin, _skins
 from mmroute.tasks._grid import SPLITS, Cell, Split
 from mmroute.tasks._presets import PRESETS, Preset, level_of, plan
 from mmroute.tasks._relevance import Relevance, relevant_tokens
@@ -247,7 +247,7 @@ class Generated(Task):
             InputError: no state of this item looks like that.
         """
         if (skin or self.skin) == "mvot":
-            return self._read_mvot(image, spec)
+            return _mvot_skin.nearest(image, self.trace(spec), lambda state: self._mvot(spec, state))
         codes = _skins.read(image, self.config.tile_px, self.preset.look)
         if codes.shape != (spec.canvas, spec.canvas):
             raise InputError(f"the item has {spec.canvas} x {spec.canvas} tiles, the picture {codes.shape}")
@@ -255,9 +255,6 @@ class Generated(Task):
         return self._read(codes[r : r + n, c : c + n], spec)
 
     def _mvot(self, spec: Spec, state: State) -> Image.Image:
-        raise ConfigError(f"{self.name} has no mvot skin; use --set task.skin=tiles")
-
-    def _read_mvot(self, image: Image.Image, spec: Spec) -> State:
         raise ConfigError(f"{self.name} has no mvot skin; use --set task.skin=tiles")
 
     # ------------------------------------------------------------------ words

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int
+from PIL import Image
 
-from mmroute.tasks import _skins
+from mmroute.tasks import _mvot_skin, _skins
 from mmroute.tasks._grid import (
     Cell,
     Split,
@@ -187,6 +188,11 @@ class FrozenLake(Generated):
 
     def _read(self, codes: Int[np.ndarray, "n n"], spec: Spec) -> State:
         return State(_only(np.isin(codes, (_FIGURE, _FALLEN, _REACHED))))
+
+    def _mvot(self, spec: Spec, state: State) -> Image.Image:
+        assert state.cell is not None
+        facing = MOVES[spec.world["actions"][state.step - 1]] if state.step else "down"
+        return _mvot_skin.lake_picture(spec.world, state.cell, facing)
 
     # ------------------------------------------------------------------ texts
 

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Int
+from PIL import Image
 
-from mmroute.tasks import _skins
+from mmroute.tasks import _mvot_skin, _skins
 from mmroute.tasks._grid import (
     Cell,
     Split,
@@ -198,6 +199,10 @@ class Maze(Generated):
         inside_maze = (codes >= _skins.MAZE) & (codes < _skins.ARROWS)
         agents = np.argwhere(inside_maze & np.isin((codes - _skins.MAZE) % 8, (_START, _AGENT)))
         return State((int(agents[0][0]), int(agents[0][1])) if len(agents) == 1 else None)
+
+    def _mvot(self, spec: Spec, state: State) -> Image.Image:
+        walked = run(spec.world, tuple(spec.world["start"]), spec.world["actions"][: state.step])
+        return _mvot_skin.maze_picture(spec.world, walked)
 
     # ------------------------------------------------------------------ texts
 
