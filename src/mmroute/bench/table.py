@@ -1,8 +1,8 @@
 """Markdown tables from result files only: `python -m mmroute.bench.table README.md [--check]`.
 
 Fills every block `<!-- table:NAME -->` ... `<!-- /table -->` of a Markdown file from `results/NAME/*.json`, and the
-block `<!-- headline -->` ... `<!-- /headline -->` from the files of the table `spatial`. A number that no committed file
-holds cannot stand in such a block, a block without files stays empty, and `--check` says when one is out of date.
+block `<!-- headline -->` ... `<!-- /headline -->` from the files of the table `spatial`. A number that no committed
+file holds cannot stand in such a block, a block without files stays empty, and `--check` says when one is out of date.
 """
 
 import re
@@ -67,8 +67,9 @@ def headline(folder: Path, allow_dirty: bool = False) -> str:
     tasks = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     flops, kv = (1 - ours[key] / theirs[key] for key in ("flops", "kv"))
     return (
-        f"**{flops:.0%} fewer FLOPs and {kv:.0%} less KV cache** on held-out {tasks}: the bundled model answers {ours['accuracy']:.1%} right with the recipe "
-        f"`{HEADLINE_RECIPE}` and {theirs['accuracy']:.1%} unrouted ([results/{folder.name}](results/{folder.name})).\n"
+        f"**{flops:.0%} fewer FLOPs and {kv:.0%} less KV cache** on held-out {tasks}: the bundled model answers "
+        f"{ours['accuracy']:.1%} right with the recipe `{HEADLINE_RECIPE}` and {theirs['accuracy']:.1%} unrouted "
+        f"([results/{folder.name}](results/{folder.name})).\n"
     )
 
 
