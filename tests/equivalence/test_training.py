@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import families
 import pytest
 import torch
-from rig import RAGGED, attached, backbone_gradients, labels, relative, router, stock
+from learned import LinearRouter
+from rig import LAYERS, RAGGED, attached, backbone_gradients, labels, relative, router, stock
 from teacher import closing_session, conversation
 
 import mmroute
@@ -115,7 +116,9 @@ def test_router_gradients_reach_pruned_positions_in_the_dense_executor_only(exec
     name = "qwen2_5_vl"
     batch = families.make_inputs(name, stock(name), 3, RAGGED)
     with attached(name, prune=router(), executor=executor) as routed:
-        loss = routed.model(**batch, labels=labels(batch)).loss
+        # As many collators do it: a row's first token is a target too, so the padding before it is read.
+        targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = routed.model(**batch, labels=targets).loss
         aux = routed.controller.aux
         for keep in aux.values():
             keep.logits.retain_grad()
@@ -131,6 +134,45 @@ def test_router_gradients_reach_pruned_positions_in_the_dense_executor_only(exec
             assert (gradient[~batch["attention_mask"].bool()] == 0).all(), "padding has a say"
         for row in routed.parts.prune.rows.values():
             assert row.weight.grad.abs().max() > 0
+
+
+class _Shifted(LinearRouter):
+    """Its gates of layer 1 are moved by hand, away from 0 and 1."""
+
+    shift: torch.Tensor
+
+    def keep(self, x, tokens, site):
+        keep = super().keep(x, tokens, site)
+        keep.z = keep.mask.float() + (self.shift if site.layer == 1 else 0)
+        return keep
+
+
+@pytest.mark.parametrize("scope", ["skip", "drop"])
+def test_the_gradient_of_a_gate_is_its_effect(scope):
+    """Finite differences; under `drop` the gate acts in every layer behind the one that chose."""
+    name = "qwen2_5_vl"
+    batch = families.make_inputs(name, stock(name), 1)
+    pruner = _Shifted(hidden=families.HIDDEN, layers=LAYERS, every=LAYERS, scope=scope, vision_keep=0.5)
+    with attached(name, prune=pruner, executor="dense") as routed:
+
+        def loss(shift):
+            pruner.shift = shift
+            return routed.model(**batch, labels=labels(batch)).loss
+
+        origin = torch.zeros(1, batch["input_ids"].shape[1], requires_grad=True)
+        (gradient,) = torch.autograd.grad(loss(origin), origin)
+        mask = routed.controller.aux[1].mask[0]
+        checked = [*torch.nonzero(~mask)[:4, 0].tolist(), *torch.nonzero(mask)[5:8, 0].tolist()]
+        for column in checked:
+            step = torch.zeros_like(origin)
+            step[0, column] = 4e-3
+            moved = (loss(step) - loss(-step)) / 8e-3 if mask[column] else (loss(step) - loss(0 * step)) / 4e-3
+            assert moved.item() == pytest.approx(gradient[0, column].item(), rel=0.1, abs=2e-4), column
+        assert gradient[0, checked].abs().max() > 5e-3
+        if scope == "drop":  # half open, a gate lets half of every later layer's update through as well
+            pruner.shift = 0.5 * torch.nn.functional.one_hot(torch.tensor([checked[0]]), origin.shape[1])
+            states = routed.model(**batch, output_hidden_states=True).hidden_states
+            assert all((states[i + 1] - states[i])[0, checked[0]].abs().max() > 1e-3 for i in (1, 2))
 
 
 def test_written_positions_learn_from_what_later_hops_lose():

@@ -60,6 +60,7 @@ def test_hop_by_hop_is_one_pass(name, B, pads):
     wanted, backbone, parts = _one_pass(name, talk, "physical", prune=router())
     loss, found, routers, cache = _hop_by_hop(name, talk, prune=router())
     assert isinstance(cache, GrowingCache)
+    assert not cache.layers[1].score.requires_grad, "stored scores decide at hop close; a graph through them is waste"
     torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-6)
     assert relative(found, backbone) < 1e-5
     assert far(routers, parts) < 1e-5 * max(float(p.abs().max()) for p in parts.values())
