@@ -85,6 +85,13 @@ def test_the_new_family_equals_stock_and_routes(monkeypatch):
     assert "internvl" in backbones.names()
 
 
+def test_the_stock_trainer_lowers_the_loss_of_a_routed_model(tiny_folder, tmp_path):
+    pytest.importorskip("accelerate")
+    losses = example("train_with_trainer").main(str(tiny_folder("llava")), str(tmp_path), steps=30)
+    assert len(losses) == 30
+    assert sum(losses[-3:]) < sum(losses[:3]) / 2
+
+
 def test_the_guide_names_files_that_are_there():
     guide = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
     for path in re.findall(r"`((?:src|examples|tests|docs)/[\w/.]+\.\w+)`", guide):

@@ -1,4 +1,4 @@
-"""The names that docs/method.md links to are there, near the line it says. To set lines: python tests/docs/test_method_page.py"""
+"""What docs/method.md links to is there, near its line; python tests/docs/test_method_page.py sets the lines."""
 
 import ast
 import re
