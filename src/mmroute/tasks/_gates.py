@@ -26,6 +26,7 @@ from mmroute.tasks.base import Generated, Spec
 __all__ = ["Gate", "answer_prior", "conditional_logit", "features", "oracle", "run", "wall_blind"]
 
 _MAX_STEPS = 24
+_Row = list[float | int]
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def features(task: Generated, specs: Sequence[Spec], kind: str) -> Float[np.ndar
     return np.array([make(s) for s in specs], dtype=np.float32)
 
 
-def _hot(value: int, size: int) -> list[float]:
+def _hot(value: int, size: int) -> _Row:
     """One-hot; beyond the last place counts as the last."""
     return [float(i == min(max(value, 0), size - 1)) for i in range(size)]
 
@@ -220,7 +221,7 @@ def _clamped(s: Spec) -> Cell:
     return row, col
 
 
-def _moves(s: Spec) -> list[float]:
+def _moves(s: Spec) -> _Row:
     """A list of moves: length, counts, displacement, bigrams, reversals."""
     moves = s.world["actions"]
     counts = [moves.count(a) for a in range(4)]
@@ -234,7 +235,7 @@ def _moves(s: Spec) -> list[float]:
     return [*_hot(len(moves), _MAX_STEPS + 1), *counts, down, right, straight, back, *bigrams, *ends, *by_size]
 
 
-def _lake(s: Spec) -> list[float]:
+def _lake(s: Spec) -> _Row:
     """A lake without its list: sizes, holes, what lies next to start and goal, how far they are apart."""
     w = s.world
     grid, start, goal = w["grid"], tuple(w["start"]), tuple(w["goal"])
@@ -281,12 +282,12 @@ def _maze_walks(s: Spec) -> dict[Cell, int]:
     return far
 
 
-def _ranked(values: Sequence[float], size: int) -> list[list[float]]:
+def _ranked(values: Sequence[float | int], size: int) -> list[_Row]:
     """For each choice, one-hot of how many others are smaller, and of how many are equal."""
     return [_hot(sum(o < v for o in values), size) + _hot(sum(o == v for o in values) - 1, size) for v in values]
 
 
-def _plates_by_picture(s: Spec) -> list[list[float]]:
+def _plates_by_picture(s: Spec) -> list[_Row]:
     """Each plate: distance and walk from the start, walls around it, other plates near it, and its rank in all."""
     start, plates = tuple(s.world["start"]), [tuple(p) for p in s.world["plates"]]
     far = _maze_walks(s)
@@ -308,7 +309,7 @@ def _plates_by_picture(s: Spec) -> list[list[float]]:
     return rows
 
 
-def _plates_by_list(s: Spec) -> list[list[float]]:
+def _plates_by_list(s: Spec) -> list[_Row]:
     """Each plate: how far from where the list would end without walls, on its line, of its parity, and its ranks."""
     plates = [tuple(p) for p in s.world["plates"]]
     end, free_end = _clamped(s), _displaced(s)
@@ -330,7 +331,7 @@ def _plates_by_list(s: Spec) -> list[list[float]]:
     return rows
 
 
-def _arrow_chain(s: Spec) -> list[float]:
+def _arrow_chain(s: Spec) -> _Row:
     """The colours along the arrows, as far as the chain goes, and how often each colour occurs."""
     w = s.world
     (row, col), colours = w["start"], []
@@ -342,7 +343,7 @@ def _arrow_chain(s: Spec) -> list[float]:
     return [*_hot(s.n, 10), *(x for c in colours for x in _hot(c, 6)), *(count[c] / s.n**2 for c in range(6))]
 
 
-def _objects(s: Spec) -> list[float]:
+def _objects(s: Spec) -> _Row:
     """Which kinds are where, by row and column means, without the question."""
     objects = s.world["objects"]
     kinds = [float(any(4 * c + f == k for c, f, _, _ in objects)) for k in range(24)]
@@ -351,7 +352,7 @@ def _objects(s: Spec) -> list[float]:
     return [*_hot(s.n, 10), *_hot(len(objects), 8), *kinds, *rows, *cols]
 
 
-def _names(s: Spec) -> list[float]:
+def _names(s: Spec) -> _Row:
     """The question: relation, what it names in which place."""
     w = s.world
     relation = ("left_of", "right_of", "above", "below", "nearest", "between").index(w["relation"])

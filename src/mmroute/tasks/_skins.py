@@ -159,10 +159,10 @@ def _maze(px: int, walls: int, what: int, plates: tuple[tuple[int, int, int], ..
         t.fill(t.letter(what - 4, 0.22, 0.3, 0.56, 0.4), (0, 0, 0))
     width = 5 / 28
     sides = (
-        t.box(0, 0, width, 1),
-        t.box(0, 0, 1, width),
-        t.box(1 - width, 0, 1, 1),
-        t.box(0, 1 - width, 1, 1),
+        t.box(0.0, 0.0, width, 1.0),
+        t.box(0.0, 0.0, 1.0, width),
+        t.box(1 - width, 0.0, 1.0, 1.0),
+        t.box(0.0, 1 - width, 1.0, 1.0),
     )
     for a in range(4):
         if walls >> a & 1:
