@@ -68,17 +68,44 @@ class Case:
             "keys": lambda at: _project(self.hidden(at), K, 10 * at + 3) * valid[:, :, None, None],
             "row": lambda: self.attention_row(layer),
             "relevance": lambda: self.relevance,
+            "embeddings": lambda: self.hidden(0),
         }
 
     def groups(self) -> list[Group]:
         return group_positions(self.tokens, num_hops=int(self.tokens.hop.max()) + 1)[0]
 
-    def site(self, pruner: Pruner, layer: int, num_layers: int, groups: list[Group] | None = None) -> Site:
+    def site(
+        self,
+        pruner: Pruner,
+        layer: int,
+        num_layers: int,
+        groups: list[Group] | None = None,
+        memo: dict[Any, Any] | None = None,
+    ) -> Site:
         """What the engine hands to `pruner` at a layer; only what it `needs`."""
+        memo = {} if memo is None else memo
         shape = Shape(hidden=D, layers=num_layers, heads=H, kv_heads=K, head_dim=E, mlp=32, vocab=64, itemsize=4)
-        sources = {k: v for k, v in self.sources(layer).items() if k in pruner.needs}
         competing = self.groups() if groups is None else groups
-        return Site(layer, num_layers, pruner.training, competing, {}, shape, sources)
+
+        def rows() -> Tensor:
+            asked = layer if pruner.action == "kv_only" else layer - 1
+            named = pruner.queries(self.tokens, self.site(pruner, asked, num_layers, competing, memo))
+            assert named is not None, f"{type(pruner).__name__} reads rows at layer {layer} but names no queries"
+            columns, weights = named
+            share = self.attention_map(layer).gather(2, columns[:, None, :, None].expand(-1, H, -1, self.x.shape[1]))
+            return torch.einsum("bgq,bhqn->bhgn", weights, share)
+
+        sources = {k: v for k, v in {**self.sources(layer), "rows": rows}.items() if k in pruner.needs}
+        return Site(layer, num_layers, pruner.training, competing, memo, shape, sources)
+
+    def attention_map(self, layer: int) -> Float[Tensor, "B H N N"]:
+        """Attention of every position at the layer whose rows a site at `layer` reads; padding sees only itself."""
+        query, key = (_project(self.hidden(layer), H, 10 * layer + seed).float() for seed in (5, 6))
+        N = self.x.shape[1]
+        sees = torch.ones(N, N, dtype=torch.bool).tril() & self.tokens.valid[:, None, :]
+        sees = (sees | torch.eye(N, dtype=torch.bool))[:, None]
+        logits = torch.einsum("bqhe,bkhe->bhqk", query, key) / E**0.5
+        return torch.softmax(logits.masked_fill(~sees, float("-inf")), dim=-1)
 
     def attention_row(self, layer: int) -> Float[Tensor, "B N"]:
         """Attention of each row's last position at the layer before, mean over heads."""
@@ -134,7 +161,7 @@ def walk(pruner: Pruner, case: Case, num_layers: int = 6) -> list[Keep]:
     memo: dict[str, Any] = {}
     out = []
     for layer in range(num_layers):
-        site = dataclasses.replace(case.site(pruner, layer, num_layers, groups), memo=memo)
+        site = case.site(pruner, layer, num_layers, groups, memo)
         whole = all(
             pruner.counts(g, layer, num_layers) == [p + w for p, w in zip(g.protected, g.width, strict=True)]
             for g in groups

@@ -4,7 +4,8 @@ Inside a row the cached slots are in ascending position and everything new comes
 it all and no mask is built from positions. Each accepted backend gets its own registered twin, `mmroute_<backend>`,
 in both of Transformers' registries: an attention name without a mask function would run with no mask at all.
 
-Legend: B batch, Q new positions, S key slots, H query heads, K key-value heads, E head dim.
+Legend: B batch, Q new positions (in `named_rows` the named ones of them), G averages, S key slots, H query heads,
+K key-value heads, E head dim.
 """
 
 import functools
@@ -21,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mmroute.engine.rows import Rows
 from mmroute.errors import UnsupportedCall
 
-__all__ = ["BACKENDS", "last_row", "register"]
+__all__ = ["BACKENDS", "last_row", "named_rows", "register"]
 
 BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 """Backends that read causality from `None`, or whose mask is additive; others ran and were silently wrong."""
@@ -65,11 +66,13 @@ def _attend(
     """The registered function: (B, H, Q, E) queries, (B, K, S, E) keys -> (B, Q, H, E)."""
     if rows is not None and rows.bias is not None and base.startswith("flash"):
         base = "sdpa"  # the flash kernels take no float mask
-    call = functools.partial(_function(base, module), module, scaling=scaling, **kwargs)
     if rows is None:
-        return call(query, key, value, attention_mask)
+        return _function(base, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    call = functools.partial(_function(base, module), module, scaling=scaling, **kwargs)
     if rows.probe:
         rows.row = last_row(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if rows.named is not None:
+        rows.named_rows = named_rows(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
     if rows.bias is not None:
         return call(query, key, value, rows.bias)
     if not rows.packed:
@@ -91,7 +94,7 @@ def _attend(
 def _mask(base: str, query: Tensor, key: Tensor, lengths: list[int], fresh: bool) -> Tensor | None:
     """Lower-right causal mask over each row's first `lengths` keys; None where the backend needs none."""
     Q, S = query.shape[2], key.shape[2]
-    equal = len(set(lengths)) == 1
+    equal = lengths.count(lengths[0]) == len(lengths)
     # Footgun: SDPA's own causal flag is top-left aligned, so it serves only when nothing was cached.
     if equal and (Q == 1 or (base != "eager" and (fresh or base.startswith("flash")))):
         return None
@@ -117,10 +120,7 @@ def last_row(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
     if rows.packed:
         ends = torch.tensor(rows.q, device=query.device).cumsum(0) - 1
         last = query[0].index_select(1, (ends - rows.drafts).clamp(min=0)).transpose(0, 1)
-        if key.shape[0] == 1 and B > 1:
-            starts = ends + 1 - torch.tensor(rows.q, device=query.device)
-            slots = (starts[:, None] + torch.arange(S, device=query.device)).clamp(max=key.shape[2] - 1)
-            key = key[0][:, slots].transpose(0, 1)
+        key = _keys_by_row(key, rows)
     else:
         last = query[:, :, -1 - rows.drafts]
     K = key.shape[1]
@@ -131,6 +131,42 @@ def last_row(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
     row = scores.masked_fill(behind[:, None, None], float("-inf")).softmax(-1).flatten(1, 2).mean(1)
     empty = torch.tensor([q == 0 for q in rows.q], device=query.device)
     return row.masked_fill(behind | empty[:, None], 0.0)
+
+
+def named_rows(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
+    """Attention of the positions in `rows.named`, a block of queries at a time; see `Rows.named_rows`."""
+    assert rows.named is not None
+    places, weights = rows.named
+    B, S = len(rows.q), max(rows.k)
+    H, K, E = query.shape[1], key.shape[1], query.shape[3]
+    new = torch.tensor(rows.q, device=query.device)
+    if rows.packed:
+        starts = new.cumsum(0) - new
+        key = _keys_by_row(key, rows)
+        at = (starts[:, None] + places).clamp(max=query.shape[2] - 1)
+        asked = query[0][:, at].transpose(0, 1)
+    else:
+        asked = query.gather(2, places[:, None, :, None].expand(-1, H, -1, E))
+    sees = torch.tensor(rows.k, device=query.device)[:, None] - new[:, None] + places
+    grouped, slot = asked.float().reshape(B, K, H // K, -1, E), torch.arange(S, device=query.device)
+    keys, out = key[:, :, :S].float(), query.new_zeros(B, H, weights.shape[1], S, dtype=torch.float32)
+    for start in range(0, places.shape[1], 64):
+        block = slice(start, start + 64)
+        scores = torch.einsum("bgrqe,bgse->bgrqs", grouped[:, :, :, block], keys) * scaling
+        behind = slot > sees[:, block, None]
+        share = scores.masked_fill(behind[:, None, None], float("-inf")).softmax(-1).flatten(1, 2)
+        out += torch.einsum("bwq,bhqs->bhws", weights[:, :, block].float(), share)
+    return out
+
+
+def _keys_by_row(key: Tensor, rows: Rows) -> Tensor:
+    """(B, K, >= max k, E): the keys of packed rows, one row each; those of a cache are so already."""
+    if key.shape[0] == len(rows.q):
+        return key
+    new = torch.tensor(rows.q, device=key.device)
+    slot = torch.arange(max(rows.k), device=key.device)
+    slots = ((new.cumsum(0) - new)[:, None] + slot).clamp(max=key.shape[2] - 1)
+    return key[0][:, slots].transpose(0, 1)
 
 
 def _last_row_masked(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:

@@ -77,6 +77,11 @@ class Step:
     records: dict[int, LayerCall] = field(default_factory=dict)
     _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By layer: the probed attention row and the logical columns of its slots."""
+    _named: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """The same for the positions that the pruner named."""
+    _embedded: Tensor | None = None
+    _asked: dict[int, int] = field(default_factory=dict)
+    """By layer: FLOPs of the queries and keys that the pruner had computed."""
 
     @property
     def num_layers(self) -> int:
@@ -102,6 +107,8 @@ class Step:
         index = layer.self_attn.layer_idx
         h = hidden_states
         rotary = position_embeddings if position_embeddings[0].device == h.device else _to(position_embeddings, h)
+        if index == 0 and self.pruner is not None and "embeddings" in self.pruner.needs:
+            self._embedded = h
         keep = self._choose(layer, index, h, rotary)
         if keep is not None and keep.write is not None:
             at, value = keep.write
@@ -124,6 +131,7 @@ class Step:
         chosen = self._pick(keep, counts, before)
         rows = self._plan(stored, chosen, keep, counts)
         rows.probe, rows.drafts = self._probes(index + 1), self.drafts
+        rows.named = self._queries(layer, index, h, rotary, chosen)
         out = stock(chosen.take(h), _take(chosen, rotary), rows, self.cache)
         y, rest = (out[0], out[1:]) if self.family.tuple_out else (out, ())
         gate = None if keep is None else update_gate(keep)
@@ -136,6 +144,10 @@ class Step:
             self._rows[index] = rows.row, self._slot_columns(stored, chosen, rows)
             # One query per row over its keys.
             record.extra_flops += 2 * self.shape.heads * self.shape.head_dim * sum(rows.k)
+        if rows.named is not None and rows.named_rows is not None:
+            self._named[index] = rows.named_rows, self._slot_columns(stored, chosen, rows)
+            (_, Q), G = rows.named[0].shape, rows.named[1].shape[1]
+            record.extra_flops += 2 * self.shape.heads * Q * (self.shape.head_dim + G) * sum(rows.k)
         if self._evicts(index):
             self._evict(index, layer, entered, stored, record, rotary)
         if self.deepener is not None and self.deepener.acts(index, self.num_layers) and not self.single:
@@ -250,11 +262,13 @@ class Step:
     def _site(self, layer: Any, index: int, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Site:
         needs = self.pruner.needs  # type: ignore[union-attr]
         sources: dict[str, Callable[..., Any]] = {
+            "embeddings": lambda: self._embedded,
             "normed": lambda x: self.family.normed(layer, x),
             "final_normed": lambda x: self.text.norm(x),
-            "qk": lambda x: self.family.qk(layer, x, *rotary),
+            "qk": lambda x: self._qk(layer, index, x, rotary),
             "keys": self._keys,
             "row": lambda: self._row(index - 1),
+            "rows": lambda: self._averages(index if self.pruner.action == "kv_only" else index - 1),  # type: ignore[union-attr]
             "relevance": self._relevance,
         }
         return Site(
@@ -272,10 +286,7 @@ class Step:
             return 0
         new = sum(self.counts)
         extra = self.pruner.overhead(index, self.shape, new)  # type: ignore[union-attr]
-        if "qk" in self.pruner.needs:  # type: ignore[union-attr]
-            s = self.shape
-            extra += 2 * s.hidden * s.head_dim * (s.heads + s.kv_heads) * self.tokens.shape[0] * self.tokens.shape[1]
-        return extra
+        return extra + keep.extra_flops + self._asked.pop(index, 0)
 
     # ------------------------------------------------------------------ what a pruner may look at
 
@@ -284,6 +295,35 @@ class Step:
         if self.pruner is None or "row" not in self.pruner.needs or reader >= self.num_layers or self.single:
             return False
         return self._chooses(reader) if self.pruner.action != "kv_only" else self._evicts(reader)
+
+    def _qk(self, layer: Any, index: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        s = self.shape
+        self._asked[index] = 2 * s.hidden * s.head_dim * (s.heads + s.kv_heads) * x.shape[0] * x.shape[1]
+        return self.family.qk(layer, x, *rotary)
+
+    def _queries(
+        self, layer: Any, index: int, h: Tensor, rotary: tuple[Tensor, Tensor], chosen: Pick
+    ) -> tuple[Tensor, Tensor] | None:
+        """The named queries of this layer, by place among what each row brings, and their weights."""
+        if self.pruner is None or "rows" not in self.pruner.needs or self.single:
+            return None
+        forgets = self.pruner.action == "kv_only"
+        if not (self._evicts(index) if forgets else index + 1 < self.num_layers and self._chooses(index + 1)):
+            return None
+        named = self.pruner.queries(self.tokens, self._site(layer, index, h, rotary))
+        if named is None or chosen.index is None:
+            return named
+        columns, weights = named
+        place = chosen.mask(h.device).long().cumsum(1) - 1
+        return place.gather(1, columns).clamp(min=0), weights
+
+    def _averages(self, index: int) -> Tensor:
+        if index not in self._named:
+            raise UnsupportedCall(f"no attention of layer {index} was named: `queries` must name some there")
+        rows, columns = self._named[index]
+        B, H, G, S = rows.shape
+        flat, at = rows.reshape(B * H * G, S), columns.repeat_interleave(H * G, dim=0)
+        return by_column(flat, at, self.call.start, self.tokens.shape[1]).view(B, H, G, -1)
 
     def _slot_columns(self, stored: RaggedLayer | None, chosen: Pick, rows: Rows) -> Tensor:
         if stored is not None:

@@ -38,6 +38,10 @@ class Rows:
     """(B,) column of each row's last position, beside `bias`."""
     row: Tensor | None = None
     """Result of the probe: (B, max k) fp32, mean over heads, zeros behind a row's keys."""
+    named: tuple[Tensor, Tensor] | None = None
+    """Further positions whose attention is wanted: (B, Q) places among what each row brings, (B, G, Q) weights."""
+    named_rows: Tensor | None = None
+    """Its result: (B, H, G, max k) fp32, averaged by the weights."""
 
     @property
     def equal(self) -> bool:

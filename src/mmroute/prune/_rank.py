@@ -1,6 +1,6 @@
 """Pure tensor functions that several pruners rank with; none draws from a generator, none reads the device.
 
-Legend: B batch, N positions of this call, K key-value heads, E head dim.
+Legend: B batch, N positions of this call, W candidates of a group, D hidden, K key-value heads, E head dim.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,17 @@ from torch import Tensor
 from mmroute.engine.select import Group
 from mmroute.tokens import Tokens
 
-__all__ = ["hashed", "hop_rank", "key_difference", "key_norm", "last_valid", "lexicographic", "running"]
+__all__ = [
+    "competing",
+    "hashed",
+    "hop_rank",
+    "key_difference",
+    "key_norm",
+    "last_valid",
+    "lexicographic",
+    "most_spread",
+    "running",
+]
 
 _MASK = 0xFFFFFFFF
 _ODD = 0x45D9F3B  # 27 bits: times a 32-bit number it stays inside int64
@@ -94,3 +104,46 @@ def key_difference(keys: Float[Tensor, "B N K E"], valid: Bool[Tensor, "B N"]) -
     unit = unit * valid[:, :, None, None]
     centre = torch.nn.functional.normalize(unit.sum(dim=1, keepdim=True), dim=-1)
     return -(unit * centre).sum(dim=-1).mean(dim=-1)
+
+
+def competing(group: Group) -> Bool[Tensor, "B W"]:
+    """Which entries of `group.free` are candidates; rows with fewer than the widest have meaningless ones behind."""
+    slot = torch.arange(group.free.shape[1], device=group.free.device)
+    return slot < torch.tensor(group.width, device=group.free.device)[:, None]
+
+
+def most_spread(unit: Float[Tensor, "B W D"], inside: Bool[Tensor, "B W"], count: int) -> Int[Tensor, "B W"]:
+    """Greedy max-min: in which order candidates are taken so that each is as far as can be from those before it.
+
+    The first is the one farthest from its nearest neighbour. Distance is 1 - cosine, in steps of 2^-20: finer ones are
+    rounding noise, and equal distances go to the lower column.
+
+    Args:
+        unit: directions of the candidates, of length 1.
+        inside: which entries are candidates.
+        count: how many are taken in the row that takes most.
+
+    Returns:
+        The turn of each candidate, from 0; W for those not taken.
+    """
+    B, W, D = unit.shape
+    turn = torch.full((B, W), W, device=unit.device)
+    slot = torch.arange(W, device=unit.device)
+    near = torch.full((B, W), float("-inf"), device=unit.device)  # cosine to the nearest other
+    for start in range(0, W, 256):  # a block of rows at a time: no W x W tensor
+        block = slice(start, start + 256)
+        cosine = unit[:, block] @ unit.transpose(1, 2)
+        itself = slot[block, None] == slot
+        near[:, block] = cosine.masked_fill(itself | ~inside[:, None], float("-inf")).amax(2)
+    distance = _steps(1 - near)
+    for nth in range(min(count, W)):
+        pick = distance.masked_fill(~inside | (turn < W), float("-inf")).argmax(1, keepdim=True)
+        turn = torch.where((slot == pick) & inside & (turn == W), nth, turn)
+        chosen = unit.gather(1, pick[..., None].expand(B, 1, D))
+        to_chosen = _steps(1 - (unit * chosen).sum(-1))
+        distance = to_chosen if nth == 0 else torch.minimum(distance, to_chosen)
+    return turn
+
+
+def _steps(distance: Tensor) -> Tensor:
+    return (distance * 2**20).round()

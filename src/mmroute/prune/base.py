@@ -5,7 +5,7 @@ and no Transformers. One that ranks fills `rate` and `scores`; one whose choice 
 overrides `keep`.
 
 Legend: B batch, N positions of this call, M kept positions, D hidden, H query heads, K key-value heads, E head dim,
-C slots of one layer's cache.
+C slots of one layer's cache, Q queries whose attention is read, G averages of them.
 """
 
 import math
@@ -25,7 +25,7 @@ from mmroute.trace import Shape
 
 __all__ = ["NEEDS", "Keep", "Pruner", "Site", "Slots", "keep_count"]
 
-NEEDS = frozenset({"normed", "final_normed", "keys", "qk", "row", "relevance", "scores_kept"})
+NEEDS = frozenset({"embeddings", "normed", "final_normed", "keys", "qk", "row", "rows", "relevance", "scores_kept"})
 """What a pruner may ask the engine for; each costs something, so it is named and counted."""
 
 
@@ -74,6 +74,8 @@ class Keep:
     """(index (B, m), value (B, m, D)): replaces hidden states before the layer runs, for methods that merge."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalars for the trainer, by name."""
+    extra_flops: int = 0
+    """What making this choice cost beyond `overhead`: what depends on how many competed (all pairs, clusters)."""
 
     @property
     def counts(self) -> list[int]:
@@ -117,6 +119,11 @@ class Site:
             raise ConfigError(f"the pruner asked for {name!r}, which is not in its `needs`; add it there")
         return self._sources[name](*args)
 
+    @property
+    def embeddings(self) -> Float[Tensor, "B N D"]:
+        """What entered layer 0 in this call."""
+        return self._ask("embeddings")
+
     def normed(self, x: Tensor) -> Tensor:
         """`x` after the layer's own input norm (raw `x` where the family has none before attention)."""
         return self._ask("normed", x)
@@ -137,6 +144,14 @@ class Site:
     def row(self) -> Float[Tensor, "B N"]:
         """Attention of each row's last query at the layer before, mean over heads, by column of this call."""
         return self._ask("row")
+
+    @property
+    def rows(self) -> Float[Tensor, "B H G N"]:
+        """Attention of the positions that `Pruner.queries` named, averaged by its weights, by column of this call.
+
+        Taken at the layer before; for `kv_only`, which chooses after a layer has run, at this one.
+        """
+        return self._ask("rows")
 
     @property
     def relevance(self) -> Float[Tensor, "B N"]:
@@ -179,6 +194,20 @@ class Pruner(nn.Module):
         take = {i: self.counts(group, site.layer, site.num_layers) for i, group in enumerate(site.groups)}
         mask, ran = top(scores.float(), tokens, site.groups, take)
         return Keep(mask, ran, logits=scores if "scores_kept" in self.needs else None)
+
+    def queries(self, tokens: Tokens, site: Site) -> tuple[Int[Tensor, "B Q"], Float[Tensor, "B G Q"]] | None:
+        """Whose attention at this layer `rows` shall hold, for pruners that need it; None is nobody's.
+
+        Asked before the layer runs, of layers after (`kv_only`: at) which something is left out.
+
+        Args:
+            tokens: the positions of this call.
+            site: of the layer that is about to run; `row` and `rows` cannot be read here.
+
+        Returns:
+            Columns of positions that run the layer, and G sets of weights over them; each set gives one average.
+        """
+        return None
 
     def counts(self, group: Group, layer: int, num_layers: int) -> list[int]:
         """[row]: how many of the group run, protected ones included, and never more than may compete."""

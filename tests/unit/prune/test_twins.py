@@ -1,76 +1,13 @@
 """Each pruner keeps what a slow loop, written from its paper, keeps: plain Python over one row at a time."""
 
 import math
-import random
-from collections.abc import Callable
 
 import pytest
 import torch
+from twins import CASES, LAYERS, TEXT, VISION, assert_same_sets, twin
 
 from mmroute import hub
 from mmroute.checks import Case, made_up, walk
-from mmroute.prune.base import Pruner
-from mmroute.tokens import Modality
-
-TEXT, VISION = Modality.TEXT, Modality.VISION
-LAYERS = 6
-Score = Callable[[int, int, list[int]], dict[int, float]]
-"""(row, layer, columns that still run) -> score by column."""
-
-
-def layouts(num_inputs: int) -> list[Case]:
-    """Random batches of 1 and 3 rows with 0 to 3 images of their own sizes, some with a second hop."""
-    rng = random.Random(0)
-    cases = []
-    for i in range(num_inputs):
-        rows = []
-        for _ in range(rng.choice((1, 3))):
-            row = []
-            for _ in range(rng.randint(0, 3)):
-                row += [(0, TEXT, rng.randint(1, 4)), (0, VISION, rng.randint(1, 12))]
-            row.append((0, TEXT, rng.randint(1, 6)))
-            if rng.random() < 0.4:
-                row += [(1, TEXT, rng.randint(1, 4)), (1, VISION, rng.randint(1, 8)), (1, TEXT, 2)]
-            rows.append(row)
-        cases.append(made_up(rows, seed=i))
-    return cases
-
-
-CASES = layouts(100)
-
-
-def twin(case: Case, score: Score, rates: list[dict[Modality, float]], action: str) -> list[list[set[int]]]:
-    """[layer][row] columns that stay, by the budget rule alone: ceil of the share of the full count, protection inside,
-    the best of the rest, lower column first."""
-    t = case.tokens
-    kept: list[list[set[int]]] = []
-    B, N = t.shape
-    alive = [[c for c in range(N) if t.valid[b, c]] for b in range(B)]
-    for layer in range(LAYERS):
-        kept.append([])
-        for b in range(B):
-            scores = score(b, layer, alive[b])
-            stay = set(alive[b])
-            for hop in range(3):
-                for modality, rate in rates[layer].items():
-                    members = [
-                        c for c in range(N) if t.valid[b, c] and t.hop[b, c] == hop and t.modality[b, c] == modality
-                    ]
-                    protected = [c for c in members if t.protected[b, c]]
-                    free = [c for c in members if not t.protected[b, c] and c in alive[b]]
-                    number = max(math.ceil(rate * len(members) - 1e-6), len(protected)) - len(protected)
-                    best = sorted(free, key=lambda c: (-scores[c], c))[: min(number, len(free))]
-                    stay -= set(free) - set(best)
-            kept[-1].append(stay)
-            if action == "drop":
-                alive[b] = [c for c in alive[b] if c in stay]
-    return kept
-
-
-def assert_same_sets(pruner: Pruner, case: Case, expected: list[list[set[int]]]) -> None:
-    for layer, keep in enumerate(walk(pruner, case, LAYERS)):
-        for b, columns in enumerate(expected[layer]):
-            assert set(keep.mask[b].nonzero().flatten().tolist()) == columns, f"layer {layer}, row {b}"
 
 
 def test_fastv_keeps_what_the_last_row_looks_at_most() -> None:
