@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
+from transformers.utils import logging as hf_logging
 
 from mmroute.backbones import names
 from mmroute.errors import CheckpointMismatch, ConfigError, UnsupportedBackbone
@@ -45,7 +48,8 @@ def load(
 
     Args:
         model: a checkpoint folder, a Hub id (`owner/name`), or a bundled checkpoint's name; None is `tiny`.
-        dtype: float32, bfloat16 or float16; None is the checkpoint's own.
+        dtype: float32, bfloat16 or float16; None is the checkpoint's own, and float32 for bundled ones, which are
+            stored in bfloat16 only to be small.
         device: where to put it; None is the CPU.
         attention: attention backend.
 
@@ -57,19 +61,35 @@ def load(
     options: dict[str, Any] = {"attn_implementation": attention}
     if attention not in _ATTENTION:
         raise ConfigError(f"attention: one of {', '.join(_ATTENTION)} (given {attention!r})")
+    model = _DEFAULT if model is None else model
+    if dtype is None and str(model) in bundled():
+        dtype = torch.float32
     if dtype is not None:
         options["dtype"] = _dtype(dtype)
     target = _device(device)
-    name, folder = _resolve(_DEFAULT if model is None else model)
+    name, folder = _resolve(model)
     kind = _check_folder(name, folder)
     try:
-        loaded, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
+        with _quiet():
+            loaded, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointMismatch(f"{name}: the weights cannot be read: {error}; fetch the checkpoint again") from None
     _check_keys(name, report)
     loaded.config._name_or_path = str(name)
     loaded.processor = _processor(folder, kind)
     return loaded.to(target).eval() if target is not None else loaded.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar for reading local files; a download's bar stays as the user has it."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _dtype(given: str | torch.dtype) -> torch.dtype:
