@@ -11,7 +11,7 @@ Deviates: DARE asks for no cache entry at pruned layers; how lengths, order and 
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from mmroute.engine.rows import Rows
 from mmroute.errors import ConfigError, UnsupportedCall
 from mmroute.prune.base import Pruner, Slots
-from mmroute.tokens import Tokens
+from mmroute.tokens import NUM_MODALITIES, Tokens
 from mmroute.trace import HopClose, Shape, Trace
 
 __all__ = ["Chunk", "RaggedCache", "RaggedLayer"]
@@ -45,8 +45,7 @@ class Chunk:
     relevance: Tensor | None = None
 
 
-@dataclass
-class _Plan:
+class _Plan(NamedTuple):
     rows: Rows
     start: list[int]
     position: Tensor
@@ -107,14 +106,17 @@ class RaggedLayer(DynamicLayer):
         rows, start = plan.rows, plan.start
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        B = len(rows.q)
-        self._grow(key_states, B, max(rows.k), plan.room, plan.score is not None)
+        B, most = len(rows.q), max(rows.k)
+        if self.keys is None or most > self.keys.shape[2] or plan.score is not None:
+            self._grow(key_states, B, most, plan.room, plan.score is not None)
         keys, values, pos = self.keys, self.values, self.pos
-        if not rows.packed and len(set(start)) == 1:
-            here = slice(start[0], rows.k[0])
-            keys[:, :, here], values[:, :, here], pos[:, here] = key_states, value_states, plan.position
+        if not rows.packed and start.count(start[0]) == B:
+            first, width = start[0], rows.q[0]
+            keys.narrow(2, first, width).copy_(key_states)
+            values.narrow(2, first, width).copy_(value_states)
+            pos.narrow(1, first, width).copy_(plan.position)
             if self.score is not None:
-                self.score[:, here] = float("inf") if plan.score is None else plan.score
+                self.score[:, first : first + width] = float("inf") if plan.score is None else plan.score
         elif not rows.packed and key_states.shape[2] == 1:  # a decode step of rows with unequal lengths
             row, slot = torch.arange(B, device=keys.device), torch.tensor(start, device=keys.device)
             keys[row, :, slot], values[row, :, slot] = key_states[:, :, 0], value_states[:, :, 0]
@@ -136,9 +138,8 @@ class RaggedLayer(DynamicLayer):
                     if self.score is not None:
                         self.score[b, to] = float("inf") if s is None else s[b]
                 at += width
-        self.n = list(rows.k)
-        most = max(self.n)
-        return keys[:, :, :most], values[:, :, :most]
+        self.n = rows.k
+        return keys.narrow(2, 0, most), values.narrow(2, 0, most)
 
     def _grow(self, like: Tensor, batch: int, need: int, room: int, scored: bool) -> None:
         have = 0 if self.keys is None else self.keys.shape[2]
@@ -244,8 +245,13 @@ class RaggedCache(Cache):
         self.reserved = 0
         self._compacted_at = 0
         self._meta: Tensor | None = None
-        self._chunks: list[tuple[Tensor, ...]] = []
+        self._chunks: list[Tokens] = []
         self.depth = [type(self)(num_layers, shape) for _ in range(max_depth)]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.layers[layer_idx].update(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -290,7 +296,11 @@ class RaggedCache(Cache):
         valid = pos >= 0
         modality, hop, protected, generated, _ = (self.meta[name].gather(1, pos.clamp(min=0)).long() for name in _META)
         score = None if stored.score is None else stored.score[:, :most].float()
-        return Slots(score, modality, hop, protected.bool() & valid, generated.bool() & valid, pos, valid)
+        entered = self.meta["valid"].bool()
+        seen = torch.stack([(entered & (self.meta["modality"] == m)).sum(1) for m in range(NUM_MODALITIES)], dim=1)
+        return Slots(
+            score, modality, hop, protected.bool() & valid, generated.bool() & valid, pos, valid, seen.to(pos.device)
+        )
 
     def start_hop(self, hop: int) -> None:
         """The next positions belong to another hop."""
@@ -330,13 +340,14 @@ class RaggedCache(Cache):
 
     def remember(self, tokens: Tokens) -> None:
         """Appends what the columns of one call are; laid together only when somebody asks."""
-        self._chunks.append(tuple(getattr(tokens, name) for name in _META))
+        self._chunks.append(tokens)
 
     @property
     def meta(self) -> dict[str, Tensor]:
         """(B, seen) int8 each: modality, hop, protected, generated, valid of every logical column."""
         if self._chunks:
-            parts = [torch.stack(chunk).clamp(max=127).to(torch.int8) for chunk in self._chunks]
+            parts = [torch.stack([getattr(tokens, name) for name in _META]) for tokens in self._chunks]
+            parts = [part.clamp(max=127).to(torch.int8) for part in parts]
             whole = torch.cat(parts if self._meta is None else [self._meta, *parts], dim=2)
             self._meta, self._chunks = whole, []
         return {} if self._meta is None else dict(zip(_META, self._meta, strict=True))

@@ -247,7 +247,8 @@ class Controller:
         if chunk.modality.shape != (B, N):
             raise UnsupportedCall(f"modality is {tuple(chunk.modality.shape)}, the call brings {(B, N)} positions")
         single = N == 1 and start > 0 and chunk.valid is None
-        tokens = self._tokens(x, cache, mask, chunk, start, single)
+        steady = single and cache is not None and cache.last_hop is not None and chunk.hop is chunk.generated is None
+        tokens = self._next(x, cache, chunk) if steady else self._tokens(x, cache, mask, chunk, start, single)  # type: ignore[arg-type]
         call = Call("decode" if single else "prefill", [], [], [], start)
         groups: list[Group] = []
         if single:
@@ -277,6 +278,18 @@ class Controller:
             drafts=drafts,
             before=before,
         )
+
+    def _next(self, x: Tensor, cache: RaggedCache, chunk: Chunk) -> Tokens:
+        """One generated position per row that goes on with the hop of the one before it."""
+        assert chunk.modality is not None and cache.in_hop is not None and cache.last_hop is not None
+        B, device = x.shape[0], x.device
+        cache.in_hop = cache.in_hop + 1
+        protected = (cache.in_hop <= self.prefix_tokens)[:, None]
+        if chunk.protected is not None:
+            protected |= chunk.protected.bool().to(device)
+        here = torch.ones(B, 1, dtype=torch.bool, device=device)
+        position = torch.full((B, 1), cache.seen, device=device)
+        return Tokens(chunk.modality.to(device), cache.last_hop[:, None], here, protected, here, position)
 
     def _tokens(
         self, x: Tensor, cache: RaggedCache | None, mask: Tensor | None, chunk: Chunk, start: int, single: bool
@@ -323,6 +336,8 @@ class Controller:
 
     def _checkpoints(self, training: bool) -> frozenset[int]:
         """Layers to checkpoint, taken over from them: theirs would recompute the routing after the call is gone."""
+        if not self.text.training:
+            return frozenset()
         flagged = {i for i, layer in enumerate(self.text.layers) if getattr(layer, "gradient_checkpointing", False)}
         if flagged:  # checkpointing was switched on since the last call, for these layers
             self.checkpointed = flagged

@@ -12,7 +12,7 @@ Deviates: everything here: see docs/method.md.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -87,6 +87,17 @@ class Step:
     def num_layers(self) -> int:
         return self.shape.layers
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether this is a decode step at which the pruner has no say."""
+        decides = self.pruner is not None and type(self.pruner).decode is not Pruner.decode
+        return self.single and not decides and not self.full and type(self.cache) is RaggedCache
+
+    @cached_property
+    def room(self) -> int:
+        """Columns that the session has reserved behind this call."""
+        return 0 if self.cache is None else max(0, self.cache.reserved - self.cache.seen - self.tokens.shape[1])
+
     @property
     def padded(self) -> bool:
         return any(n != self.tokens.shape[1] for n in self.counts)
@@ -107,6 +118,8 @@ class Step:
         index = layer.self_attn.layer_idx
         h = hidden_states
         rotary = position_embeddings if position_embeddings[0].device == h.device else _to(position_embeddings, h)
+        if self.plain:
+            return self._decode(layer, index, h, rotary, kwargs)
         if index == 0 and self.pruner is not None and "embeddings" in self.pruner.needs:
             self._embedded = h
         keep = self._choose(layer, index, h, rotary)
@@ -119,7 +132,7 @@ class Step:
         ran = keep.ran if keep is not None else self.call.new
         counts = keep.counts if keep is not None else self.counts
         stored = None if self.cache is None else self.cache.layers[index]
-        before = list(stored.lengths) if stored is not None and stored.n is not None else [0] * len(counts)
+        before = stored.lengths if stored is not None and stored.n is not None else [0] * len(counts)
         record = self.records[index] = LayerCall(ran=ran, cached=before, stored=before)
         record.extra_flops = self._overhead(index, keep)
         if self.full:
@@ -153,6 +166,23 @@ class Step:
         if self.deepener is not None and self.deepener.acts(index, self.num_layers) and not self.single:
             h = self._second(index, h, chosen, rotary, stock, record)
         return (h, *rest) if self.family.tuple_out else h
+
+    def _decode(self, layer: Any, index: int, h: Tensor, rotary: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Any:
+        """A decode step at which every row runs: nothing to choose, to gather or to scatter."""
+        assert self.cache is not None
+        stored = self.cache.layers[index]
+        before = stored.lengths or [0] * len(self.counts)
+        rows = stored.plan(len(self.counts), self.counts, False, self.tokens.position, None, self.room)
+        self.records[index] = LayerCall(self.call.new, before, rows.k)
+        return layer._stock_forward(
+            h,
+            attention_mask=None,
+            position_ids=None,
+            position_embeddings=rotary,
+            past_key_values=self.cache,
+            rows=rows,
+            **kwargs,
+        )
 
     def _stock(
         self,
@@ -385,9 +415,8 @@ class Step:
         score = None
         if keep is not None and keep.logits is not None:
             score = chosen.columns(keep.logits.detach())
-        room = max(0, self.cache.reserved - self.cache.seen - self.tokens.shape[1])  # type: ignore[union-attr]
         position = chosen.columns(self.tokens.position)
-        return stored.plan(self.tokens.shape[0], counts, chosen.packed, position, score, room)
+        return stored.plan(self.tokens.shape[0], counts, chosen.packed, position, score, self.room)
 
     def _dense(self, layer: Any, index: int, h: Tensor, keep: Keep, rotary: tuple[Tensor, Tensor], stock: Any) -> Any:
         nothing = [0] * len(self.counts)
