@@ -3,7 +3,7 @@
 It shares no code with the engine. What the engine computes on the kept positions only, this computes on the full
 sequence in one uncached forward: a query sees the kept keys before it, and a position not kept takes no update.
 
-Legend: B batch, N positions of the whole sequence, V vocabulary.
+Legend: B batch, N positions of the whole sequence, m of them written anew, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +28,7 @@ def masked_forward(
     visible: Sequence[Bool[Tensor, "B N N"] | None] | None = None,
     again: Sequence[Sequence[Bool[Tensor, "B N"]]] | None = None,
     gain: float = 1.0,
+    write: Sequence[tuple[Int[Tensor, "B m"], Float[Tensor, "B m D"]] | None] | None = None,
 ) -> Float[Tensor, "B N V"]:
     """What the logits are if each layer keeps these positions.
 
@@ -40,6 +41,7 @@ def masked_forward(
             that only later hops notice. A query always sees itself.
         again: for each layer the positions of each further pass, which sees nobody else.
         gain: strength of those passes.
+        write: for each layer, columns and the states that replace theirs before it runs.
 
     Returns:
         Logits of every position; those of padding mean nothing.
@@ -58,7 +60,8 @@ def masked_forward(
     kept = [valid if mask is None else mask & valid for mask in keep]
     seen = [None] * len(layers) if visible is None else visible
     more = [()] * len(layers) if again is None else again
-    with _stepping_in(layers, family.tuple_out, kept, seen, more, gain):
+    news = [None] * len(layers) if write is None else write
+    with _stepping_in(layers, family.tuple_out, kept, seen, more, gain, news):
         return model(**inputs, use_cache=False).logits
 
 
@@ -76,9 +79,10 @@ def _stepping_in(
     visible: Sequence[Tensor | None],
     again: Sequence[Sequence[Tensor]],
     gain: float,
+    write: Sequence[tuple[Tensor, Tensor] | None],
 ) -> Iterator[None]:
-    for layer, keep, see, more in zip(layers, kept, visible, again, strict=True):
-        layer.forward = _masked(type(layer).forward.__get__(layer), tuple_out, keep, see, more, gain)
+    for layer, keep, see, more, new in zip(layers, kept, visible, again, write, strict=True):
+        layer.forward = _masked(type(layer).forward.__get__(layer), tuple_out, keep, see, more, gain, new)
     try:
         yield
     finally:
@@ -93,6 +97,7 @@ def _masked(
     visible: Tensor | None,
     again: Sequence[Tensor],
     gain: float,
+    write: tuple[Tensor, Tensor] | None,
 ) -> Callable[..., Any]:
     def one_pass(hidden: Tensor, runs: Tensor, visible: Tensor | None, args: Any, kwargs: Any) -> tuple[Tensor, Any]:
         N = hidden.shape[1]
@@ -106,6 +111,11 @@ def _masked(
         return (out[0], out[1:]) if tuple_out else (out, ())
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if write is not None:
+            columns, states = write
+            hidden = hidden.clone()
+            for row in range(hidden.shape[0]):
+                hidden[row, columns[row]] = states[row]
         ran, rest = one_pass(hidden, keep, visible, args, kwargs)
         held = torch.where(keep[..., None], ran, hidden)
         for runs in again:

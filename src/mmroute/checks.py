@@ -109,9 +109,7 @@ class Case:
 
     def attention_row(self, layer: int) -> Float[Tensor, "B N"]:
         """Attention of each row's last position at the layer before, mean over heads."""
-        key = _project(self.hidden(layer), K, 10 * layer + 4).float()
-        logits = key.sum(-1).masked_fill(~self.tokens.valid[..., None], float("-inf"))
-        return torch.softmax(logits, dim=1).mean(-1)
+        return self.attention_map(layer)[:, :, -1].mean(1)
 
     def row(self, b: int) -> "Case":
         """One row alone, without its padding."""

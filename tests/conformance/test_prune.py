@@ -17,6 +17,12 @@ OTHER_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("pyramiddrop", {"stage_keep": 0.3, "stages": [0.0, 0.5]}),
     ("knorm", {"score": "keydiff", "text_keep": 0.5, "start_layer": 1}),
     ("oracle", {"vision_keep": 0.1, "start_layer": 3}),
+    ("divprune", {"vision_keep": 0.0}),
+    ("dart", {"vision_keep": 0.0, "start_layer": 1, "text_pivots": 0}),
+    ("reroute", {"method": "pyramiddrop", "stages": [0.0, 0.5]}),
+    ("snapkv", {"window": 1, "pool": "max", "text_keep": 0.0}),
+    ("sparsevlm", {"version": "v2", "keeps": [0.0], "after": [0.5]}),
+    ("streaming", {"sinks": 0, "text_keep": 0.3}),
     *[("schedule", {"scorer": s, "scope": c}) for s in ("row", "knorm", "random", "oracle") for c in ("skip", "drop")],
 ]
 

@@ -24,6 +24,12 @@ TIGHT: dict[str, dict[str, Any]] = {
     "knorm": {"vision_keep": 0.3, "text_keep": 0.7},
     "random": {"vision_keep": 0.3, "text_keep": 0.7},
     "oracle": {"vision_keep": 0.3},
+    "divprune": {"vision_keep": 0.3},
+    "dart": {"vision_keep": 0.4},
+    "reroute": {"vision_keep": 0.6, "method": "pyramiddrop"},
+    "snapkv": {"vision_keep": 0.3, "text_keep": 0.7},
+    "sparsevlm": {"keeps": (0.7, 0.5, 0.3), "after": (0.0, 0.25, 0.5)},
+    "streaming": {"vision_keep": 0.3, "text_keep": 0.7},
     "schedule": {"vision": [1.0, 0.6, 0.3, 0.5], "text": [1.0, 0.8, 0.8, 1.0]},
 }
 """A setting of each pruner that really prunes; a new file runs with its defaults."""
@@ -76,8 +82,10 @@ def test_leaving_out_equals_masking_at_the_planned_counts(family: str, name: str
         out = forward(routed, batch)
         masks = kept(routed, batch)
         call = routed.trace.calls[0]
+        chosen_at = routed.controller.aux
+        written = [chosen_at[i].write if i in chosen_at else None for i in range(LAYERS)]
     real = batch["attention_mask"].bool()
-    expected = masked_forward(model, backbones.of(model), batch, masks)
+    expected = masked_forward(model, backbones.of(model), batch, masks, write=written)
     torch.testing.assert_close(out.logits[real], expected[real], rtol=0, atol=1e-5)
     assert_planned(pruner, call, masks, out.past_key_values)
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from mmroute.errors import BudgetError, ConfigError
 
-__all__ = ["check_budget", "constant", "geometric", "two_level"]
+__all__ = ["check_budget", "constant", "geometric", "scaled", "two_level"]
 
 
 def check_budget(budget: float) -> None:
@@ -61,6 +61,32 @@ def geometric(budget: float, num_layers: int, starts: Sequence[int]) -> float:
         mean = sum(length * middle**stage for stage, length in enumerate(lengths)) / num_layers
         low, high = (middle, high) if mean < budget else (low, middle)
     return high
+
+
+def scaled(budget: float, num_layers: int, starts: Sequence[int], shares: Sequence[float]) -> list[float]:
+    """The shares times one factor, none above 1, that make the mean over all layers `budget`.
+
+    Args:
+        starts: first layer of each stage; layers before the first run whole.
+        shares: of the full count, stage by stage.
+
+    Raises:
+        BudgetError: the layers before the first stage exceed the budget alone.
+    """
+    check_budget(budget)
+    edges = [*starts, num_layers]
+    lengths = [after - before for before, after in pairwise(edges)]
+    if budget * num_layers < starts[0]:
+        raise BudgetError(
+            f"budget {budget} is infeasible: the {starts[0]} of {num_layers} layers before the first stage run whole, "
+            f"so it must be at least {starts[0] / num_layers:.3f}; raise it or begin the stages earlier"
+        )
+    low, high = 0.0, 1 / min(shares)
+    for _ in range(60):
+        factor = (low + high) / 2
+        runs = starts[0] + sum(n * min(1.0, factor * s) for n, s in zip(lengths, shares, strict=True))
+        low, high = (factor, high) if runs < budget * num_layers else (low, factor)
+    return [min(1.0, high * share) for share in shares]
 
 
 def two_level(

@@ -1,6 +1,7 @@
 """Pure tensor functions that several pruners rank with; none draws from a generator, none reads the device.
 
-Legend: B batch, N positions of this call, W candidates of a group, D hidden, K key-value heads, E head dim.
+Legend: B batch, N positions of this call, W candidates of a group, D hidden, H query heads,
+K key-value heads, E head dim.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from mmroute.engine.select import Group
 from mmroute.tokens import Tokens
 
 __all__ = [
+    "attention_of_last",
     "competing",
     "hashed",
     "hop_rank",
@@ -91,6 +93,19 @@ def running(tokens: Tokens, groups: Sequence[Group]) -> Bool[Tensor, "B N"]:
             columns = columns.masked_fill(beyond, N)  # the spare column takes what is meaningless
         mask.scatter_(1, columns, True)
     return mask[:, :N]
+
+
+def attention_of_last(
+    q: Float[Tensor, "B H N E"], k: Float[Tensor, "B K N E"], tokens: Tokens, groups: Sequence[Group]
+) -> Float[Tensor, "B N"]:
+    """Attention of each row's last valid position to all that may run this layer, mean over heads."""
+    B, H, _, E = q.shape
+    K = k.shape[1]
+    last = last_valid(tokens.valid).view(B, 1, 1, 1).expand(B, H, 1, E)
+    q_BKGE = q.gather(2, last).view(B, K, H // K, E).float()
+    logits_BKGN = q_BKGE @ k.float().transpose(2, 3) / E**0.5
+    others = ~running(tokens, groups)
+    return torch.softmax(logits_BKGN.masked_fill(others[:, None, None], float("-inf")), dim=-1).mean(dim=(1, 2))
 
 
 def key_norm(keys: Float[Tensor, "B N K E"]) -> Float[Tensor, "B N"]:

@@ -1,7 +1,7 @@
 """Which positions go on: PyramidDrop drops, at a few stages of depth, the vision tokens the last instruction token
 looks at least.
 
-Legend: B batch, N positions, D hidden, H query heads, K key-value heads, E head dim.
+Legend: B batch, N positions, D hidden.
 Source: PyramidDrop (CVPR 2025, arXiv 2410.17247): before stage layer s_j, attention of the last instruction token to
     the surviving tokens with that layer's own query and keys; keep lambda^j of all vision tokens.
 Deviates: shares are of the full count and rounded up; the last instruction token is the last position of the call,
@@ -14,7 +14,6 @@ Checked: twin (tests/unit/prune/test_twins.py; on five families the first stage'
 
 from typing import Annotated, Any
 
-import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -59,14 +58,7 @@ class PyramidDrop(Pruner):
         return self.config.stage_keep**stage
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
-        q_BHNE, k_BKNE = site.qk(x)
-        B, H, _, E = q_BHNE.shape
-        K = k_BKNE.shape[1]
-        last = _rank.last_valid(tokens.valid).view(B, 1, 1, 1).expand(B, H, 1, E)
-        q_BKGE = q_BHNE.gather(2, last).view(B, K, H // K, E).float()
-        logits_BKGN = q_BKGE @ k_BKNE.float().transpose(2, 3) / E**0.5
-        others = ~_rank.running(tokens, site.groups)
-        return torch.softmax(logits_BKGN.masked_fill(others[:, None, None], float("-inf")), dim=-1).mean(dim=(1, 2))
+        return _rank.attention_of_last(*site.qk(x), tokens, site.groups)
 
     def overhead(self, layer: int, shape: Shape, new: int) -> int:
         starts = {_layer(stage, shape.layers) for stage in self.config.stages}

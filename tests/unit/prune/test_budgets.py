@@ -6,16 +6,28 @@ import pytest
 
 from mmroute import hub
 from mmroute.errors import BudgetError, ConfigError
-from mmroute.prune._budget import constant, geometric, two_level
+from mmroute.prune._budget import constant, geometric, scaled, two_level
 from mmroute.prune.base import keep_count
 from mmroute.tokens import Modality
 
 FEASIBLE = [
     (name, budget, num_layers)
-    for name, floor in (("random", 0.0), ("oracle", 0.0), ("knorm", 0.0), ("fastv", 1 / 3), ("pyramiddrop", 0.26))
+    for name, floor in (
+        ("random", 0.0),
+        ("oracle", 0.0),
+        ("knorm", 0.0),
+        ("divprune", 0.0),
+        ("snapkv", 0.0),
+        ("streaming", 0.0),
+        ("fastv", 1 / 3),
+        ("dart", 1 / 3),
+        ("pyramiddrop", 0.26),
+        ("reroute", 0.126),
+        ("sparsevlm", 0.126),
+    )
     for budget in (0.11, 0.22, 0.33, 0.4, 0.5, 0.75, 1.0)
     for num_layers in (8, 10, 32)
-    if budget >= (2 / num_layers if name == "fastv" else floor)
+    if budget >= (2 / num_layers if name in ("fastv", "dart") else floor)
 ]
 
 
@@ -66,6 +78,26 @@ def test_pyramiddrop_early_keeps_192_of_576_tokens_on_average() -> None:
     assert 576 * sum(shares) / 32 == pytest.approx(192, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("counts", "runs"), [((300, 200, 110), 203), ((303, 110, 36), 141), ((66, 30, 17), 79)], ids=("192", "128", "64")
+)
+def test_sparsevlm_at_published_counts_runs_more_than_its_label(counts: tuple[int, ...], runs: int) -> None:
+    pruner = hub.load("prune", "sparsevlm", keeps=[n / 576 for n in counts])
+    shares = [pruner.rate(layer, 32, 0, Modality.VISION) for layer in range(32)]
+    assert [layer for layer in range(32) if shares[layer] != shares[max(layer - 1, 0)]] == [3, 7, 16]
+    assert sum(576 if s is None else keep_count(576, s, 0) for s in shares) / 32 == pytest.approx(runs, abs=0.5)
+
+
+def test_reroute_at_its_published_settings_keeps_192_of_576_tokens_on_average() -> None:
+    constant_share = hub.load("prune", "reroute", vision_keep=0.2644)
+    falling = hub.load(
+        "prune", "reroute", method="pyramiddrop", vision_keep=0.5965, stages=[s / 32 for s in (2, 7, 15, 23)]
+    )
+    for pruner in (constant_share, falling):
+        shares = [pruner.rate(layer, 32, 0, Modality.VISION) or 1.0 for layer in range(32)]
+        assert 576 * sum(shares) / 32 == pytest.approx(192, abs=0.1)
+
+
 def test_pyramiddrop_with_half_per_quarter_is_r_469() -> None:
     pruner = hub.load("prune", "pyramiddrop")
     shares = [pruner.rate(layer, 32, 0, Modality.VISION) or 1.0 for layer in range(32)]
@@ -77,6 +109,8 @@ def test_a_budget_below_the_whole_layers_is_infeasible_and_says_from_where_on_it
         constant(0.1, 10, 2)
     with pytest.raises(BudgetError, match=r"at least 0\.250"):
         geometric(0.2, 8, [2, 4, 6])
+    with pytest.raises(BudgetError, match=r"at least 0\.125"):
+        scaled(0.1, 8, [1, 2, 4], [0.5, 0.3, 0.2])
     with pytest.raises(BudgetError, match=r"from 0\.275 to 0\.525"):
         two_level(0.2, 8, 4)
 

@@ -45,6 +45,25 @@ def test_schedule_has_one_exact_entry_per_layer_and_interpolates_other_depths() 
     assert rates(2) == [None, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("snapkv", {"kernel": 4}, "a window around a position is odd"),
+        ("reroute", {"stages": []}, "nothing would ever be pruned"),
+        ("sparsevlm", {"keeps": [0.5, 0.3]}, "2 keeps and 3 cuts"),
+        ("sparsevlm", {"keeps": [0.3, 0.5, 0.2]}, "dropped positions never return"),
+    ],
+)
+def test_peers_refuse_what_cannot_work(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        hub.load("prune", name, **options)
+
+
+def test_dart_on_a_model_without_its_layer_is_refused_rather_than_idle() -> None:
+    with pytest.raises(ConfigError, match="nothing would ever be pruned"):
+        walk(hub.load("prune", "dart", start_layer=6), made_up(), num_layers=6)
+
+
 def test_fastv_on_a_model_without_its_layer_is_refused_rather_than_idle() -> None:
     with pytest.raises(ConfigError, match="nothing would ever be pruned"):
         walk(hub.load("prune", "fastv", start_layer=6), made_up(), num_layers=6)
