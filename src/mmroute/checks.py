@@ -84,7 +84,7 @@ class Case:
     ) -> Site:
         """What the engine hands to `pruner` at a layer; only what it `needs`."""
         memo = {} if memo is None else memo
-        shape = Shape(hidden=D, layers=num_layers, heads=H, kv_heads=K, head_dim=E, mlp=32, vocab=64, itemsize=4)
+        shape = made_up_shape(num_layers)
         competing = self.groups() if groups is None else groups
 
         def rows() -> Tensor:
@@ -120,6 +120,11 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> "Case":
         return Case(self.x.to(dtype), self.tokens, self.relevance)
+
+
+def made_up_shape(num_layers: int) -> Shape:
+    """Sizes of the made-up model."""
+    return Shape(hidden=D, layers=num_layers, heads=H, kv_heads=K, head_dim=E, mlp=32, vocab=64, itemsize=4)
 
 
 def made_up(rows: Sequence[Sequence[Segment]] = RAGGED, seed: int = 0, prefix_tokens: int = 2) -> Case:
@@ -186,6 +191,7 @@ def check_pruner(pruner: Pruner | type[Pruner], num_layers: int = 6) -> None:
     """
     if isinstance(pruner, type):
         pruner = pruner()
+    pruner.fit(made_up_shape(num_layers))
     pruner.eval()
     name = type(pruner).__name__
     case = made_up()
@@ -246,6 +252,7 @@ def _check_keep(keep: Keep, pruner: Pruner, case: Case, layer: int, num_layers: 
 
 def _check_copies(pruner: Pruner, kept: list[Keep], case: Case, num_layers: int, name: str) -> None:
     again = type(pruner)(**resolved(pruner.config)).eval()
+    again.fit(made_up_shape(num_layers))
     again.load_state_dict(pruner.state_dict())
     _same(kept, walk(again, case, num_layers), f"{name}: rebuilt from its config and state, it keeps others")
     _same(kept, walk(copy.deepcopy(pruner), case, num_layers), f"{name}: a deep copy keeps others")
@@ -259,8 +266,9 @@ def _check_gradients(pruner: Pruner, case: Case, num_layers: int, name: str) -> 
     pruner.train()
     try:
         keeps = walk(pruner, Case(x, case.tokens, case.relevance), num_layers)
-        gates = [keep.z.float().sum() + sum(keep.losses.values()) for keep in keeps if keep.z is not None]
-        assert gates, f"{name} has parameters, but `keep` gives no straight-through mask z in training"
+        learning = [(keep, keep.gain if keep.z is None else keep.z) for keep in keeps]
+        gates = [gate.float().sum() + sum(keep.losses.values()) for keep, gate in learning if gate is not None]
+        assert gates, f"{name} has parameters, but `keep` gives no straight-through mask z and no gain in training"
         torch.stack(gates).sum().backward()
     finally:
         pruner.eval()

@@ -5,7 +5,7 @@ think: {name: direct}
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ class Recipe:
     """`name` and options of the way to think; written text unless named."""
     prefix_tokens: int = 2
     """Positions at the start of each hop that are never pruned."""
+    trained: str | None = None
+    """Folder, or bundled name, of what `mmroute train` wrote: routers, and the backbone's new weights."""
+    train: dict[str, Any] | None = None
+    """Options of the trainer that made it; read by `mmroute train` alone."""
 
     def build(self, kind: str) -> Any:
         """The method of one folder, or None."""
@@ -74,10 +78,31 @@ def equip(model: Any, recipe: Recipe) -> Iterator[Any]:
         The `Routed` handle and the way to think.
     """
     from mmroute.backbones.load import load
+    from mmroute.engine import saving
     from mmroute.engine.attach import attach
+    from mmroute.train.delta import tuned
 
     loaded = load(model) if isinstance(model, str | Path) else model
-    with attach(
-        loaded, prune=recipe.build("prune"), deepen=recipe.build("deepen"), prefix_tokens=recipe.prefix_tokens
-    ) as routed:
+    parts = {"prune": recipe.build("prune"), "deepen": recipe.build("deepen")}
+    folder = None if recipe.trained is None else trained_folder(recipe.trained)
+    with (
+        nullcontext() if folder is None else tuned(loaded, folder),
+        attach(loaded, prefix_tokens=recipe.prefix_tokens, **parts) as routed,
+    ):
+        if folder is not None:
+            saving.load(routed, folder)
+            loaded.eval()
         yield routed, recipe.build("think")
+
+
+def trained_folder(name: str) -> Path:
+    """The folder of trained routers by bundled name or path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    bundled = Path(__file__).parent / "assets" / name
+    path = bundled if (bundled / "mmroute.json").is_file() else Path(name)
+    if not (path / "mmroute.json").is_file():
+        raise ConfigError(f"trained: no routers in {name!r}; give a folder that `mmroute train dare` wrote")
+    return path

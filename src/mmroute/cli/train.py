@@ -36,3 +36,30 @@ def backbone(
         given["seed"] = seed
     folder = train_backbone(load_recipe(recipe, given), out, device, resume)
     typer.echo(str(folder))
+
+
+@app.command()
+def dare(
+    recipe: Annotated[
+        str, typer.Option(help="Name of a shipped recipe (dare-l, dare-lh), or a YAML file.")
+    ] = "dare-lh",
+    model: Annotated[str, typer.Option(help="Bundled name, checkpoint folder or Hub id.")] = "tiny",
+    task: Annotated[list[str] | None, typer.Option(help="World, or world:preset; repeatable.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; the routers come to lie in its folder `router`.")
+    ] = Path("runs/dare-lh"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stands.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of data and noise; the recipe's own if not given.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Recipe option, path=value; repeatable.")] = None,
+) -> None:
+    """Train the routers of DARE, and the backbone with them; killed at any moment, it goes on with --resume."""
+    from mmroute import recipe as recipes
+    from mmroute.backbones.load import load
+    from mmroute.train.dare import train_dare
+
+    chosen = list(changes or [])
+    if task:
+        chosen.append(f"train.tasks={{{', '.join(f'{name!r}: 1' for name in task)}}}")
+    if seed is not None:
+        chosen.append(f"train.seed={seed}")
+    typer.echo(str(train_dare(recipes.read(recipe, chosen), load(model), out, resume)))

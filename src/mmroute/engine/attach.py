@@ -79,6 +79,8 @@ def attach(
     family = backbones.of(model)
     text = family.text_model(model)
     base = text.config._attn_implementation
+    if prune is not None:
+        prune.fit(family.shape(model))
     learned = prune is not None and any(True for _ in prune.parameters())
     name = register(base)
     controller = Controller(

@@ -230,7 +230,9 @@ def load(routed: Routed, folder: str | Path) -> None:
         now = _method(kind, part, c.shape)
         _same(folder, kind, method and method.name, now and now.name)
         if method is not None and now is not None:
-            _same(folder, f"{kind}.{method.name}", method.config, now.config)
+            free = part.adjustable if isinstance(part, Pruner) else frozenset()
+            saved, here = ({k: v for k, v in m.config.items() if k not in free} for m in (method, now))
+            _same(folder, f"{kind}.{method.name}", saved, here)
     tensors = _read_weights(folder, manifest)
     own = routed.parts.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -243,9 +245,10 @@ def load(routed: Routed, folder: str | Path) -> None:
         _same(folder, f"the shape of {name}", list(tensors[name].shape), list(value.shape))
     before = {name: value.clone() for name, value in own.items()}
     routed.parts.load_state_dict(tensors)
-    if c.pruner is not None and manifest.prune is not None:
+    now = _method("prune", c.pruner, c.shape)
+    if now is not None and manifest.prune is not None and now.config == manifest.prune.config:
         try:
-            _same_rates(folder, manifest.prune, _rates(c.pruner, c.shape.layers))
+            _same_rates(folder, manifest.prune, now.rates or [])
         except CheckpointMismatch:
             routed.parts.load_state_dict(before)
             raise

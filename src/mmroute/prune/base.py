@@ -98,6 +98,8 @@ class Slots:
     """Logical column."""
     valid: Bool[Tensor, "B C"]
     """False at free slots."""
+    seen: Int[Tensor, "B 3"]
+    """Valid positions of each modality that have entered the session, in this layer or not."""
 
 
 @dataclass
@@ -175,6 +177,16 @@ class Pruner(nn.Module):
     def __init__(self, **given: Any) -> None:
         super().__init__()
         self.config = parse(type(self).Config, given, f"prune.{type(self).__module__.rpartition('.')[2]}")
+
+    adjustable: ClassVar[frozenset[str]] = frozenset()
+    """Options that may differ from those the weights were saved with: nothing learned depends on them."""
+
+    def fit(self, shape: Shape) -> None:
+        """Makes what is learned, once the model's sizes are known; `attach` calls it. Again for the same sizes: no-op.
+
+        Raises:
+            ConfigError: the options do not fit a model of these sizes.
+        """
 
     def acts(self, layer: int, num_layers: int) -> bool:
         """Whether this layer chooses at all; a layer that does not runs every position."""

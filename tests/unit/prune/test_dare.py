@@ -1,0 +1,224 @@
+"""DARE's rates, losses and gates on made-up states: exact means, gradients where they should be and nowhere else."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from mmroute import checks, hub
+from mmroute.errors import BudgetError, ConfigError
+from mmroute.prune.dare import Dare, Relaxation
+from mmroute.tokens import Modality
+from mmroute.trace import Shape
+
+L = 6
+OTHERS = [
+    {"variant": "l"},
+    {"rates": "penalty", "carry": True},
+    {"rates": "bernoulli"},
+    {"rates": "fixed", "gain": "tanh"},
+    {"hop_table": "full", "gain": "score"},
+    {"deep_vision": "threshold", "relaxation": "paper_softmax"},
+    {"text_keep": 1.0, "deep_vision": "drop"},
+    {"scorer": "oracle"},
+    {"scorer": "random", "rates": "fixed"},
+    {"scorer": "last_row", "rates": "fixed", "text_keep": 1.0},
+    {"scorer": "knorm", "rates": "fixed"},
+]
+
+
+def made(**options):
+    pruner = Dare(**options)
+    pruner.fit(checks.made_up_shape(L))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in pruner.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.4)
+    pruner.export()
+    return pruner
+
+
+def learn(pruner, layer=2, case=None):
+    case = checks.made_up() if case is None else case
+    pruner.train()
+    site = case.site(pruner, layer, L)
+    return pruner.keep(case.hidden(layer), case.tokens, site), case.tokens
+
+
+@pytest.mark.parametrize("options", OTHERS, ids=str)
+def test_every_way_keeps_the_contract(options):
+    checks.check_pruner(hub.load("prune", "dare", **options))
+
+
+def test_learned_rates_have_the_mean_they_were_asked_for():
+    pruner = made(cutoff_layer=5, vision_keep=0.5, text_keep=0.8)
+    pruner.hop_counts.copy_(torch.tensor([[0.5, 0.3, 0.2, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]))
+    rates = pruner.rates()
+    weight = pruner.hop_counts.double()
+    mean = (rates.mean(2) * weight).sum(1)
+    torch.testing.assert_close(mean, torch.tensor([0.8, 0.5], dtype=torch.float64), rtol=0, atol=1e-6)
+    assert (rates[:, :, :2] == 1).all()
+    torch.testing.assert_close(rates[Modality.VISION, :, 5], pruner.deep_share[5].double().expand(8))
+    rates[Modality.TEXT, 0, 3].backward()
+    assert pruner.theta.grad.any() and pruner.beta.grad.any()
+
+
+def test_what_deep_layers_save_is_spent_before_the_cutoff():
+    pruner = made(cutoff_layer=4)
+    before = pruner.rates()[Modality.VISION, 0, 2:4].sum()
+    pruner.deep_share.fill_(0.01)
+    after = pruner.rates()[Modality.VISION, 0, 2:4].sum()
+    assert abs((after - before).item() - 2 * 0.04) < 1e-6
+
+
+@pytest.mark.parametrize(("options", "fault"), [({"vision_keep": 0.3}, "0.358 to"), ({"first_layer": 6}, "1.000 to 1.000")])
+def test_a_mean_that_cannot_be_met_is_refused_with_what_can(options, fault):
+    with pytest.raises(BudgetError, match=fault):
+        Dare(**options).fit(Shape(8, L, 1, 1, 1, 1, 1, 4))
+
+
+def test_a_pruner_serves_one_shape():
+    pruner = made()
+    pruner.fit(checks.made_up_shape(L))
+    with pytest.raises(ConfigError, match="was made for 6 layers"):
+        pruner.fit(checks.made_up_shape(7))
+
+
+def test_a_schedule_needs_a_share_for_each_layer():
+    with pytest.raises(ConfigError, match="3 shares for 6 layers"):
+        Dare(rates="fixed", vision_schedule=[1.0, 0.5, 0.1]).fit(checks.made_up_shape(L))
+
+
+def test_a_trained_router_serves_another_target_by_its_learned_shape():
+    pruner = made(cutoff_layer=6)
+    other = Dare(cutoff_layer=6, vision_keep=0.6)
+    other.fit(checks.made_up_shape(L))
+    other.load_state_dict(pruner.state_dict())
+    assert abs(sum(other.rate(i, L, 0, Modality.VISION) or 1.0 for i in range(L)) / L - 0.6) < 1e-6
+
+
+def test_realised_counts_are_the_rates_rounded_up():
+    pruner = made().eval()
+    case = checks.made_up()
+    for layer in (2, 3, 4):
+        keep = pruner.keep(case.hidden(layer), case.tokens, case.site(pruner, layer, L))
+        for group in case.groups():
+            rate = pruner.rate(layer, L, group.hop, Modality(group.modality))
+            of = (case.tokens.modality == group.modality) & (case.tokens.hop == group.hop) & case.tokens.valid
+            for b, n in enumerate((keep.mask & of).sum(1).tolist()):
+                wanted = group.size[b] if rate is None else math.ceil(rate * group.size[b] - 1e-6)
+                assert n == max(wanted, group.protected[b])
+
+
+@pytest.mark.parametrize("options", [{}, {"rates": "penalty"}, {"relaxation": "paper_softmax"}], ids=str)
+def test_gates_are_hard_in_value_and_teach_dropped_positions_too(options):
+    pruner = made(**options)
+    pruner.relax = Relaxation(temperature=1.0, gate_clip=1.0)
+    keep, tokens = learn(pruner)
+    assert set(keep.z.unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(keep.z > 0.5, keep.mask)
+    keep.logits.retain_grad()
+    (keep.z * torch.randn(keep.z.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    dropped = tokens.valid & ~keep.mask
+    # The only candidate of its group has nobody to compete with.
+    assert (keep.logits.grad[dropped] != 0).float().mean() > 0.8
+    if options.get("relaxation") is None:
+        assert pruner.theta.grad.any() and (pruner.beta.grad is None or pruner.beta.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("rates", ["penalty", "bernoulli"])
+def test_the_ratio_loss_moves_rates_that_are_free(rates):
+    pruner = made(rates=rates)
+    pruner.relax = Relaxation(temperature=1.0, gate_clip=1.0)
+    keep, _ = learn(pruner)
+    (keep.losses["ratio_text"] + keep.losses["ratio_vision"]).backward()
+    moved = pruner.theta if rates == "penalty" else pruner.router["2"].bias
+    assert moved.grad.abs().sum() > 0
+
+
+def test_the_hard_loss_lowers_deep_scores_above_the_threshold_only():
+    pruner = made(hard_threshold=0.5)
+    shallow, _ = learn(pruner, layer=2)
+    assert "hard" not in shallow.losses
+    keep, tokens = learn(pruner, layer=3)
+    keep.logits.retain_grad()
+    keep.losses["hard"].backward()
+    vision = tokens.valid & ~tokens.protected & (tokens.modality == Modality.VISION)
+    above = vision & (keep.logits > 0)
+    assert above.any() and not above[vision].all()
+    assert (keep.logits.grad[above] > 0).all()
+    assert not keep.logits.grad[~above].any()
+
+
+def test_scores_below_the_threshold_lower_deep_counts_and_then_the_rate():
+    pruner = made(cutoff_layer=3, deep_vision_keep=0.5, vision_keep=0.6)
+    keep, tokens = learn(pruner, layer=3)
+    before = int(keep.mask.sum())
+    with torch.no_grad():
+        pruner.router["3"].bias[Modality.VISION] = -30.0
+    keep, _ = learn(pruner, layer=3)
+    vision = tokens.modality == Modality.VISION
+    assert int(keep.mask.sum()) < before
+    assert torch.equal(keep.mask & vision, tokens.protected & vision)
+    counted = [[int((keep.mask[b] & (tokens.modality[b] == m)).sum()) for m in Modality] for b in range(len(keep.ran))]
+    assert keep.ran == counted
+    for _ in range(200):
+        pruner.observe(tokens, {3: keep.mask})
+    pruner.eval()
+    share = float((keep.mask & vision).sum() / (tokens.valid & vision).sum())
+    assert abs(pruner.rate(3, L, 0, Modality.VISION) - share) < 0.01
+
+
+def test_the_ramp_begins_with_everything():
+    pruner = made()
+    pruner.relax = Relaxation(vision_ramp=0.0, text_ramp=0.0, noise=1.0)
+    for layer in (2, 5):
+        keep, tokens = learn(pruner, layer)
+        assert torch.equal(keep.mask, tokens.valid)
+
+
+def test_noise_changes_the_set_and_equal_seeds_give_equal_sets():
+    pruner = made()
+    sets = []
+    for noise, seed in ((0.0, 0), (5.0, 1), (5.0, 1)):
+        pruner.relax = Relaxation(noise=noise, generator=torch.Generator().manual_seed(seed))
+        sets.append(learn(pruner)[0].mask)
+    assert not torch.equal(sets[0], sets[1])
+    assert torch.equal(sets[1], sets[2])
+
+
+def test_settled_routers_choose_in_training_what_they_choose_at_inference():
+    pruner = made()
+    pruner.relax = Relaxation(settled=True)
+    keep, _ = learn(pruner)
+    assert keep.z is None
+    pruner.eval()
+    case = checks.made_up()
+    assert torch.equal(keep.mask, pruner.keep(case.hidden(2), case.tokens, case.site(pruner, 2, L)).mask)
+
+
+def test_untrained_routers_are_said_to_be_untrained(caplog):
+    pruner = Dare()
+    pruner.fit(checks.made_up_shape(L))
+    pruner.eval()
+    case = checks.made_up()
+    with caplog.at_level(logging.WARNING):
+        pruner.keep(case.hidden(2), case.tokens, case.site(pruner, 2, L))
+    assert "dare-tf" in caplog.text
+
+
+def test_the_oracle_recalls_what_fits_and_chance_recalls_its_share():
+    case = checks.made_up([[(0, Modality.TEXT, 6), (0, Modality.VISION, 400), (0, Modality.TEXT, 6)]])
+    vision = case.tokens.modality == Modality.VISION
+    needed = vision & (torch.arange(vision.shape[1]) % 9 == 0)
+    case.relevance = needed.float()
+    shares = {}
+    for scorer in ("oracle", "random"):
+        pruner = made(rates="fixed", vision_schedule=[1, 1, 0.3, 0.3, 0.3, 0.3], scorer=scorer).eval()
+        mask = pruner.keep(case.hidden(2), case.tokens, case.site(pruner, 2, L)).mask
+        assert int((mask & vision).sum()) == 120
+        shares[scorer] = float((mask & needed).sum() / needed.sum())
+    assert shares["oracle"] == 1
+    n = int(needed.sum())
+    assert abs(shares["random"] - 0.3) < 3 * math.sqrt(0.3 * 0.7 / n)
