@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache
 from mmroute.backbones.base import Family
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.deepen.base import Deepener
-from mmroute.engine.layer import Step, build_groups
+from mmroute.engine.choice import build_groups
+from mmroute.engine.layer import Step
 from mmroute.engine.select import Group
 from mmroute.engine.train import GrowingCache
 from mmroute.errors import UnsupportedCall
