@@ -104,5 +104,8 @@ def trained_folder(name: str) -> Path:
     bundled = Path(__file__).parent / "assets" / name
     path = bundled if (bundled / "mmroute.json").is_file() else Path(name)
     if not (path / "mmroute.json").is_file():
-        raise ConfigError(f"trained: no routers in {name!r}; give a folder that `mmroute train dare` wrote")
+        raise ConfigError(
+            f"trained: no routers in {name!r}; train them with `mmroute train dare --recipe ... --out RUN` and add "
+            "--set trained=RUN/router"
+        )
     return path

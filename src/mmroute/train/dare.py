@@ -452,7 +452,7 @@ class DareRun:
         found = {key: np.round(values, 3).tolist() for key, values in _shares(tokens, masks, batch).items()}
         rates = self.pruner.rates().detach().float()
         logits = {i: keep.logits for i, keep in self.routed.controller.aux.items()}
-        spread = [float(value[tokens.valid].std()) for value in logits.values() if value is not None]
+        spread = [value.detach()[tokens.valid].std().item() for value in logits.values() if value is not None]
         return {
             "layers": sorted(masks),
             **found,
