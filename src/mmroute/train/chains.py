@@ -71,9 +71,7 @@ class Writer:
             and not getattr(vision, "fullatt_block_indexes", True)
         )
         self.index = {word: i for i, word in enumerate(VOCABULARY)}
-        device = routed.model.device
-        pixels = _skins.atlas(PATCH * MERGE)
-        self.atlas = torch.tensor(pixels.reshape(-1, *pixels.shape[2:]), dtype=torch.float32, device=device)
+        self._atlases: dict[tuple[float, str], Tensor] = {}
         self._begins: dict[int, bool] = {}
 
     def batch(self, drawn: Sequence[tuple[Generated, Spec]]) -> Chains:
@@ -104,7 +102,7 @@ class Writer:
             grids = torch.tensor([[1, side * MERGE, side * MERGE]] * len(drawn), device=device)
         positions = family.positions(model, all_ids, all_mask, grids)
         if tiles is not None:
-            inputs = {"inputs_embeds": self._embedded(all_ids, tiles)}
+            inputs = {"inputs_embeds": self._embedded(all_ids, tiles, drawn[0][0])}
         elif "mm_token_type_ids" in inputs:
             inputs["mm_token_type_ids"] = (all_ids == model.config.image_token_id).long()
         modality = controller.table[all_ids].masked_fill(~all_mask.bool(), int(Modality.TEXT))
@@ -115,7 +113,8 @@ class Writer:
     def _prompts(
         self, drawn: Sequence[tuple[Generated, Spec]]
     ) -> tuple[list[list[int]], Int[np.ndarray, "B side side"] | None, dict[str, Tensor]]:
-        if self.small and len({spec.canvas for _, spec in drawn}) == 1:
+        alike = {(task.skin, task.noise, task.preset.look, spec.canvas) for task, spec in drawn}
+        if self.small and len(alike) == 1 and drawn[0][0].skin == "tiles":
             items = [item(task, spec, "cot") for task, spec in drawn]
             prompts = [[self.index[word] for word in each.words.prompt] for each in items]
             return prompts, np.stack([each.tiles for each in items]), {}
@@ -126,12 +125,17 @@ class Writer:
         kept = {k: batch[k] for k in self.routed.family.image_kwargs(batch)}
         return prompts, None, kept
 
-    def _embedded(self, ids: Tensor, tiles: Int[np.ndarray, "B side side"]) -> Float[Tensor, "B N D"]:
+    def _embedded(self, ids: Tensor, tiles: Int[np.ndarray, "B side side"], task: Generated) -> Float[Tensor, "B N D"]:
         side = tiles.shape[1]
         first = int((self.routed.controller.table[ids[0]] == Modality.VISION).nonzero()[0])
         rows = torch.from_numpy(tiles.reshape(len(tiles), -1)).to(ids.device)
         batch = Batch(ids, ids, rows, ids.new_zeros(len(ids), side * side, 3), first, side)
-        return embed(self.routed.model, batch, self.atlas, torch.float32)
+        look = (task.noise, task.preset.look)
+        if look not in self._atlases:
+            pixels = _skins.atlas(PATCH * MERGE, *look)
+            flat = torch.tensor(pixels.reshape(-1, *pixels.shape[2:]), dtype=torch.float32, device=ids.device)
+            self._atlases[look] = flat
+        return embed(self.routed.model, batch, self._atlases[look], torch.float32)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(re.sub(r"<\|im_end\|>\s*$", "", text).strip(), add_special_tokens=False)["input_ids"]
