@@ -41,6 +41,11 @@ PRUNERS = {
     "drop by attention": lambda: hub.load("prune", "fastv", vision_keep=0.4, start_layer=1),
     "forget": lambda: hub.load("prune", "knorm", vision_keep=0.4),
     "stages": lambda: hub.load("prune", "pyramiddrop"),
+    "stages that all enter again": lambda: hub.load("prune", "reroute"),
+    "forget by a window": lambda: hub.load("prune", "snapkv"),
+    "drop by words and merge": lambda: hub.load("prune", "sparsevlm"),
+    "drop what is alike": lambda: hub.load("prune", "divprune"),
+    "drop what is like pivots": lambda: hub.load("prune", "dart"),
 }
 
 
