@@ -1,0 +1,230 @@
+"""The trainer of routers: both passes agree, a killed run goes on as if it had not been, and what is saved works."""
+
+import functools
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import mmroute
+from mmroute import recipe as recipes
+from mmroute.backbones.load import load
+from mmroute.errors import CheckpointMismatch, ConfigError, InputError
+from mmroute.prune.dare import Relaxation
+from mmroute.tasks._texts import VOCABULARY
+from mmroute.tokens import Modality
+from mmroute.train.dare import DareRun, train_dare
+from mmroute.train.delta import DELTA
+from mmroute.train.examples import IGNORED
+from mmroute.train.folder import write_folder
+from mmroute.train.small_model import Shape, build
+
+SMALL = {
+    "hidden": 32,
+    "layers": 4,
+    "heads": 2,
+    "kv_heads": 1,
+    "mlp": 48,
+    "mrope_section": (2, 3, 3),
+    "vision_hidden": 32,
+    "vision_mlp": 48,
+}
+TRAIN = {
+    "tasks": {"frozenlake:nano": 1, "maze:nano": 1},
+    "steps": 6,
+    "batch": 4,
+    "save_every": 2,
+    "eval_every": 6,
+    "eval_items": 4,
+}
+PRUNE = {"name": "dare", "first_layer": 1, "cutoff_layer": 3, "vision_keep": 0.5, "text_keep": 0.7}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "m"
+    write_folder(path, build(Shape(**SMALL), VOCABULARY, 0), "x: 1\n", {})
+    return path
+
+
+@pytest.fixture
+def model(folder):
+    return load(folder, dtype="float32")
+
+
+def recipe(prune=None, **train):
+    return recipes.Recipe(name="test", prune={**PRUNE, **(prune or {})}, train={**TRAIN, **train})
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("policy", ["append", "progressive"])
+def test_one_pass_and_hop_by_hop_give_the_same_hidden_states(model, tmp_path, policy):
+    with DareRun(recipe({"cache_policy": policy, "hard_threshold": 1e-4}), model, tmp_path) as run:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in run.pruner.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+        run.pruner.relax = Relaxation()
+        run.pruner.export()
+        batch = run.writer.batch(run._drawn(np.random.default_rng(0)))
+        run.model.train()
+        one = run._one_pass(batch)
+        run.model.eval()
+        with torch.no_grad():
+            other = run._hop_by_hop(batch, differentiable=False)
+        real = batch.mask.bool()
+        torch.testing.assert_close(one[real], other[real], rtol=0, atol=1e-4)
+        assert any(c.after != c.before for c in run.routed.trace.closes)
+        run.model.train()
+        run.pruner.relax = Relaxation(settled=True)
+        again = run._hop_by_hop(batch, differentiable=True)
+        torch.testing.assert_close(again[real], other[real], rtol=0, atol=1e-4)
+
+
+def test_the_tiles_shortcut_is_the_processors_pixels(model, tmp_path):
+    with DareRun(recipe(tasks={"frozenlake:nano": 1}), model, tmp_path) as run:
+        drawn = run._drawn(np.random.default_rng(1))
+        short = run.writer.batch(drawn)
+        run.writer.small = False
+        long = run.writer.batch(drawn)
+        assert torch.equal(short.ids, long.ids)
+        assert torch.equal(short.positions, long.positions)
+        run.model.eval()
+        with torch.no_grad():
+            one, other = (run._hop_by_hop(b, differentiable=False) for b in (short, long))
+    real = short.mask.bool()
+    torch.testing.assert_close(one[real], other[real], rtol=0, atol=2e-3)
+
+
+def test_hops_and_labels_are_those_of_answering(model, tmp_path):
+    with DareRun(recipe(), model, tmp_path) as run:
+        batch = run.writer.batch(run._drawn(np.random.default_rng(2)))
+        words = [VOCABULARY[i] for i in batch.ids[0][batch.generated[0]].tolist()]
+        hops = batch.hop[0][batch.generated[0]].tolist()
+        begins = [
+            i for i, word in enumerate(words) if i and (word == "answer:" or (word[1:].isdigit() and word[0] == "s"))
+        ]
+        assert [i for i in range(1, len(hops)) if hops[i] != hops[i - 1]] == begins
+        assert torch.equal(batch.labels != IGNORED, batch.generated)
+        vision = batch.modality == Modality.VISION
+        assert (vision.sum(1) == batch.needed.shape[1]).all()
+        assert (batch.needed & ~batch.board).sum() == 0
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(model, tmp_path):
+    with DareRun(recipe(), model, tmp_path / "whole") as run:
+        run.train()
+        wanted = weights(run.model)
+        averages = {n: b.clone() for n, b in run.pruner.named_buffers()}
+    with DareRun(recipe(), model, tmp_path / "cut") as run:
+        run.train(stop_after=3)  # saved at 2
+    with pytest.raises(InputError, match="--resume"):
+        DareRun(recipe(), model, tmp_path / "cut")
+    with DareRun(recipe(), model, tmp_path / "cut", resume=True) as run:
+        assert run.progress.step == 2
+        run.train()
+        assert all(torch.equal(p, wanted[n]) for n, p in run.model.named_parameters())
+        assert all(torch.equal(b, averages[n]) for n, b in run.pruner.named_buffers())
+    curves = [
+        [{k: v for k, v in json.loads(line).items() if k != "cpu_s"} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole" / "log.jsonl", tmp_path / "cut" / "log.jsonl")
+    ]
+    assert curves[0] == curves[1]
+    assert [entry["stage"] for entry in curves[0] if "stage" in entry] == ["A"] * 3 + ["B"] * 3
+    with pytest.raises(ConfigError, match="another recipe"):
+        DareRun(recipe(seed=1), model, tmp_path / "cut", resume=True)
+
+
+def test_stage_b_moves_the_backbone_and_nothing_of_the_router(model, tmp_path):
+    with DareRun(recipe(dense_share=0.5), model, tmp_path) as run:
+        run.train(stop_after=3)
+        routers = {n: p.detach().clone() for n, p in run.pruner.named_parameters()}
+        backbone = model.model.language_model.layers[2].mlp.up_proj.weight.detach().clone()
+        assert any(p.any() for n, p in routers.items() if n.startswith("router"))
+        run.train()
+        assert all(torch.equal(p, routers[n]) for n, p in run.pruner.named_parameters())
+        assert not torch.equal(model.model.language_model.layers[2].mlp.up_proj.weight, backbone)
+
+
+@pytest.mark.parametrize("backbone", ["full", "frozen", "lora"])
+def test_what_is_written_answers_as_the_run_did_and_the_base_is_as_before(model, tmp_path, backbone):
+    before = weights(model)
+    run = functools.partial(train_dare, recipe(backbone=backbone), model, tmp_path)
+    if backbone == "lora":
+        pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        folder = run()
+    after = weights(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert (folder / DELTA).is_file() == (backbone != "frozen")
+    read = recipes.read(str(folder / "recipe.yaml"))
+    assert read.prune == PRUNE
+    question = [[{"role": "user", "content": _blocks()}]]
+    answers = []
+    for trained in (str(folder), None):
+        side = recipes.Recipe(name="x", prune=PRUNE, trained=trained)
+        with recipes.equip(model, side) as (routed, think):
+            answers.append(routed.answer_many(question, think=think, max_new_tokens=6)[0])
+            assert routed.controller.pruner.router["2"].weight.any() == (trained is not None)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    results = json.loads((folder / "RESULTS.json").read_text())
+    assert set(results["tasks"]) == set(TRAIN["tasks"])
+
+
+def _blocks():
+    task = mmroute.hub.load("tasks", "frozenlake", preset="nano")
+    return task.messages(next(iter(task.samples("test", 1))), "cot")[0]["content"]
+
+
+def test_a_control_takes_a_routers_counts(model, tmp_path):
+    folder = train_dare(recipe(), model, tmp_path)
+    keeps = []
+    for scorer in ("router", "random"):
+        side = recipes.Recipe(name="x", prune={**PRUNE, "scorer": scorer}, trained=str(folder))
+        with recipes.equip(model, side) as (routed, think):
+            answer = routed.answer_many([[{"role": "user", "content": _blocks()}]], think=think, max_new_tokens=3)[0]
+            keeps.append([layer.ran for layer in answer.trace.calls[0].layers])
+    assert keeps[0] == keeps[1]
+
+
+def test_weights_of_another_base_are_refused(model, folder, tmp_path):
+    trained = train_dare(recipe(), model, tmp_path)
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.up_proj.weight.add_(0.5)
+    side = recipes.Recipe(name="x", prune=PRUNE, trained=str(trained))
+    with pytest.raises(CheckpointMismatch, match="trained on other weights"), recipes.equip(model, side):
+        pass
+
+
+def test_the_printed_form_takes_a_step_with_gradients_in_every_router(model, tmp_path):
+    paper = recipes.read("dare-paper")
+    given = {**paper.prune, "cutoff_layer": 3}
+    train = {**TRAIN, **paper.train, "tasks": TRAIN["tasks"], "backbone": "frozen", "vision_ramp": (0, 0)}
+    with DareRun(
+        recipes.Recipe(name="paper", prune=given, train={**train, "text_ramp": (0, 0)}), model, tmp_path
+    ) as run:
+        run.progress.step = 2
+        entry = run.step()
+        assert entry["loss"] < 100
+        assert all(p.any() for n, p in run.pruner.named_parameters() if n.endswith("weight"))
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"prune": {"name": "random"}}, "prune.name dare"),
+        ({"train": None}, "a section `train`"),
+        ({"train": {"tasks": {"maze": 1}, "stepz": 1}}, "stepz: no such option"),
+    ],
+)
+def test_recipes_that_cannot_be_trained_are_named(model, tmp_path, given, fault):
+    fields = {"name": "test", "prune": PRUNE, "train": TRAIN, **given}
+    with pytest.raises(ConfigError, match=fault):
+        DareRun(recipes.Recipe(**fields), model, tmp_path)
