@@ -498,7 +498,9 @@ class Dare(Pruner):
                 among = candidates & ~tokens.protected
                 k = rate * base[:, None] - (candidates & tokens.protected).sum(1, keepdim=True)
                 soft = soft_topk(noisy, k, self.relax.temperature, among)
-                now = torch.where(among, now * straight_through(stays, soft), now)
+                gate = torch.where(among, straight_through(stays, soft), 1.0)
+                clip_outliers(gate, self.relax.gate_clip)
+                now = now * gate
             out.append(now)
         return torch.stack(out, dim=1)
 
