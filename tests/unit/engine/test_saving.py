@@ -217,7 +217,7 @@ def test_a_class_is_never_imported_because_a_file_names_it(folder, model):
 
 
 def test_another_method_or_other_options_are_refused(folder, tmp_path, model):
-    with pytest.raises(CheckpointMismatch, match="prune was learned:LinearRouter .* here it is fastv"):
+    with pytest.raises(CheckpointMismatch, match=r"prune was learned:LinearRouter .* here it is fastv"):
         mmroute.from_pretrained(folder, base=model, prune=FastV())
     with pytest.raises(CheckpointMismatch, match="vision_keep"):
         mmroute.from_pretrained(folder, base=model, prune=router(vision_keep=0.5))
