@@ -75,6 +75,10 @@ def _attend(
         rows.named_rows = named_rows(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
     if rows.bias is not None:
         return call(query, key, value, rows.bias)
+    if base.startswith("flash") and not rows.packed and query.shape[2] > 1 and len(set(rows.k)) > 1:
+        # It reads a mask as left padding of the queries too, and rows of a cache are filled from the left.
+        spans = enumerate(rows.k)
+        return torch.cat([call(query[[b]], key[[b], :, :n], value[[b], :, :n], None)[0] for b, n in spans]), None
     if not rows.packed:
         out, weights = call(query, key, value, _mask(base, query, key, rows.k, rows.fresh))
         return out, None if rows.again else weights
