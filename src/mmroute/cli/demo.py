@@ -21,14 +21,14 @@ def demo(
     note = Console(stderr=True)
     rows, views = demo_.run(n, say=lambda text: note.print(f"[dim]{text}[/dim]"))
     table = Table(title=f"bundled model, {n} held-out items ({', '.join(demo_.TASKS)}); ratios to unrouted")
-    for column in ("recipe", "batch", "accuracy [95 %]", "FLOPs", "KV bytes", "prefill", "decode", "as alone"):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
+    for column in ("recipe", "batch", "accuracy [95 %]", "FLOPs", "KV", "prefill", "decode", "as alone"):
+        table.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
     for row in rows:
         low, high = row.ci95
         table.add_row(
             row.recipe,
             str(row.batch),
-            f"{row.accuracy:.3f} [{low:.3f}, {high:.3f}]",
+            f"{row.accuracy:.2f} [{low:.2f}, {high:.2f}]",
             f"{row.flops_ratio:.3f}",
             f"{row.kv_ratio:.3f}",
             f"{row.prefill_ratio.median:.2f}",
