@@ -117,7 +117,7 @@ def result_table(results: list[schema.Result]) -> str:
             [
                 f"{r.task.name}:{r.task.preset}" if r.task.preset else r.task.name,
                 r.method.recipe,
-                r.method.checked or "-",
+                _kinds_of_check(r.method.checked),
                 f"{r.cost.v_eff:.1f}",
                 f"{r.cost.t_eff:.1f}",
                 "n/a" if base is None else f"{r.cost.flops_answer / base.cost.flops_answer:.3f}",
@@ -140,10 +140,23 @@ def _baseline_of(result: schema.Result, results: list[schema.Result]) -> schema.
     if result.baseline is None:
         return result
     for other in results:
-        same_run = (other.run.commit, other.run.started_at) == (result.run.commit, result.run.started_at)
+        # Two tasks may be run side by side and start in the same second.
+        same_run = (other.run.commit, other.run.started_at, other.task.name, other.task.preset) == (
+            result.run.commit,
+            result.run.started_at,
+            result.task.name,
+            result.task.preset,
+        )
         if other.baseline is None and other.method.recipe == result.baseline.recipe and same_run:
             return other
     return None
+
+
+def _kinds_of_check(checked: str) -> str:
+    """The kinds of check that a method's file names; how each was made stands there."""
+    words = ("twin", "arithmetic", "traces", "score", "paper only")
+    kinds = [word for word in words if re.search(rf"\b{word}\b", checked)]
+    return ", ".join(kinds) or "-"
 
 
 def _time_ratio(result: schema.Result, part: str) -> str:

@@ -42,6 +42,23 @@ def test_a_baseline_of_another_run_gives_no_ratio(results):
     assert "| n/a | n/a |" in table.table_of(results / "runs").splitlines()[-1]
 
 
+def test_a_baseline_of_another_task_that_started_in_the_same_second_gives_no_ratio(results):
+    path = results / "runs/none.json"
+    none = schema.read_result(path)
+    schema.write_result(path, dataclasses.replace(none, task=dataclasses.replace(none.task, name="other-v1")))
+    assert any("| n/a | n/a |" in line for line in table.table_of(results / "runs").splitlines())
+
+
+def test_only_the_kinds_of_check_stand_in_a_table(results):
+    path = results / "runs/random.json"
+    pruned = schema.read_result(path)
+    told = dataclasses.replace(
+        pruned.method, checked="twin (tests/x.py), arithmetic (K = 3); not run against the release"
+    )
+    schema.write_result(path, dataclasses.replace(pruned, method=told))
+    assert "| twin, arithmetic |" in table.table_of(results / "runs")
+
+
 def test_blocks_are_filled_and_the_rest_is_left(results):
     filled = table.fill(PAGE, results)
     assert filled.startswith("# Title\n\n<!-- table:runs -->\n| task |")
