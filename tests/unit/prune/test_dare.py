@@ -72,7 +72,9 @@ def test_what_deep_layers_save_is_spent_before_the_cutoff():
     assert abs((after - before).item() - 2 * 0.04) < 1e-6
 
 
-@pytest.mark.parametrize(("options", "fault"), [({"vision_keep": 0.3}, "0.358 to"), ({"first_layer": 6}, "1.000 to 1.000")])
+@pytest.mark.parametrize(
+    ("options", "fault"), [({"vision_keep": 0.3}, "0.358 to"), ({"first_layer": 6}, "1.000 to 1.000")]
+)
 def test_a_mean_that_cannot_be_met_is_refused_with_what_can(options, fault):
     with pytest.raises(BudgetError, match=fault):
         Dare(**options).fit(Shape(8, L, 1, 1, 1, 1, 1, 4))
