@@ -35,7 +35,8 @@ def demo(
             f"{row.decode_ratio.median:.2f}",
             f"{row.same_as_alone}/{row.n}",
         )
-    Console().print(table)
+    # Narrow pipes would cut figures off; a wide line is only ugly.
+    Console(width=max(Console().width, 104)).print(table)
     kept = rows[-1].keep
     print(f"{rows[-1].recipe} runs {kept['vision']:.0%} of vision and {kept['text']:.0%} of text tokens (all layers)")
     for path in demo_.write(rows, views, out):
