@@ -47,7 +47,7 @@ class Forced(Pruner):
         return [-1] * len(group.size)  # never "all of them", so every layer asks
 
     def scores(self, x: Tensor, tokens: Tokens, site: Site) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("`keep` is overridden, so nobody may ask for scores")
 
     def keep(self, x: Tensor, tokens: Tokens, site: Site) -> Keep:
         mask = self.masks[site.layer].gather(1, tokens.position) & tokens.valid

@@ -26,7 +26,7 @@ from mmroute.tasks import _skins
 from mmroute.tasks._texts import EOS, MAX_COORDINATE, VOCABULARY
 from mmroute.tasks.base import Generated
 from mmroute.train.decode import embed, right
-from mmroute.train.exam import examine
+from mmroute.train.exam import examine_all
 from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas, place_words
 from mmroute.train.fast import Positions, run_text
 from mmroute.train.folder import write_folder
@@ -221,17 +221,7 @@ class Run:
     def exam(self) -> dict[str, dict[str, Any]]:
         """By task: accuracy of greedy chains on the split test, and with the picture blanked; bf16 weights."""
         model = copy.deepcopy(self.model).to(torch.bfloat16).float().eval()
-        out = {}
-        for name, task in self.tasks.items():
-            specs = [task.spec("test", i) for i in range(self.recipe.exam_items)]
-            asked_blank = specs[: self.recipe.exam_blank]
-            out[name] = {
-                **examine(model, task, specs, self.atlas, self.index),
-                "chance": task.card.chance,
-                "blank": examine(model, task, asked_blank, self.atlas, self.index, blank=True),
-            }
-            logger.info("%s: %s", name, out[name])
-        return out
+        return examine_all(model, self.tasks, self.atlas, self.index, self.recipe.exam_items, self.recipe.exam_blank)
 
     def _held(self, name: str, mode: Literal["cot", "probe"], side: int) -> Batch:
         """Items to look at on a canvas of this side: of the split val on the preset's own."""

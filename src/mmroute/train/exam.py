@@ -1,19 +1,33 @@
-"""How many held-out items a small model answers right: greedy chains, written in batches, scored as anyone's are."""
+"""How many held-out items a small model answers right: greedy chains, written in batches, scored as anyone's are.
 
+python -m mmroute.train.exam src/mmroute/assets/tiny --out results/backbone/tiny.json
+"""
+
+import logging
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import torch
+import typer
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from mmroute import hub
+from mmroute.bench.schema import commit_of_source, write_json
 from mmroute.bench.stats import wilson
+from mmroute.config import read_yaml
+from mmroute.tasks import _skins
 from mmroute.tasks._texts import EOS, VOCABULARY
 from mmroute.tasks.base import Generated, Spec
 from mmroute.train.decode import greedy
 from mmroute.train.examples import Item, collate, item
 
-__all__ = ["examine"]
+__all__ = ["examine", "examine_all"]
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 100
 _SLACK = 8
@@ -60,3 +74,54 @@ def examine(
         "exact_chains": round(exact / n, 4),
         "by_size": {str(size): round(sum(of) / len(of), 4) for size, of in sorted(right.items())},
     }
+
+
+def examine_all(
+    model: Qwen2_5_VLForConditionalGeneration,
+    tasks: Mapping[str, Generated],
+    atlas: Tensor,
+    index: Mapping[str, int],
+    items: int,
+    blank: int,
+) -> dict[str, dict[str, Any]]:
+    """By task: accuracy on the first `items` of the split test, and on the first `blank` with the picture blanked."""
+    out = {}
+    for name, task in tasks.items():
+        specs = [task.spec("test", i) for i in range(items)]
+        out[name] = {
+            **examine(model, task, specs, atlas, index),
+            "chance": task.card.chance,
+            "blank": examine(model, task, specs[:blank], atlas, index, blank=True),
+        }
+        logger.info("%s: %s", name, out[name])
+    return out
+
+
+def main(
+    folder: Path,
+    out: Annotated[Path, typer.Option(help="Result file.")],
+    items: Annotated[int, typer.Option(help="Held-out items per task.")] = 500,
+    blank: Annotated[int, typer.Option(help="Of these, how many once more with the picture blanked.")] = 200,
+) -> None:
+    """Examines a checkpoint folder that the backbone trainer wrote, on the tasks its recipe names."""
+    recipe = read_yaml(folder / "recipe.yaml")
+    tasks = {name: hub.load("tasks", name, preset=recipe["preset"]) for name in recipe["tasks"]}
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    pixels = _skins.atlas(2 * model.config.vision_config.patch_size)
+    atlas = torch.tensor(pixels.reshape(-1, *pixels.shape[2:]), dtype=torch.float32)
+    commit, dirty = commit_of_source()
+    results = {
+        "command": "python -m mmroute.train.exam " + " ".join(sys.argv[1:]),
+        "commit": commit,
+        "dirty": dirty,
+        "preset": recipe["preset"],
+        "split": "test",
+        "decoding": "greedy, written chain, weights as stored (bf16), computed in fp32",
+        "tasks": examine_all(model, tasks, atlas, {word: i for i, word in enumerate(VOCABULARY)}, items, blank),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, results)
+
+
+if __name__ == "__main__":
+    typer.run(main)
