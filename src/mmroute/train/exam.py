@@ -1,6 +1,6 @@
 """How many held-out items a small model answers right: greedy chains, written in batches, scored as anyone's are.
 
-python -m mmroute.train.exam src/mmroute/assets/tiny --out results/backbone/tiny.json
+python -m mmroute.train.exam src/mmroute/assets/tiny --out src/mmroute/assets/tiny/EXAM.json
 """
 
 import logging
