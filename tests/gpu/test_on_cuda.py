@@ -43,12 +43,9 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture(autouse=True)
 def _plain_arithmetic() -> Iterator[None]:
-    """Float32 is float32, and nothing but the tests of training asks for gradients."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with torch.no_grad():
+    """Float32 is float32 in a tower's convolutions too, and only the tests of training ask for gradients."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.no_grad():
         yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def moved(tensors: Any, dtype: torch.dtype) -> dict[str, Any]:
