@@ -4,6 +4,15 @@ Inside a row the cached slots are in ascending position and everything new comes
 it all and no mask is built from positions. Each accepted backend gets its own registered twin, `mmroute_<backend>`,
 in both of Transformers' registries: an attention name without a mask function would run with no mask at all.
 
+| rows | sdpa in half precision on CUDA | sdpa elsewhere, eager | flash_attention_2, _3 |
+|---|---|---|---|
+| none: not routed | the backend itself | the same | the same |
+| equal, nothing cached, or one position each | one call, no mask | the same (eager: masked) | one call |
+| one position each, unequal keys | one call, lengths as a mask | the same | the same |
+| packed | one call by lengths (`varlen.py`) | row by row, masked if keys are cached | one call by lengths |
+| chunks behind cached keys | one call by lengths | one masked call | one call |
+| the dense executor's float mask | one masked call | the same | sdpa's, since flash takes none |
+
 Legend: B batch, Q new positions (in `named_rows` the named ones of them), G averages, S key slots, H query heads,
 K key-value heads, E head dim.
 """
@@ -19,6 +28,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmroute.engine import varlen
 from mmroute.engine.rows import Rows
 from mmroute.errors import UnsupportedCall
 
@@ -66,19 +76,22 @@ def _attend(
     """The registered function: (B, H, Q, E) queries, (B, K, S, E) keys -> (B, Q, H, E)."""
     if rows is not None and rows.bias is not None and base.startswith("flash"):
         base = "sdpa"  # the flash kernels take no float mask
+    flash = base.startswith("flash")
+    seen = _Behind(module, config=_Behind(module.config, _attn_implementation=base)) if flash else module
+    call = functools.partial(_function(base, module), seen, scaling=scaling, **kwargs)
     if rows is None:
-        return _function(base, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    call = functools.partial(_function(base, module), module, scaling=scaling, **kwargs)
+        return call(query, key, value, attention_mask)
     if rows.probe:
         rows.row = last_row(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
     if rows.named is not None:
         rows.named_rows = named_rows(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
     if rows.bias is not None:
         return call(query, key, value, rows.bias)
-    if base.startswith("flash") and not rows.packed and query.shape[2] > 1 and len(set(rows.k)) > 1:
-        # It reads a mask as left padding of the queries too, and rows of a cache are filled from the left.
-        spans = enumerate(rows.k)
-        return torch.cat([call(query[[b]], key[[b], :, :n], value[[b], :, :n], None)[0] for b, n in spans]), None
+    if base == "sdpa" and varlen.serves(query, key, rows, kwargs):
+        return varlen.attend(query, key, value, rows, scaling), None
+    # It reads a mask as left padding of the queries too, and rows of a cache are filled from the left.
+    if flash and (rows.packed or (query.shape[2] > 1 and len(set(rows.k)) > 1)):
+        return _flash_by_lengths(call, varlen.pack(query, key, value, rows), query.shape), None
     if not rows.packed:
         out, weights = call(query, key, value, _mask(base, query, key, rows.k, rows.fresh))
         return out, None if rows.again else weights
@@ -93,6 +106,25 @@ def _attend(
             parts.append(call(q, k, v, _mask(base, q, k, [rows.k[b]], width == rows.k[b]))[0])
         start += width
     return torch.cat(parts, dim=1), None  # packed rows have no common map
+
+
+class _Behind:
+    """An object with some attributes changed, for the reader: flash loads its kernels by the backend's name that the
+    module's configuration holds, and would look for ours on the Hub."""
+
+    def __init__(self, object_: Any, **changed: Any) -> None:
+        self.__dict__.update(changed, _object=object_)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._object, name)
+
+
+def _flash_by_lengths(call: Callable[..., Any], p: varlen.Packed, shape: torch.Size) -> Tensor:
+    """One call of a flash backend for rows of unequal length: (B, Q, H, E), or (1, T, H, E) when packed."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (p.query, p.key, p.value))
+    lengths = {"cu_seq_lens_q": p.ends_q, "cu_seq_lens_k": p.ends_k}
+    out = call(q, k, v, None, **lengths, max_length_q=p.most_q, max_length_k=p.most_k)[0]
+    return out.reshape(shape[0], shape[2], shape[1], shape[3])
 
 
 def _mask(base: str, query: Tensor, key: Tensor, lengths: list[int], fresh: bool) -> Tensor | None:
