@@ -15,7 +15,7 @@ from mmroute.train.recipe import Phase, at
 __all__ = ["Stream"]
 
 _NEWEST = 0.4
-"""Share of the items that have the largest board of the moment."""
+"""Share of the items that have the largest board of the moment, and of the batches that have the largest picture."""
 
 
 class Stream(Dataset[Batch]):
@@ -39,6 +39,8 @@ class Stream(Dataset[Batch]):
         phase, done = self.phase, step / self.phase.steps
         rng = np.random.default_rng([self.seed, self.before + step])
         side = min(self.side, int(at(phase.canvas, done)))
+        if phase.smaller is not None and rng.random() >= _NEWEST:  # one side a batch: its pictures are one tensor
+            side = int(rng.integers(min(phase.smaller, side), side + 1))
         names = list(self.tasks)
         weights = np.array([phase.tasks.get(name, 1.0) for name in names])
         items = []
