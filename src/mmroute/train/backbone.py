@@ -29,7 +29,7 @@ from mmroute.train.decode import embed, right
 from mmroute.train.exam import examine_all
 from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas, place_words
 from mmroute.train.fast import Positions, run_text
-from mmroute.train.folder import write_folder
+from mmroute.train.folder import copy_weights, write_folder
 from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, save_state
 from mmroute.train.recipe import Phase, Recipe, as_yaml, at
 from mmroute.train.small_model import MERGE, PATCH, build
@@ -110,7 +110,10 @@ class Run:
         self.index = {word: i for i, word in enumerate(VOCABULARY)}
         pixels = _skins.atlas(PATCH * MERGE)
         self.atlas = torch.tensor(pixels.reshape(-1, *pixels.shape[2:]), dtype=torch.float32, device=self.device)
-        self.model = build(recipe.model, VOCABULARY, recipe.seed).to(self.device)
+        self.model = build(recipe.model, VOCABULARY, recipe.seed)
+        if recipe.start is not None:
+            copy_weights(Path(recipe.start), self.model)
+        self.model.to(self.device)
         self.optimisers = Optimisers(self.model, recipe.weight_decay)
         self.state = out / "state.safetensors"
         self.progress = Progress(recipe=json.dumps(resolved(recipe)))
