@@ -57,6 +57,8 @@ class Gate:
 
 def serves(query: Tensor, gate: Gate) -> bool:
     """Whether `attend` takes this call: the kernel is the CPU's, and in half precision a gradient would get lost."""
+    if torch.is_autocast_enabled(query.device.type):
+        return False
     fits = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
     return fits and None not in (_forward, _backward) and gate.log.shape[1] <= MOST_GROUPS
 

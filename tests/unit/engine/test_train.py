@@ -3,6 +3,8 @@
 Legend: B batch, N positions, H query heads, K key-value heads, E head dim.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -107,8 +109,10 @@ def test_what_the_fused_way_does_not_serve_takes_the_mask(tokens, soft):
     query = torch.zeros(B, H, N, E)
     assert gated.serves(query, gate)
     assert not gated.serves(query.bfloat16(), gate)  # the gradient of a gate would be rounded away
-    assert not gated.serves(query.to("meta"), gate)
+    assert not gated.serves(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32), gate)
     assert not gated.serves(query, Gate(torch.zeros(B, 17, N), tokens.hop))
+    with torch.autocast("cpu"):
+        assert not gated.serves(query, gate)
 
 
 def test_a_row_of_the_gates_is_a_row_of_their_mask(tokens, soft):
