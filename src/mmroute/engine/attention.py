@@ -11,7 +11,7 @@ in both of Transformers' registries: an attention name without a mask function w
 | one position each, unequal keys | one call, lengths as a mask | the same | the same |
 | packed | one call by lengths (`varlen.py`) | row by row, masked if keys are cached | one call by lengths |
 | chunks behind cached keys | one call by lengths | one masked call | one call |
-| the dense executor's float mask | one masked call | the same | sdpa's, since flash takes none |
+| the dense executor's gates | one masked call | on a CPU in float32 as cheap as no gate (`gated.py`) | sdpa's |
 
 Legend: B batch, Q new positions (in `named_rows` the named ones of them), G averages, S key slots, H query heads,
 K key-value heads, E head dim.
@@ -28,7 +28,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmroute.engine import varlen
+from mmroute.engine import gated, varlen
 from mmroute.engine.rows import Rows
 from mmroute.errors import UnsupportedCall
 
@@ -74,7 +74,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function: (B, H, Q, E) queries, (B, K, S, E) keys -> (B, Q, H, E)."""
-    if rows is not None and rows.bias is not None and base.startswith("flash"):
+    if rows is not None and rows.gate is not None and base.startswith("flash"):
         base = "sdpa"  # the flash kernels take no float mask
     flash = base.startswith("flash")
     seen = _Behind(module, config=_Behind(module.config, _attn_implementation=base)) if flash else module
@@ -85,8 +85,10 @@ def _attend(
         rows.row = last_row(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
     if rows.named is not None:
         rows.named_rows = named_rows(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if rows.bias is not None:
-        return call(query, key, value, rows.bias)
+    if rows.gate is not None:
+        if base == "sdpa" and gated.serves(query, rows.gate) and not kwargs.get("dropout"):
+            return gated.attend(query, key, value, rows.gate, scaling), None
+        return call(query, key, value, rows.gate.mask(query.dtype))
     if base == "sdpa" and varlen.serves(query, key, rows, kwargs):
         return varlen.attend(query, key, value, rows, scaling), None
     # It reads a mask as left padding of the queries too, and rows of a cache are filled from the left.
@@ -151,8 +153,8 @@ def last_row(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
         (B, max k) fp32, aligned with the row's keys; zeros behind them, and for a row that brought nothing.
     """
     B, S = len(rows.q), max(rows.k)
-    if rows.bias is not None:
-        return _last_row_masked(query, key, rows, scaling)
+    if rows.gate is not None:
+        return _last_row_gated(query, key, rows, scaling)
     if rows.packed:
         ends = torch.tensor(rows.q, device=query.device).cumsum(0) - 1
         last = query[0].index_select(1, (ends - rows.drafts).clamp(min=0)).transpose(0, 1)
@@ -205,11 +207,11 @@ def _keys_by_row(key: Tensor, rows: Rows) -> Tensor:
     return key[0][:, slots].transpose(0, 1)
 
 
-def _last_row_masked(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
-    """`last_row` where every column runs and the mask says what counts: (B, N) fp32."""
-    assert rows.bias is not None and rows.last is not None
+def _last_row_gated(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
+    """`last_row` where every column runs and gates say what counts: (B, N) fp32."""
+    assert rows.gate is not None and rows.last is not None
     B, K = key.shape[:2]
-    at = torch.arange(B, device=query.device), rows.last
-    last = query.transpose(1, 2)[at].float().reshape(B, K, -1, query.shape[-1])
-    scores = torch.einsum("bgre,bgse->bgrs", last, key.float()) * scaling
-    return (scores + rows.bias[:, 0][at].float()[:, None, None]).softmax(-1).flatten(1, 2).mean(1)
+    last = query.transpose(1, 2)[torch.arange(B, device=query.device), rows.last]
+    grouped = last.float().reshape(B, K, -1, query.shape[-1])
+    scores = torch.einsum("bgre,bgse->bgrs", grouped, key.float()) * scaling
+    return (scores + rows.gate.row(rows.last).float()[:, None, None]).softmax(-1).flatten(1, 2).mean(1)
