@@ -68,6 +68,8 @@ class Controller:
         self.trace: Trace | None = None
         """Of the last call without a cache, and of the last cache used."""
         self.aux: dict[int, Keep] = {}
+        self.tokens: Tokens | None = None
+        """What the positions of the last routed call were; `aux` is what was kept of them."""
         """What the pruner returned at each layer of the last training call."""
         self.checkpointed: set[int] = set()
         device = next(self.text.parameters()).device
@@ -94,7 +96,7 @@ class Controller:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model does not take along what the last call left: training tensors cannot be copied."""
-        return {**self.__dict__, "trace": None, "aux": {}}
+        return {**self.__dict__, "trace": None, "aux": {}, "tokens": None}
 
     @property
     def routes(self) -> bool:
@@ -178,7 +180,7 @@ class Controller:
             if self.pruner is not None and self.pruner.cap is not None:
                 cache.trim(self.pruner)
             self.trace = cache.trace
-        self.aux = step.aux
+        self.aux, self.tokens = step.aux, step.tokens
         attentions = getattr(out, "attentions", None)
         if attentions and len(attentions) != self.shape.layers:
             out.attentions = ()  # packed or empty layers have no map; the others would not stand in their place
