@@ -104,7 +104,7 @@ def estimate_flops(trace: Trace, *, lm_head_positions: int | None = None, conven
     spent = {"prefill": 0, "decode": 0}
     extra = scored = 0
     for call in trace.calls:
-        scored += len(call.new)
+        scored += sum(map(any, call.new))  # a row that a call brings nothing has no logits
         for layer in call.layers:
             spent[call.kind] += _layer_flops(layer, trace.shape, convention)
             extra += layer.extra_flops

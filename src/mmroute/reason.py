@@ -12,7 +12,7 @@ Legend: B batch, N positions, V vocabulary.
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mmroute.cache import Chunk, RaggedCache
 from mmroute.engine.attach import Routed
 from mmroute.errors import ConfigError, InputError
 from mmroute.think.base import Thinker
+from mmroute.tokens import Modality
 from mmroute.trace import Call, HopClose, Trace
 
 __all__ = ["Answer", "Session", "answer", "answer_many"]
@@ -126,6 +127,44 @@ class Session:
             self.calls[-1][0].hop = list(hops)
         return logits
 
+    def observe(self, pictures: Sequence[Any], hops: list[int]) -> Tensor:
+        """Enters a picture, between its delimiters, in every row that has one to see.
+
+        Args:
+            pictures: [row]: path, bytes or Pillow image, or None where nothing is to be seen.
+            hops: [row]: the hop that each row is in.
+
+        Returns:
+            (B, V) logits; of no meaning in rows without a picture.
+        """
+        controller = self.routed.controller
+        rows = [i for i, picture in enumerate(pictures) if picture is not None]
+        chats = [[{"role": "user", "content": [{"type": "image", "image": pictures[i]}]}] for i in rows]
+        given = prepare(self.routed.model, _processor(self.routed), chats)
+        ids = given["input_ids"]
+        picture, bracket = controller.table[ids] == Modality.VISION, controller.delimiters[ids]
+        # Of what a chat template prints only the picture and the delimiters that touch it, padded on the left.
+        start = picture.long().argmax(1)
+        start = start - (bracket.gather(1, (start - 1).clamp(min=0)[:, None]).squeeze(1) & (start > 0)).long()
+        end = ids.shape[1] - picture.flip(1).long().argmax(1)
+        after = bracket.gather(1, end.clamp(max=ids.shape[1] - 1)[:, None]).squeeze(1) & (end < ids.shape[1])
+        end = end + after.long()
+        width = int((end - start).max())
+        at = end[:, None] - width + torch.arange(width, device=ids.device)
+        real = at >= start[:, None]
+
+        def placed(values: Tensor, fill: int) -> Tensor:
+            out = values.new_full((len(pictures), width), fill)
+            out[rows] = values.gather(1, at.clamp(min=0)).masked_fill(~real, fill)
+            return out
+
+        batch = {k: given[k] for k in self.routed.family.image_kwargs(given)}
+        if "mm_token_type_ids" in batch:
+            batch["mm_token_type_ids"] = placed(batch["mm_token_type_ids"], 0)
+        batch["input_ids"] = placed(ids, _processor(self.routed).tokenizer.pad_token_id or 0)
+        batch["attention_mask"] = placed(torch.ones_like(ids), 0)
+        return self.append(batch, hops=hops)
+
     def step(self, ids: Tensor, hops: list[int] | None = None) -> Tensor:
         """Enters one generated token per row.
 
@@ -199,17 +238,19 @@ class Session:
     def trace_of(self, conversation: int) -> Trace:
         """The trace of one conversation alone: its columns count its own positions, padding left out."""
         pads = self._padding[conversation]
-        calls = []
+        calls: list[Call] = []
+        so_far = [0]  # calls of this conversation among the first ones of the batch
         for batch_call, rows in self.calls:
-            if conversation in rows:
-                call = batch_call.row(rows.index(conversation))
+            call = batch_call.row(rows.index(conversation)) if conversation in rows else None
+            if call is not None and any(call.new[0]):  # another row's picture brought this one nothing
                 call.start -= bisect_left(pads, call.start)
                 for layer in call.layers:
                     if layer.kept is not None:
                         layer.kept = [[c - bisect_left(pads, c) for c in layer.kept[0]]]
                 calls.append(call)
+            so_far.append(len(calls))
         closes = [close.row(rows.index(conversation)) for close, rows in self.closes if conversation in rows]
-        closes = [close for close in closes if close.hop[0] >= 0]
+        closes = [replace(close, at_call=so_far[close.at_call]) for close in closes if close.hop[0] >= 0]
         return Trace(self.routed.controller.shape, calls, closes, full=self.routed.full_trace)
 
 
@@ -278,6 +319,8 @@ def answer_many(
     top_p: float = 1.0,
     seed: int | Sequence[int] = 0,
     relevance: Sequence[Sequence[float]] | None = None,
+    observations: Sequence[Sequence[Any]] | None = None,
+    prepared: dict[str, Tensor] | None = None,
 ) -> list[Answer]:
     """Several conversations in one batch; each gets the answer it would get alone.
 
@@ -291,10 +334,15 @@ def answer_many(
         seed: one for each conversation, or a number: conversation i then has seed + i. Each draws from its own
             stream, so a sample depends on its seed and not on the batch.
         relevance: for pruners that ask for ground truth: one number per vision position of each prompt.
+        observations: pictures of each conversation that enter behind its finished steps, in order: the first one when
+            the first step that `think` recognises is over. What comes next is then written anew, with the picture in
+            view; all pictures stay in the context.
+        prepared: what `images.prepare` made of these conversations, where several runs share it.
 
     Raises:
         ConfigError: no processor, or a setting out of range.
-        InputError: an image cannot be used, or as many seeds or relevances are needed as there are conversations.
+        InputError: an image cannot be used, or as many seeds, relevances or observations are needed as there are
+            conversations.
     """
     think = think or hub.load("think", "text")
     limit = max_new_tokens if max_new_tokens is not None else think.max_new_tokens
@@ -306,11 +354,11 @@ def answer_many(
     if not conversations:
         return []
     seeds = [seed + i for i in range(len(conversations))] if isinstance(seed, int) else list(seed)
-    for name, given in (("seed", seeds), ("relevance", relevance)):
+    for name, given in (("seed", seeds), ("relevance", relevance), ("observations", observations)):
         if given is not None and len(given) != len(conversations):
             raise InputError(f"{name} has {len(given)} entries for {len(conversations)} conversations; give one each")
     tokenizer = _processor(routed).tokenizer
-    batch = prepare(routed.model, _processor(routed), conversations)
+    batch = prepared if prepared is not None else prepare(routed.model, _processor(routed), conversations)
     session = Session(routed, reserve=limit)
     logits = session.append(batch, _placed(relevance, batch, routed))
     draw = [torch.Generator().manual_seed(each) for each in seeds]
@@ -319,9 +367,27 @@ def answer_many(
     cuts: list[list[int]] = [[0] for _ in conversations]
     hop = [1] * len(conversations)
     pieces: dict[int, bool] = {}
+    in_step = [False] * len(conversations)  # whether the present hop began where `think` names a step
+    waiting = [list(pictures) for pictures in observations or [[]] * len(conversations)]
+
+    def begins(value: int) -> bool:
+        if value not in pieces:
+            pieces[value] = think.starts_hop(tokenizer.decode([value]))
+        return pieces[value]
+
     for _ in range(limit):
         ids = _sample(logits, temperature, top_p, [draw[r] for r in session.rows])
         values = ids.tolist()
+        over = [begins(v) and bool(written[r]) for r, v in zip(session.rows, values, strict=True)]
+        due = [i for i, (o, r) in enumerate(zip(over, session.rows, strict=True)) if o and in_step[r] and waiting[r]]
+        if due:
+            shown = {i: waiting[session.rows[i]].pop(0) for i in due}
+            logits = session.observe([shown.get(i) for i in range(len(ids))], [hop[r] for r in session.rows])
+            ids[due] = _sample(logits[due], temperature, top_p, [draw[session.rows[i]] for i in due])
+            values = ids.tolist()
+        for row, value, ended in zip(session.rows, values, over, strict=True):
+            if ended or not written[row]:
+                in_step[row] = begins(value)
         for row, value in zip(session.rows, values, strict=True):
             written[row].append(value)
         stays = [i for i, value in enumerate(values) if value not in ends]
@@ -330,14 +396,10 @@ def answer_many(
         if len(stays) < len(values):
             session.keep_rows(stays)
             ids = ids[torch.tensor(stays, device=ids.device)]
-            values = [values[i] for i in stays]
-        for value in values:
-            if value not in pieces:
-                pieces[value] = think.starts_hop(tokenizer.decode([value]))
-        starting = [pieces[v] and len(written[r]) > 1 for r, v in zip(session.rows, values, strict=True)]
-        if any(starting):
-            session.close_hop([hop[r] if s else -1 for r, s in zip(session.rows, starting, strict=True)])
-            for row, starts in zip(session.rows, starting, strict=True):
+            over = [over[i] for i in stays]
+        if any(over):
+            session.close_hop([hop[r] if s else -1 for r, s in zip(session.rows, over, strict=True)])
+            for row, starts in zip(session.rows, over, strict=True):
                 if starts:
                     hop[row] += 1
                     cuts[row].append(len(written[row]) - 1)

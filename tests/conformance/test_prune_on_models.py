@@ -22,6 +22,7 @@ TIGHT: dict[str, dict[str, Any]] = {
     "fastv": {"vision_keep": 0.3},
     "pyramiddrop": {"stage_keep": 0.6},
     "knorm": {"vision_keep": 0.3, "text_keep": 0.7},
+    "keydiff": {"vision_keep": 0.3, "text_keep": 0.7},
     "random": {"vision_keep": 0.3, "text_keep": 0.7},
     "oracle": {"vision_keep": 0.3},
     "divprune": {"vision_keep": 0.3},
@@ -186,7 +187,7 @@ def test_key_pruners_choose_by_the_keys_the_stock_model_caches(family: str, scor
     model = stock(family)
     batch = inputs(family, model)
     keys = model(**batch, use_cache=True).past_key_values.layers[0].keys  # (B, K, N, E)
-    with mmroute.attach(model, prune=hub.load("prune", "knorm", vision_keep=0.3, score=score)) as routed:
+    with mmroute.attach(model, prune=hub.load("prune", score, vision_keep=0.3)) as routed:
         cache = routed.model(**batch, use_cache=True).past_key_values
     table = set(backbones.of(model).vision_ids(model))
     for row, pad in enumerate(PADS):
