@@ -29,7 +29,7 @@ from mmroute.think.base import Thinker
 from mmroute.tokens import Modality
 from mmroute.trace import Call, HopClose, Trace
 
-__all__ = ["Answer", "Session", "answer", "answer_many"]
+__all__ = ["Answer", "Session", "answer", "answer_many", "place_relevance"]
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,11 @@ class Session:
         Returns:
             (B, V) logits of each row's last position.
         """
+        return self._enter(batch, relevance, hops)[:, -1]
+
+    def _enter(
+        self, batch: dict[str, Tensor], relevance: Tensor | None, hops: list[int] | None, every: bool = False
+    ) -> Tensor:
         routed, family = self.routed, self.routed.family
         ids, mask = batch["input_ids"], batch["attention_mask"]
         start = 0 if self.ids is None else self.ids.shape[1]
@@ -121,18 +126,24 @@ class Session:
         self.next_position = top.masked_fill(mask == 0, -1).amax(1) + 1
         images = {k: batch[k] for k in family.image_kwargs(batch)}
         if hops is not None:
-            self.cache.next = Chunk(hop=torch.tensor(hops, device=ids.device)[:, None].expand(-1, ids.shape[1] - start))
-        logits = self._forward(ids[:, start:], positions[..., start:], {"relevance": relevance, **images})
+            chunk = self.cache.next or Chunk()
+            chunk.hop = torch.tensor(hops, device=ids.device)[:, None].expand(-1, ids.shape[1] - start)
+            self.cache.next = chunk
+        given = {"relevance": relevance, **images, "logits_to_keep": 0 if every else 1}
+        logits = self._forward(ids[:, start:], positions[..., start:], given)
         if hops is not None:
             self.calls[-1][0].hop = list(hops)
         return logits
 
-    def observe(self, pictures: Sequence[Any], hops: list[int]) -> Tensor:
+    def observe(
+        self, pictures: Sequence[Any], hops: list[int], relevance: Sequence[Sequence[float]] | None = None
+    ) -> Tensor:
         """Enters a picture, between its delimiters, in every row that has one to see.
 
         Args:
             pictures: [row]: path, bytes or Pillow image, or None where nothing is to be seen.
             hops: [row]: the hop that each row is in.
+            relevance: [row]: ground truth for pruners that ask for it, one number per vision position of its picture.
 
         Returns:
             (B, V) logits; of no meaning in rows without a picture.
@@ -163,7 +174,22 @@ class Session:
             batch["mm_token_type_ids"] = placed(batch["mm_token_type_ids"], 0)
         batch["input_ids"] = placed(ids, _processor(self.routed).tokenizer.pad_token_id or 0)
         batch["attention_mask"] = placed(torch.ones_like(ids), 0)
-        return self.append(batch, hops=hops)
+        return self.append(batch, place_relevance(relevance, batch, self.routed), hops)
+
+    def write(self, ids: Tensor, mask: Tensor, hops: list[int]) -> Tensor:
+        """Enters words that stand for what the model would write: all run, none is ranked before its hop is closed.
+
+        Args:
+            ids: (B, N), a row with fewer words padded on its left.
+            mask: (B, N), 1 where there is a word.
+            hops: [row]: the hop the words belong to.
+
+        Returns:
+            (B, N, V) logits behind every word.
+        """
+        assert self.ids is not None
+        self.cache.next = Chunk(generated=mask.bool(), valid=mask.bool())
+        return self._enter({"input_ids": ids, "attention_mask": mask}, None, hops, every=True)
 
     def step(self, ids: Tensor, hops: list[int] | None = None) -> Tensor:
         """Enters one generated token per row.
@@ -184,7 +210,7 @@ class Session:
         self.next_position = self.next_position + 1
         if hops is not None:
             self.cache.next = Chunk(hop=torch.tensor(hops, device=ids.device)[:, None])
-        logits = self._forward(ids[:, None], positions, {})
+        logits = self._forward(ids[:, None], positions, {"logits_to_keep": 1})[:, -1]
         if hops is not None:
             self.calls[-1][0].hop = list(hops)
         return logits
@@ -196,11 +222,10 @@ class Session:
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
             **{k: v for k, v in extra.items() if v is not None},
         )
         self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
-        return out.logits[:, -1]
+        return out.logits
 
     def _by_row(self, batch: dict[str, Tensor]) -> list[list[Tensor]]:
         """A segment's image grids by the row they belong to; rows may hold different numbers of images."""
@@ -333,7 +358,8 @@ def answer_many(
         top_p: with a temperature, the share of probability that is sampled from.
         seed: one for each conversation, or a number: conversation i then has seed + i. Each draws from its own
             stream, so a sample depends on its seed and not on the batch.
-        relevance: for pruners that ask for ground truth: one number per vision position of each prompt.
+        relevance: for pruners that ask for ground truth: one number per vision position of each prompt; a picture
+            that enters later has the same.
         observations: pictures of each conversation that enter behind its finished steps, in order: the first one when
             the first step that `think` recognises is over. What comes next is then written anew, with the picture in
             view; all pictures stay in the context.
@@ -360,7 +386,7 @@ def answer_many(
     tokenizer = _processor(routed).tokenizer
     batch = prepared if prepared is not None else prepare(routed.model, _processor(routed), conversations)
     session = Session(routed, reserve=limit)
-    logits = session.append(batch, _placed(relevance, batch, routed))
+    logits = session.append(batch, place_relevance(relevance, batch, routed))
     draw = [torch.Generator().manual_seed(each) for each in seeds]
     ends = _end_ids(routed)
     written: list[list[int]] = [[] for _ in conversations]
@@ -382,7 +408,11 @@ def answer_many(
         due = [i for i, (o, r) in enumerate(zip(over, session.rows, strict=True)) if o and in_step[r] and waiting[r]]
         if due:
             shown = {i: waiting[session.rows[i]].pop(0) for i in due}
-            logits = session.observe([shown.get(i) for i in range(len(ids))], [hop[r] for r in session.rows])
+            logits = session.observe(
+                [shown.get(i) for i in range(len(ids))],
+                [hop[r] for r in session.rows],
+                None if relevance is None else [relevance[r] if i in shown else [] for i, r in enumerate(session.rows)],
+            )
             ids[due] = _sample(logits[due], temperature, top_p, [draw[session.rows[i]] for i in due])
             values = ids.tolist()
         for row, value, ended in zip(session.rows, values, over, strict=True):
@@ -444,8 +474,14 @@ def _sample(logits: Tensor, temperature: float, top_p: float, draw: list[torch.G
     return order.gather(1, torch.stack(picks).to(order.device)).squeeze(1)
 
 
-def _placed(relevance: Sequence[Sequence[float]] | None, batch: dict[str, Tensor], routed: Routed) -> Tensor | None:
-    """(B, N): ground truth at the vision columns, zero elsewhere."""
+def place_relevance(
+    relevance: Sequence[Sequence[float]] | None, batch: dict[str, Tensor], routed: Routed
+) -> Tensor | None:
+    """(B, N): ground truth at the vision columns, zero elsewhere.
+
+    Raises:
+        InputError: a row has more or fewer numbers than vision positions.
+    """
     if relevance is None:
         return None
     ids = batch["input_ids"]

@@ -146,9 +146,9 @@ class Quality:
     predicted: str = ""
     """Per item the index of the choice that was answered, "-" where none was: one character each."""
     exact: str = ""
-    """0 or 1 per item: teacher-forced, every word of the right chain was the most likely one."""
+    """0 or 1 per item: every word of the right chain was the most likely one; empty where none is known."""
     forced: str = ""
-    """0 or 1 per item: the answer is right after the right chain."""
+    """0 or 1 per item: teacher-forced, the answer is right behind the right chain; empty where not asked."""
 
 
 @options

@@ -49,8 +49,8 @@ class Oracle(Pruner):
         if c.counts_of is not None:
             if (c.vision_keep, c.start_layer) != (0.5, 0):
                 raise ConfigError("prune.oracle: counts_of says how many run; leave out vision_keep and start_layer")
-            self.__dict__["_like"] = borrow(c.counts_of)  # no part of this module: nothing of it is learned or saved
-            self.action = self._like.action  # type: ignore[misc, union-attr]  # an option decides
+            like = self.__dict__["_like"] = borrow(c.counts_of)  # no part of this module: nothing of it is learned
+            self.action = like.action  # type: ignore[misc]  # an option decides
 
     @classmethod
     def plan(cls, budget: float, num_layers: int, start_layer: int = 0) -> dict[str, Any]:

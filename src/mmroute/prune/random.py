@@ -50,13 +50,13 @@ class Random(Pruner):
         super().__init__(**given)
         c = self.config
         self._like: Rates | None = None
+        if c.once:
+            self.action = "drop"  # type: ignore[misc]  # an option decides; the class says the default
         if c.counts_of is not None:
             if (c.vision_keep, c.text_keep, c.start_layer, c.once) != (0.5, 1.0, 0, False):
                 raise ConfigError("prune.random: counts_of says how many run; leave out the other shares and `once`")
-            self.__dict__["_like"] = borrow(c.counts_of)  # no part of this module: nothing of it is learned or saved
-        if c.once or self._like is not None:
-            # An option decides; the class says the default.
-            self.action = "drop" if self._like is None else self._like.action  # type: ignore[misc]
+            like = self.__dict__["_like"] = borrow(c.counts_of)  # no part of this module: nothing of it is learned
+            self.action = like.action  # type: ignore[misc]
 
     @classmethod
     def plan(cls, budget: float, num_layers: int, start_layer: int = 0) -> dict[str, Any]:
