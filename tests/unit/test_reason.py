@@ -594,3 +594,21 @@ def test_an_observed_picture_is_read_as_if_it_had_stood_in_the_prompt(name, load
 def test_observations_for_another_number_of_conversations_are_refused(loaded):
     with routed_as(loaded("llava"), "none") as routed, pytest.raises(InputError, match="observations has 1 entries"):
         routed.answer_many(asked(), observations=[[]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_words_written_at_once_are_words_written_one_by_one(method, loaded):
+    """Rows bring two words and one; no hop is closed between them."""
+    words = torch.tensor([[11, 12], [0, 13]])
+    with routed_as(loaded("qwen2_5_vl"), method) as routed, torch.no_grad():
+        batch = prepare(routed.model, routed.processor, asked()[:2])
+        session = Session(routed)
+        session.append(batch)
+        got = session.write(words, torch.tensor([[1, 1], [0, 1]]), [1, 1])
+        for row, spoken in enumerate(([11, 12], [13])):
+            alone = Session(routed)
+            alone.append(prepare(routed.model, routed.processor, [asked()[row]]))
+            for place, word in enumerate(spoken, start=2 - len(spoken)):
+                want = alone.step(torch.tensor([word]), [1])
+                torch.testing.assert_close(got[row, place], want[0], rtol=0, atol=1e-4)
+            assert [n[row] for n in session.cache.lengths()] == [n[0] for n in alone.cache.lengths()]

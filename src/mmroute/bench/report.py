@@ -166,4 +166,3 @@ def _summary(sheet: Sheet) -> dict[str, Any]:
         },
         "infeasible": [f"{row.row} {_asked(row.budget)}" for row in sheet.infeasible],
     }
-

@@ -158,6 +158,10 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
             f"{side.prefill_s * 1e3:10.2f} {side.decode_s_per_token * 1e3:8.2f}  "
             f"{side.keep['vision']:.2f} / {side.keep['text']:.2f}"
         )
+    if result.task.hop_images != "none":
+        grown = " ".join(f"{size / 1e3:.0f}" for size in result.cost.kv_bytes_by_hop)
+        shown = f"pictures {result.task.hop_images}, context {result.task.context}"
+        yield f"{shown}; {summary.recipe}, KV kB by hop: {grown}"
     if summary.ratio is not None and result.baseline is not None and result.time is not None:
         ratio, paired = summary.ratio, result.baseline
         low, high = paired.ci95
