@@ -23,6 +23,7 @@ from mmroute import recipe as recipes
 from mmroute.bench import schema
 from mmroute.config import options, overrides, parse, read_yaml, resolved
 from mmroute.errors import BudgetError, ConfigError, MmrouteError
+from mmroute.prune._budget import constant
 from mmroute.recipe import Recipe
 from mmroute.tokens import Modality
 from mmroute.trace import Shape
@@ -204,6 +205,9 @@ def _planned(prune: dict[str, Any], vision: float, text: float, vision_share: fl
         out["vision_keep"] = vision
     if "text_keep" in names:
         out["text_keep"] = text
+        if out.get("rates") == "fixed" and text < 1:  # a flat schedule leaves the first layers out of its mean
+            first = cls(**{k: v for k, v in out.items() if k != "name"}).config.first_layer
+            out["text_schedule"] = [1.0] * first + [constant(text, layers, first)] * (layers - first)
     elif "text" in names:  # a list by layer; a row of attention needs a layer before it
         first = 1.0 if out.get("scorer", "row") == "row" else text
         rest = text if first == text else (text * layers - 1) / max(layers - 1, 1)
