@@ -111,7 +111,7 @@ def test_a_token_s_key_is_that_of_its_own_patches(name: str) -> None:
     """Another patch changes one token's key in the first block, and it is the token that stands for this patch."""
     model = families.make(name, "eager", layers=2)
     visual = model.model.visual
-    seen = tower.Tower(visual, [visual.blocks[0]], tower._qwen)
+    seen = tower.QwenTower(visual, [visual.blocks[0]])
     handles = seen.watch()
     grid = torch.tensor([[1, 8, 12]])
     pixels = torch.randn(96, 3 * 2 * 4**2, generator=torch.Generator().manual_seed(0))
