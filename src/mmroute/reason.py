@@ -104,6 +104,7 @@ class Session:
     def _enter(
         self, batch: dict[str, Tensor], relevance: Tensor | None, hops: list[int] | None, every: bool = False
     ) -> Tensor:
+        """(B, N, V) logits of a segment's positions, or (B, 1, V) of its last one."""
         routed, family = self.routed, self.routed.family
         ids, mask = batch["input_ids"], batch["attention_mask"]
         start = 0 if self.ids is None else self.ids.shape[1]

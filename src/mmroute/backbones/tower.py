@@ -78,7 +78,10 @@ class Tower(ABC):
         """What was seen in this call; None if no picture came."""
         seen, grids = getattr(_SEEN, "block", None), getattr(_SEEN, "grids", None)
         _SEEN.block = _SEEN.grids = None
-        return None if seen is None else self.look(*seen, grids)
+        if seen is None:
+            return None
+        hidden, given = seen
+        return self.look(hidden, given, grids)
 
 
 class QwenTower(Tower):

@@ -1,6 +1,7 @@
 """What a bench tells: `results/README.md`, pictures beside the result files, and a card for the terminal.
 
-    mmroute bench --recipe bench-spatial --tables
+    mmroute bench --recipe bench-spatial --tables       # of one bench, with its pictures
+    python -m mmroute.bench.report results              # the page alone
 
 All of it is made from result files; what no file holds cannot stand there.
 """
@@ -8,6 +9,8 @@ All of it is made from result files; what no file holds cannot stand there.
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from mmroute.bench import plot, schema, table
 from mmroute.bench.compare import Line, Sheet, read_sheet
@@ -166,3 +169,12 @@ def _summary(sheet: Sheet) -> dict[str, Any]:
         },
         "infeasible": [f"{row.row} {_asked(row.budget)}" for row in sheet.infeasible],
     }
+
+
+def main(out: Path) -> None:
+    """Writes the page of a folder of result folders."""
+    schema.write_text(out / "README.md", page(out))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -5,9 +5,11 @@ import json
 from typing import ClassVar
 
 import pytest
+import torch
 from PIL import Image
 
 from mmroute import hub
+from mmroute import recipe as recipes
 from mmroute.backbones.load import load
 from mmroute.bench import compare, grid, report, schema, stats, suite
 from mmroute.cli.bench import bench
@@ -73,6 +75,9 @@ methods:
   fastv: {set: {think.max_new_tokens: 3, prune.start_layer: 1}}
   streaming: {set: {think.max_new_tokens: 3}}
 """
+
+
+APPEND = {"prune.cache_policy": "append"}
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +226,40 @@ def test_results_of_another_size_stand_apart(done, recipe, model, tmp_path):
     sheet = compare.read_sheet(tmp_path)
     assert [(line.row, line.n) for line in sheet.lines] == [("none", 2)]
     assert sheet.left_out == len(plan.jobs)
+
+
+def test_trained_folders_are_methods_of_one_table_and_new_weights_are_new_runs(recipe, model, tmp_path):
+    options = {"prune.first_layer": 0, "prune.cutoff_layer": 3, "think.max_new_tokens": 3}
+    sets = [f"{path}={value}" for path, value in options.items()]
+    dare = recipes.read("dare-lh", [*sets, "trained=null"])
+
+    def train(seed):
+        with recipes.equip(model, dare) as (routed, _):
+            pruner = routed.controller.pruner
+            with torch.no_grad():
+                for rows in pruner.router.values():
+                    rows.weight.normal_(generator=torch.Generator().manual_seed(seed))
+            pruner.export()
+            routed.save_pretrained(tmp_path / "router")
+
+    train(1)
+    named = {"recipe": "dare-lh", "router": str(tmp_path / "router"), "set": options}
+    methods = json.dumps({"none": {}, "mine": named, "append": {**named, "set": {**options, **APPEND}}})
+    chosen = grid.read(str(recipe), [f"methods={methods}", "budget=own", "seeds=[0]"], ["none", "mine", "append"])
+    plan = suite.Suite.plan(chosen, model, tmp_path / "ablate")
+    suite.run(plan, model, "test")
+    lines = {line.row: line for line in compare.read_sheet(tmp_path / "ablate").lines}
+    assert set(lines) == {"none", "mine", "append"}
+    assert (lines["mine"].budget.vision, lines["mine"].budget.text) == (0.4, 0.7)
+    assert lines["mine"].results[0].method.config["prune"]["cache_policy"] == "auto"
+    assert lines["mine"].results[0].model.trained == str(tmp_path / "router")
+    control = schema.read_result(plan.folder / lines["mine"].results[0].method.control)
+    assert control.method.config["prune"]["scorer"] == "random"
+    assert control.cost.v_eff == lines["mine"].results[0].cost.v_eff
+    assert control.cost.kv_bytes_prefill == lines["mine"].results[0].cost.kv_bytes_prefill
+    train(2)
+    again = suite.Suite.plan(chosen, model, tmp_path / "ablate")
+    assert len(again.left()) == len(plan.jobs) - 1  # all but `none`
 
 
 def test_a_folder_without_results_says_so(tmp_path):
