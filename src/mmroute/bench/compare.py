@@ -93,7 +93,6 @@ def read_sheet(folder: Path) -> Sheet:
         raise InputError(f"{folder}: no result files; run the bench that fills it")
     newest = max(results.values(), key=lambda r: r.run.started_at)
     kept = {name: r for name, r in results.items() if _set_of(r) == _set_of(newest)}
-    infeasible = [schema.read_infeasible(files[name]) for name, kind in kinds.items() if kind == "infeasible/1"]
     grouped: dict[tuple[str, str, float, float], list[schema.Result]] = defaultdict(list)
     for r in kept.values():
         budget = r.method.budget
@@ -103,6 +102,9 @@ def read_sheet(folder: Path) -> Sheet:
     lines = [_line(sorted(same, key=lambda r: r.task.seed), none, kept) for same in grouped.values()]
     # From whole to little; ties by name.
     lines.sort(key=lambda x: (x.task, -x.budget.text, -x.budget.vision, x.row != "none", x.row))
+    told = [schema.read_infeasible(files[name]) for name, kind in kinds.items() if kind == "infeasible/1"]
+    met = {(line.row, line.budget) for line in lines}
+    infeasible = [row for row in told if row.layers == newest.model.layers and (row.row, row.budget) not in met]
     return Sheet(folder.name, lines, infeasible, len(results) - len(kept))
 
 

@@ -80,8 +80,8 @@ class Suite:
                     context=grid.context,
                     batch=grid.batch,
                 )
-                draw(load_task(task, grid.task), replace(plan, n=1))  # a wrong task is reported before the first run
                 named = load_task(task, grid.task)
+                draw(named, replace(plan, n=1))  # what is wrong with a task is reported before the first run
                 about = {
                     "model": grid.model,
                     "weights": weights,

@@ -226,6 +226,14 @@ def test_results_of_another_size_stand_apart(done, recipe, model, tmp_path):
     sheet = compare.read_sheet(tmp_path)
     assert [(line.row, line.n) for line in sheet.lines] == [("none", 2)]
     assert sheet.left_out == len(plan.jobs)
+    said = plan.folder.glob("*--infeasible.json")
+    assert len(sheet.infeasible) == len(list(said)) > 0
+    schema.write_result(newest, dataclasses.replace(found, model=dataclasses.replace(found.model, layers=9)))
+    newest_alone = tmp_path / "alone"
+    newest_alone.mkdir()
+    for path in (newest, *tmp_path.glob("*--infeasible.json")):
+        (newest_alone / path.name).write_bytes(path.read_bytes())
+    assert compare.read_sheet(newest_alone).infeasible == []  # said of another depth
 
 
 def test_trained_folders_are_methods_of_one_table_and_new_weights_are_new_runs(recipe, model, tmp_path):
