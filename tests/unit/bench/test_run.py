@@ -235,3 +235,11 @@ def test_the_command_ends_stdout_with_one_json_line_and_writes_both_sides(tiny_f
 def test_the_command_reports_a_wrong_task_before_it_loads_a_model():
     with pytest.raises(ConfigError, match="no task named 'colors'"):
         evaluate(task="colors", recipe="none", n=1, seed=0, against="", model="absent", batch=1, split="test", set_=[])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("task.hop_images=drawn", r"tasks\.maze\.hop_images"), ("context=markov2", "context is")]
+)
+def test_the_command_hands_settings_to_the_task_before_it_loads_a_model(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(task="maze", recipe="none", n=1, seed=0, model="absent", batch=1, split="test", set_=[setting])
