@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mmroute.backbones.base import Family
+from mmroute.backbones.tower import tower_of
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.deepen.base import Deepener
 from mmroute.engine.choice import build_groups
@@ -72,6 +73,7 @@ class Controller:
         """What the positions of the last routed call were; `aux` is what was kept of them."""
         """What the pruner returned at each layer of the last training call."""
         self.checkpointed: set[int] = set()
+        self.tower = tower_of(family.name, model) if pruner is not None and "tower" in pruner.needs else None
         device = next(self.text.parameters()).device
         self.table = torch.zeros(self.shape.vocab, dtype=torch.long, device=device)
         self.table[family.vision_ids(model)] = int(Modality.VISION)
@@ -282,6 +284,7 @@ class Controller:
             single=single,
             drafts=drafts,
             before=before,
+            seen=None if self.tower is None else self.tower.take(),
         )
 
     def _next(self, x: Tensor, cache: RaggedCache, chunk: Chunk) -> Tokens:
