@@ -15,7 +15,7 @@ from mmroute.prune._budget import two_level
 from mmroute.prune._topk import soft_topk
 from mmroute.tokens import Modality, Tokens
 
-__all__ = ["ROUTED", "KeepRates", "target"]
+__all__ = ["ROUTED", "KeepRates", "policy", "target"]
 
 ROUTED = (Modality.TEXT, Modality.VISION)
 """Latents are never left out."""
@@ -27,6 +27,13 @@ def target(config: Any, modality: Modality) -> float:
     return config.vision_keep if modality is Modality.VISION else config.text_keep
 
 
+def policy(config: Any) -> str:
+    """What a hop's end compresses, `auto` settled: `append`, `progressive` or `capped`."""
+    if config.cache_policy == "auto":
+        return "append" if config.variant == "l" else "progressive"
+    return config.cache_policy
+
+
 class KeepRates(nn.Module):
     """The table of rates and what it is computed from."""
 
@@ -35,7 +42,7 @@ class KeepRates(nn.Module):
     deep_share: Tensor
     """(L,): share of vision that passed the threshold behind the cutoff."""
     certain: Tensor
-    """(2, H): share that is protected, so that no smaller one can be met; under `lh`, of all that entered so far."""
+    """(2, H): share that is protected, so that no smaller one can be met: of the hop under `append`, else of all so far."""
     realised: Tensor
     """(2, H, L): shares that coins kept, under `bernoulli`."""
     theta: nn.Parameter
@@ -183,11 +190,10 @@ class KeepRates(nn.Module):
             here = torch.stack([(of & (hop == h)).sum() for h in range(self.config.max_hops)]).float()
             if here.sum() > 0:
                 self.hop_counts[m].lerp_(here / here.sum(), 1 - _EMA)
-            if self.config.variant == "lh":
-                certain = torch.stack([(of & tokens.protected & (hop == h)).sum() for h in range(len(here))]).float()
-                if self.config.cache_policy != "append":  # later hops share out all that has entered
-                    here, certain = here.cumsum(0), certain.cumsum(0)
-                self.certain[m].lerp_(torch.where(here > 0, certain / here.clamp(min=1), 0), 1 - _EMA)
+            certain = torch.stack([(of & tokens.protected & (hop == h)).sum() for h in range(len(here))]).float()
+            if policy(self.config) != "append":  # later hops share out all that has entered
+                here, certain = here.cumsum(0), certain.cumsum(0)
+            self.certain[m].lerp_(torch.where(here > 0, certain / here.clamp(min=1), 0), 1 - _EMA)
             given = of & ~tokens.generated
             for layer, mask in masks.items():
                 if self.is_deep(layer, m) and given.any():

@@ -27,7 +27,7 @@ from mmroute.engine.select import top
 from mmroute.errors import ConfigError
 from mmroute.prune import _closing, _rank
 from mmroute.prune._gates import Gates, Relaxation
-from mmroute.prune._rates import ROUTED, KeepRates, target
+from mmroute.prune._rates import ROUTED, KeepRates, policy, target
 from mmroute.prune.base import Keep, Pruner, Site, Slots
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
@@ -289,7 +289,7 @@ class Dare(Pruner):
         scores = self.scores(x, tokens, site)
         learns = site.training and not self.relax.settled and self.config.scorer == "router"
         if learns and scores.requires_grad:
-            gates = Gates(self.config, self.rates, self.relax, self._policy, self.closes)
+            gates = Gates(self.config, self.rates, self.relax, policy(self.config), self.closes)
             return gates.keep(scores, self._gain(scores, tokens), tokens, site)
         if self._untrained and not site.training:
             log.warning(
@@ -343,13 +343,7 @@ class Dare(Pruner):
 
     @property
     def closes(self) -> bool:
-        return self.config.text_keep < 1 or (self._policy != "append" and self.config.vision_keep < 1)
-
-    @property
-    def _policy(self) -> str:
-        if self.config.cache_policy == "auto":
-            return "append" if self.config.variant == "l" else "progressive"
-        return self.config.cache_policy
+        return self.config.text_keep < 1 or (policy(self.config) != "append" and self.config.vision_keep < 1)
 
     def close(self, slots: Slots, closing: Int[Tensor, " B"], layer: int) -> Bool[Tensor, "B C"]:
         """`append`: of what the closing hop wrote, the best share stays; `progressive`: of all that is cached."""
@@ -359,7 +353,7 @@ class Dare(Pruner):
         for m in ROUTED:
             if target(self.config, m) == 1:
                 continue
-            candidates, base = _closing.candidates(self._policy, m, slots, slots.valid, closing)
+            candidates, base = _closing.candidates(policy(self.config), m, slots, slots.valid, closing)
             table = torch.tensor(
                 [self.rate(layer, self.num_layers, h, m) for h in range(self.config.max_hops)], device=closing.device
             )
