@@ -42,7 +42,7 @@ class KeepRates(nn.Module):
     deep_share: Tensor
     """(L,): share of vision that passed the threshold behind the cutoff."""
     certain: Tensor
-    """(2, H): share that is protected, so that no smaller one can be met: of the hop under `append`, else of all so far."""
+    """(2, H): share that is protected, so no smaller one can be met: of the hop under `append`, else of all so far."""
     realised: Tensor
     """(2, H, L): shares that coins kept, under `bernoulli`."""
     theta: nn.Parameter
