@@ -106,7 +106,7 @@ def test_trained_methods_name_their_folder_or_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "sets", "methods", "message"),
     [
-        ("bench-spatiol", [], [], "no bench recipe 'bench-spatiol'; one of bench-ablate, bench-spatial"),
+        ("bench-spatiol", [], [], "no bench recipe 'bench-spatiol'; one of bench-ablate, bench-gate, bench-spatial"),
         ("bench-spatial", [], ["fastb"], "has no method fastb; it has none, random"),
         ("bench-spatial", ["vision=[1.2]"], [], r"bench bench-spatial\.vision\.0: .*less than or equal to 1"),
         ("bench-spatial", ["visoin=[1]"], [], "no such option; known: name, model"),
