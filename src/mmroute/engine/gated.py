@@ -80,6 +80,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, is_open, seen, group = ctx.saved_tensors
         (B, H, N, E), K, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
+        narrow = q.dtype
         # Query heads of one key-value head lie side by side, as rows of one product.
         q, grad = (x.to(wide).reshape(B, K, H // K * N, E) for x in (q, grad))
         k, v = k.to(wide), v.to(wide)
@@ -99,9 +100,9 @@ class _Gated(torch.autograd.Function):
         slope = (share * change).view(B, K, -1, N)
         share = share.view(B, K, -1, N)
         return (
-            (slope @ k * ctx.scale).view(B, H, N, E).to(ctx.saved_tensors[0].dtype),
-            (slope.transpose(-1, -2) @ q * ctx.scale).to(ctx.saved_tensors[1].dtype),
-            (share.transpose(-1, -2) @ grad).to(ctx.saved_tensors[2].dtype),
+            (slope @ k * ctx.scale).view(B, H, N, E).to(narrow),
+            (slope.transpose(-1, -2) @ q * ctx.scale).to(narrow),
+            (share.transpose(-1, -2) @ grad).to(narrow),
             gates.to(ctx.dtype),
             None,
             None,
