@@ -69,9 +69,9 @@ class Rig:
 
 @contextlib.asynccontextmanager
 async def rig(
-    draft: Script = PLAIN, target: Script = PLAIN, fetcher: Any = None, **settings: Any
+    draft: Script = PLAIN, target: Script = PLAIN, fetcher: Any = None, of: Any = None, **settings: Any
 ) -> AsyncIterator[Rig]:
-    """Two scripted servers, a gateway in front, and clients that do not retry themselves."""
+    """Two scripted servers, a gateway in front, clients that do not retry; `of` adds to what is said of the servers."""
     servers = ScriptedUpstream("draft", draft), ScriptedUpstream("target", target)
     async with serving(servers[0]) as one, serving(servers[1]) as two:
         given = {
@@ -80,13 +80,8 @@ async def rig(
             **QUICK,
             **settings,
         }
-        for name, url in (("draft", one), ("target", two)):
-            if name in settings:
-                given[name] = {
-                    "url": f"{url}/v1",
-                    "model": {"draft": "small", "target": "large"}[name],
-                    **settings[name],
-                }
+        for name, more in (of or {}).items():
+            given[name] |= more
         gateway = Gateway(Settings(**given), fetcher=fetcher)
         async with (
             serving(build_app(gateway.settings, gateway)) as url,

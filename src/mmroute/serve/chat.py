@@ -16,12 +16,11 @@ from mmroute.serve import raters, schema
 from mmroute.serve.client import Client, Gone, Receive, Scope, Send, header, race, read_body
 from mmroute.serve.decide import capped
 from mmroute.serve.limits import check_data_image
-from mmroute.serve.local import LocalReply, LocalUpstream
 from mmroute.serve.peek import Peek, Rated
 from mmroute.serve.running import Running
 from mmroute.serve.schema import ApiError, Asked
 from mmroute.serve.turn import Turn
-from mmroute.serve.upstreams import Fault, Upstream
+from mmroute.serve.upstreams import Fault, SessionReply, SessionUpstream, Upstream
 
 if TYPE_CHECKING:
     from mmroute.serve.gateway import Gateway
@@ -200,7 +199,7 @@ class _Exchange:
             self.turn.decision = decision
             self._chosen(decision.route, decision.reason)
             if decision.route == "draft":
-                if running is not None and isinstance(running.reply, LocalReply):
+                if running is not None and isinstance(running.reply, SessionReply):
                     running.reply.resume()
                 return "draft", running
             if running is not None:
@@ -220,7 +219,7 @@ class _Exchange:
 
     def _count_waste(self, running: Running) -> None:
         self.turn.wasted_tokens = running.rating_tokens
-        if isinstance(running.reply, LocalReply):
+        if isinstance(running.reply, SessionReply):
             self.turn.rating_flops = running.reply.prefill_flops
 
     async def _rate(self, asked: Asked) -> tuple[Rated | None, Running | None, str | None]:
@@ -250,10 +249,11 @@ class _Exchange:
 
     async def _rate_session(self, asked: Asked, opened: list[Running]) -> tuple[Rated | None, Running]:
         draft = self.gateway.upstreams["draft"]
-        assert isinstance(draft, LocalUpstream)
+        assert isinstance(draft, SessionUpstream)
         self.turn.attempts += 1
         reply = draft.begin(asked.body, self.turn.request_id, park=True, trace=asked.over.debug)
         running = Running(draft, reply)
+        draft.in_flight += 1
         opened.append(running)
         return await reply.rated(), running
 
@@ -363,21 +363,22 @@ class _Exchange:
     async def _first(self, upstream: Upstream, body: dict[str, Any], stream: bool, trace: bool) -> Running:
         seconds = self.settings.timeouts.first_byte_s
         running: Running | None = None
+        upstream.in_flight += 1
         try:
             async with asyncio.timeout(seconds):
-                if isinstance(upstream, LocalUpstream):
+                if isinstance(upstream, SessionUpstream):
                     reply: Any = upstream.begin(body, self.turn.request_id, park=False, trace=trace)
                 else:
                     reply = await upstream.open(body, stream, self.turn.request_id)
                 running = Running(upstream, reply)
                 await running.begin(stream)
-        except TimeoutError:
+        except BaseException as error:
             if running is not None:
                 await running.aclose()
-            raise Fault("timeout", f"{upstream.role}: nothing came in {seconds:g} s", status=504) from None
-        except BaseException:
-            if running is not None:
-                await running.aclose()
+            else:
+                upstream.in_flight -= 1
+            if isinstance(error, TimeoutError):
+                raise Fault("timeout", f"{upstream.role}: nothing came in {seconds:g} s", status=504) from None
             raise
         return running
 
@@ -401,7 +402,7 @@ class _Exchange:
             self._mark_first()
             chunks.append(chunk)
         self._count(running.usage)
-        if isinstance(running.reply, LocalReply):
+        if isinstance(running.reply, SessionReply):
             self.turn.report = running.reply.report
         await self._last_whole(schema.assemble(chunks), asked)
 
@@ -424,7 +425,7 @@ class _Exchange:
                     continue
             await self.client.event(json.dumps(chunk).encode())
         self._count(running.usage)
-        if isinstance(running.reply, LocalReply):
+        if isinstance(running.reply, SessionReply):
             self.turn.report = running.reply.report
         told = []
         if asked.over.debug:

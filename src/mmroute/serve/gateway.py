@@ -29,10 +29,9 @@ from mmroute.serve.breaker import RetryBudget
 from mmroute.serve.chat import Chat
 from mmroute.serve.decide import Decider
 from mmroute.serve.limits import Fetcher
-from mmroute.serve.local import FirstToken, LocalUpstream
 from mmroute.serve.schema import ApiError
 from mmroute.serve.settings import Keys, Settings
-from mmroute.serve.upstreams import HttpUpstream, Upstream
+from mmroute.serve.upstreams import HttpUpstream, SessionUpstream, Upstream
 
 __all__ = ["Gateway", "build_app"]
 
@@ -69,13 +68,7 @@ class Gateway:
     ) -> None:
         self.settings = settings
         self._reread = reread or (lambda: settings)
-        self.upstreams: dict[str, Upstream] = upstreams or {
-            "draft": _upstream("draft", settings),
-            "target": _upstream("target", settings),
-        }
-        draft, target = self.upstreams["draft"], self.upstreams["target"]
-        if isinstance(draft, LocalUpstream) and isinstance(target, LocalUpstream):
-            draft.counterpart = target
+        self.upstreams = upstreams or _upstreams(settings)
         self.book = Book(settings)
         self.fetcher = fetcher or Fetcher(settings.limits, settings.media_domains)
         self.retry_budget = RetryBudget(settings.retries.share)
@@ -94,8 +87,9 @@ class Gateway:
     def _build(self, settings: Settings, before: Live | None) -> Live:
         same = before is not None and before.decider.made_of(settings)
         decider = before.decider if same and before is not None else Decider(settings)
-        rater = getattr(self.upstreams["draft"], "rater", None)
-        artifact = rater.artifact if rater is not None else f"{settings.draft.model}:{settings.rates_by}"
+        draft = self.upstreams["draft"]
+        how = f"{settings.draft.model}:{settings.rates_by}"
+        artifact = draft.artifact if isinstance(draft, SessionUpstream) else how
         return Live(decider, Keys(settings.api_keys_file), artifact)
 
     @property
@@ -106,12 +100,12 @@ class Gateway:
     def image_urls(self) -> str:
         if self.settings.image_urls != "auto":
             return self.settings.image_urls
-        return "fetch" if any(isinstance(up, LocalUpstream) for up in self.upstreams.values()) else "forward"
+        return "fetch" if any(isinstance(up, SessionUpstream) for up in self.upstreams.values()) else "forward"
 
     async def start(self) -> None:
         """Loads local models."""
         for upstream in self.upstreams.values():
-            if isinstance(upstream, LocalUpstream):
+            if isinstance(upstream, SessionUpstream):
                 await asyncio.to_thread(upstream.start)
 
     async def aclose(self) -> None:
@@ -294,11 +288,20 @@ class Gateway:
         return check
 
 
-def _upstream(role: str, settings: Settings) -> Upstream:
-    given = settings.draft if role == "draft" else settings.target
-    if given.url is not None:
-        return HttpUpstream(role, given, settings)
-    return LocalUpstream(role, given, settings, FirstToken() if role == "draft" else None)
+def _upstreams(settings: Settings) -> dict[str, Upstream]:
+    made: dict[str, Upstream] = {}
+    local: list[Any] = []
+    for role, given in (("draft", settings.draft), ("target", settings.target)):
+        if given.url is not None:
+            made[role] = HttpUpstream(role, given, settings)
+            continue
+        from mmroute.serve.local import FirstToken, LocalUpstream  # torch costs seconds; a proxy does without
+
+        made[role] = LocalUpstream(role, given, settings, FirstToken() if role == "draft" else None)
+        local.append(made[role])
+    if len(local) == 2:
+        local[0].counterpart = local[1]
+    return made
 
 
 def _bundled(settings: Settings) -> bool:

@@ -32,7 +32,7 @@ from mmroute.serve.limits import decode_data_image
 from mmroute.serve.peek import Rated
 from mmroute.serve.schema import DONE
 from mmroute.serve.settings import Settings, UpstreamSettings
-from mmroute.serve.upstreams import Fault, Reply, Upstream
+from mmroute.serve.upstreams import Fault, Reply, SessionReply, SessionUpstream
 from mmroute.think.base import Thinker
 
 __all__ = ["FirstToken", "LocalReply", "LocalUpstream", "SessionRater"]
@@ -96,10 +96,8 @@ class _Job:
             self.gone.set()
 
 
-class LocalUpstream(Upstream):
+class LocalUpstream(SessionUpstream):
     """Loads its model in `start`, answers until `aclose`."""
-
-    streams_only = True
 
     def __init__(
         self, role: str, settings: UpstreamSettings, all_: Settings, rater: SessionRater | None = None
@@ -107,6 +105,7 @@ class LocalUpstream(Upstream):
         plain = settings.model_copy(update={"tools": False, "json_mode": False, "logprobs": False})
         super().__init__(role, plain, Breaker(all_.circuit))
         self.rater = rater
+        self.artifact = "" if rater is None else rater.artifact
         self.shape: Any = None
         self.counterpart: LocalUpstream | None = None
         """The local target, whose cost of the same answer is worked out beside a draft's own."""
@@ -149,11 +148,6 @@ class LocalUpstream(Upstream):
         return self.begin(body, request_id, park=False)
 
     def begin(self, body: dict[str, Any], request_id: str, *, park: bool, trace: bool = False) -> "LocalReply":
-        """Starts a conversation; with `park` it is rated and then waits to be told whether to go on.
-
-        Raises:
-            Fault: the request asks for what a local model does not do.
-        """
         if (body.get("n") or 1) != 1:
             raise Fault("refused", f"n={body['n']}: a local model writes one answer", status=400, ours=True)
         stops = body.get("stop") or []
@@ -369,7 +363,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class LocalReply(Reply):
+class LocalReply(SessionReply):
     """One conversation with a local model, as the gateway sees it."""
 
     def __init__(self, job: _Job, model: str) -> None:
@@ -380,11 +374,6 @@ class LocalReply(Reply):
         self.report: dict[str, Any] | None = None
 
     async def rated(self) -> Rated | None:
-        """The rating, when the prompt has been read.
-
-        Raises:
-            Fault: the prompt cannot be read.
-        """
         item = await self._job.out.get()
         if isinstance(item, Fault):
             raise item
@@ -392,7 +381,6 @@ class LocalReply(Reply):
         return rated
 
     def resume(self) -> None:
-        """The draft stays: its session goes on."""
         self._job.go.set()
 
     def _chunk(self, delta: dict[str, Any], finish: str | None = None, **rest: Any) -> bytes:

@@ -29,7 +29,6 @@ class Running:
         self._ahead: deque[dict[str, Any]] = deque()
         self._open: set[int] = set()
         self._closed = False
-        upstream.in_flight += 1
 
     async def begin(self, stream: bool) -> None:
         """Waits for the first event, so that a failure before it can still be mended.
@@ -46,7 +45,7 @@ class Running:
     async def aclose(self) -> None:
         if not self._closed:
             self._closed = True
-            self.upstream.in_flight -= 1
+            self.upstream.in_flight -= 1  # counted up by who began to open it
             await self.reply.aclose()
 
     def put_back(self, chunks: Iterable[dict[str, Any]]) -> None:

@@ -13,11 +13,12 @@ import httpx2 as httpx
 
 from mmroute.errors import ConfigError, MmrouteError
 from mmroute.serve.breaker import Breaker
+from mmroute.serve.peek import Rated
 from mmroute.serve.schema import DONE, Asked
 from mmroute.serve.settings import Settings, UpstreamSettings
 from mmroute.serve.sse import Decoder, TooLong
 
-__all__ = ["Fault", "HttpUpstream", "Reply", "Upstream"]
+__all__ = ["Fault", "HttpUpstream", "Reply", "SessionReply", "SessionUpstream", "Upstream"]
 
 RETRYABLE = (408, 429, 502, 503, 504)
 
@@ -100,6 +101,50 @@ class Upstream(ABC):
     @abstractmethod
     async def aclose(self) -> None:
         """Lets go of connections and threads."""
+
+
+class SessionReply(Reply):
+    """An answer on a session of this process: rated before it is written, then told to go on."""
+
+    prompt_tokens: int
+    prefill_flops: float
+    report: dict[str, Any] | None
+    """What the run cost and kept; there when the last event has come."""
+
+    @abstractmethod
+    async def rated(self) -> Rated | None:
+        """The rating, when the prompt has been read.
+
+        Raises:
+            Fault: the prompt cannot be read.
+        """
+
+    @abstractmethod
+    def resume(self) -> None:
+        """The draft stays: its session goes on."""
+
+
+class SessionUpstream(Upstream):
+    """A model whose session can be rated and kept."""
+
+    streams_only = True
+    artifact: str
+    """What rates, as headers and logs name it."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Loads the model; seconds to minutes."""
+
+    @abstractmethod
+    def begin(self, body: dict[str, Any], request_id: str, *, park: bool, trace: bool = False) -> SessionReply:
+        """Starts a conversation; with `park` it is rated and then waits for `resume` or `aclose`.
+
+        Args:
+            trace: record which positions ran, for `report`.
+
+        Raises:
+            Fault: the request asks for what a local model does not do.
+        """
 
 
 class HttpUpstream(Upstream):
