@@ -3,8 +3,9 @@
     python -m mmroute.bench.gateway --out results/gateway/load.json          10,000 requests, 64 at a time
     python -m mmroute.bench.gateway --n 300 --concurrency 16 --rounds 50     the same in half a minute
 
-Two scripted upstreams and the gateway run as processes of their own on loopback. `load` sends every kind of request, one in
-eight with a fault, one in sixteen from a client that leaves at a random moment, and checks each answer to the letter.
+Two scripted upstreams and the gateway run as processes of their own on loopback. `load` sends every kind of request,
+one in eight with a fault, one in sixteen from a client that leaves at a random moment, and checks each answer to the
+letter.
 `latency` sends single requests in turn, directly and through the gateway; `throughput` the same at full concurrency,
 and through nginx where that is installed. Only differences and ratios of one run mean anything.
 """
@@ -345,7 +346,8 @@ async def _nginx(processes: Processes) -> AsyncIterator[str | None]:
     )
     (folder / "nginx.conf").write_text(
         f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-        f"http {{ access_log off; {paths} upstream u {{ server 127.0.0.1:{processes.ports['target']}; keepalive 64; }}\n"
+        f"http {{ access_log off; {paths}\n"
+        f"upstream u {{ server 127.0.0.1:{processes.ports['target']}; keepalive 64; }}\n"
         f"server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://u; proxy_http_version 1.1; "
         'proxy_set_header Connection ""; proxy_buffering off; } } }\n'
     )

@@ -150,6 +150,7 @@ class ScriptedUpstream:
             raise RuntimeError("scripted")
         events = list(self._events(body, script))
         if not body.get("stream"):
+            await asyncio.sleep(script.gap_s * len(events))
             if script.cut_after is not None:
                 raise ConnectionAbortedError
             await self._json(body, events, send)

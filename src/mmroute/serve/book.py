@@ -71,9 +71,9 @@ class Book:
         if turn.rating_s is not None:
             self.rating_s.observe(turn.rating_s)
         if turn.rated is not None:
-            self.rating.labels("draft").observe(turn.rated.draft)
-            if turn.rated.target is not None:
-                self.rating.labels("target").observe(turn.rated.target)
+            for model, chance in (("draft", turn.rated.draft), ("target", turn.rated.target)):
+                if chance is not None:
+                    self.rating.labels(model).observe(chance)
         if turn.decision is not None and turn.decision.score is not None:
             self.score.observe(turn.decision.score)
             if turn.decision.threshold is not None:

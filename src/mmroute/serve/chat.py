@@ -11,12 +11,12 @@ import logging
 import random
 from typing import TYPE_CHECKING, Any
 
-from mmroute.gate.base import Decision, Route
+from mmroute.gate.base import Decision, Rating, Route
 from mmroute.serve import raters, schema
 from mmroute.serve.client import Client, Gone, Receive, Scope, Send, header, race, read_body
 from mmroute.serve.decide import capped
 from mmroute.serve.limits import check_data_image
-from mmroute.serve.peek import Peek, Rated
+from mmroute.serve.peek import Peek
 from mmroute.serve.running import Running
 from mmroute.serve.schema import ApiError, Asked
 from mmroute.serve.turn import Turn
@@ -188,8 +188,7 @@ class _Exchange:
         rated, running, reason = await self._rate(asked)
         try:
             self.turn.rated, self.turn.rating_s = rated, self.turn.elapsed
-            rating = None if rated is None else raters.rating(rated, self.settings)
-            decision = await decider.decide(rating, self.turn.request_id, asked.over)
+            decision = await decider.decide(rated, self.turn.request_id, asked.over)
             if reason is not None:
                 decision = Decision(decision.route, reason)
             target = self.gateway.upstreams["target"]
@@ -222,7 +221,7 @@ class _Exchange:
         if isinstance(running.reply, SessionReply):
             self.turn.rating_flops = running.reply.prefill_flops
 
-    async def _rate(self, asked: Asked) -> tuple[Rated | None, Running | None, str | None]:
+    async def _rate(self, asked: Asked) -> tuple[Rating | None, Running | None, str | None]:
         """The draft's rating, its stream if that can go on as the answer, and why there is no rating."""
         opened: list[Running] = []
         mode = self.settings.rates_by
@@ -247,7 +246,7 @@ class _Exchange:
             await running.aclose()
         return None, None, reason
 
-    async def _rate_session(self, asked: Asked, opened: list[Running]) -> tuple[Rated | None, Running]:
+    async def _rate_session(self, asked: Asked, opened: list[Running]) -> tuple[Rating | None, Running]:
         draft = self.gateway.upstreams["draft"]
         assert isinstance(draft, SessionUpstream)
         self.turn.attempts += 1
@@ -257,14 +256,15 @@ class _Exchange:
         opened.append(running)
         return await reply.rated(), running
 
-    async def _rate_call(self, asked: Asked) -> Rated | None:
+    async def _rate_call(self, asked: Asked) -> Rating | None:
         running = await self._open("draft", raters.call_body(asked, self.settings), stream=False)
         try:
-            return raters.read_call(running.whole or {}, self.settings.num_ratings)
+            rated = raters.read_call(running.whole or {}, self.settings.num_ratings)
+            return raters.rating(rated, self.settings)
         finally:
             await running.aclose()
 
-    async def _rate_head(self, asked: Asked, opened: list[Running]) -> tuple[Rated | None, Running]:
+    async def _rate_head(self, asked: Asked, opened: list[Running]) -> tuple[Rating | None, Running]:
         running = await self._open("draft", raters.peek_body(asked, self.settings), stream=True)
         opened.append(running)
         running.hide_logprobs = not asked.body.get("logprobs")
@@ -274,7 +274,7 @@ class _Exchange:
             if chunk is None:
                 break
             peek.feed(chunk)
-        rated = peek.rated if peek.state == "rated" else None
+        rated = raters.rating(peek.rated if peek.state == "rated" else None, self.settings)
         running.put_back(peek.held())
         running.rating_tokens = peek.tokens
         return rated, running

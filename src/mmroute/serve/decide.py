@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +20,19 @@ Waiting = tuple[Rating, str, "asyncio.Future[Decision]"]
 class Decider:
     """The live policy of one process. Replaced whole where a reload changes it: its window then starts anew."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, first_threshold: Callable[[float], float | None] | None = None) -> None:
+        """Raises ConfigError: no such policy, or an option it does not have.
+
+        Args:
+            first_threshold: of a budget, where calibration knows it; used until the window has filled.
+        """
         self._made_of = settings.policy, settings.on_unrated
         options = dict(settings.policy)
         if "name" not in options:
             raise ConfigError("serve.policy: no name given; e.g. {name: budget, budget: 0.4}")
         self._options = options
+        if options["name"] == "budget" and first_threshold is not None:
+            options.setdefault("start", first_threshold(options.get("budget", Budget.Config().budget)))
         self.policy: Policy = policy(**options)
         if not self.is_constant:
             self.policy.on_unrated = settings.on_unrated

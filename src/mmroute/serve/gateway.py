@@ -4,7 +4,9 @@ app = build_app(settings.read(Path("serve.yaml")))      # for any ASGI server; `
 """
 
 import asyncio
+import base64
 import contextlib
+import io
 import logging
 import re
 import time
@@ -22,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mmroute.errors import ConfigError
+from mmroute.errors import MmrouteError
 from mmroute.gate._policy import Budget
 from mmroute.serve.book import Book
 from mmroute.serve.breaker import RetryBudget
@@ -86,8 +88,9 @@ class Gateway:
 
     def _build(self, settings: Settings, before: Live | None) -> Live:
         same = before is not None and before.decider.made_of(settings)
-        decider = before.decider if same and before is not None else Decider(settings)
         draft = self.upstreams["draft"]
+        first = draft.first_threshold if isinstance(draft, SessionUpstream) else None
+        decider = before.decider if same and before is not None else Decider(settings, first)
         how = f"{settings.draft.model}:{settings.rates_by}"
         artifact = draft.artifact if isinstance(draft, SessionUpstream) else how
         return Live(decider, Keys(settings.api_keys_file), artifact)
@@ -107,6 +110,10 @@ class Gateway:
         for upstream in self.upstreams.values():
             if isinstance(upstream, SessionUpstream):
                 await asyncio.to_thread(upstream.start)
+        draft = self.upstreams["draft"]
+        if isinstance(draft, SessionUpstream) and self.settings.rater is not None:
+            await asyncio.to_thread(draft.load_rater, self.settings.rater)
+            self.live = self._build(self.settings, None)
 
     async def aclose(self) -> None:
         for upstream in self.upstreams.values():
@@ -168,12 +175,16 @@ class Gateway:
 
     # ------------------------------------------------------------------ reload and drain
 
-    def reload(self) -> bool:
-        """Reads policy and keys anew; what is wrong changes nothing but a log line and a counter."""
+    async def reload(self) -> bool:
+        """Reads policy, keys and rater anew; what is wrong changes nothing but a log line and a counter."""
+        draft = self.upstreams["draft"]
         try:
             fresh = self._reread()
+            self._build(fresh, self.live)
+            if isinstance(draft, SessionUpstream):
+                await asyncio.to_thread(draft.load_rater, fresh.rater)
             before, self.live = self.live, self._build(fresh, self.live)
-        except (ConfigError, OSError) as error:
+        except (MmrouteError, OSError) as error:
             log.error("reload refused, what was there stays: %s", error)
             self.book.reloads.labels("refused").inc()
             return False
@@ -194,7 +205,7 @@ class Gateway:
             now = times()
             if now != seen:
                 seen = now
-                self.reload()
+                await self.reload()
 
     async def drain(self) -> None:
         """Stops as a balancer needs it: /ready says no, then nothing new is taken, then what runs may end."""
@@ -309,7 +320,7 @@ def _bundled(settings: Settings) -> bool:
 
 
 def _drawn(kind: str, number: int) -> dict[str, Any]:
-    from mmroute import hub, page
+    from mmroute import hub  # torch
 
     task = hub.load("tasks", kind)
     sample = next(task.samples("test", 1, offset=number))
@@ -317,7 +328,9 @@ def _drawn(kind: str, number: int) -> dict[str, Any]:
     for block in task.messages(sample, "cot")[0]["content"]:
         words.append(block["text"] if block["type"] == "text" else "<image>")
         if block["type"] == "image":
-            images.append(page._data_address(block["image"]))
+            data = io.BytesIO()
+            block["image"].save(data, "PNG")
+            images.append(f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}")
     return {"question": " ".join(words), "images": images, "answer": sample.answer_text.removeprefix("answer: ")}
 
 

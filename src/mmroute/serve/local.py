@@ -7,7 +7,6 @@ Legend: V vocabulary.
 """
 
 import asyncio
-import itertools
 import json
 import logging
 import queue
@@ -16,26 +15,28 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mmroute import page, reason, recipe
-from mmroute.backbones.images import open_images, prepare
-from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares, planned_trace
+from mmroute import reason, recipe
+from mmroute.backbones.images import prepare
+from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares, kv_bytes_per_slot, planned_trace
 from mmroute.errors import InputError, MmrouteError
+from mmroute.gate.base import Rating
 from mmroute.reason import Session
 from mmroute.serve.breaker import Breaker
 from mmroute.serve.limits import decode_data_image
-from mmroute.serve.peek import Rated
 from mmroute.serve.schema import DONE
 from mmroute.serve.settings import Settings, UpstreamSettings
 from mmroute.serve.upstreams import Fault, Reply, SessionReply, SessionUpstream
 from mmroute.think.base import Thinker
+from mmroute.trace import Trace
 
-__all__ = ["FirstToken", "LocalReply", "LocalUpstream", "SessionRater"]
+__all__ = ["FirstToken", "LocalReply", "LocalUpstream", "SessionRater", "TrainedRater"]
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,15 @@ class SessionRater(Protocol):
     artifact: str
     """Named in headers and logs, so that a threshold has a provenance."""
 
-    def rate(self, session: Session, logits: Tensor) -> Rated:
+    def rate(self, session: Session, logits: Tensor) -> Rating:
         """May enter positions; must leave the session as it was.
 
         Args:
             logits: (1, V) of the prompt's last position.
         """
+
+    def start(self, budget: float) -> float | None:
+        """The threshold of a share for a policy's first decisions, if it is known from calibration."""
 
 
 class FirstToken:
@@ -66,8 +70,28 @@ class FirstToken:
 
     artifact = "first-token"
 
-    def rate(self, session: Session, logits: Tensor) -> Rated:
-        return Rated(float(logits[0].float().softmax(-1).max()))
+    def rate(self, session: Session, logits: Tensor) -> Rating:
+        sure = float(logits[0].float().softmax(-1).max())
+        return Rating(1 - sure, sure)
+
+    def start(self, budget: float) -> float | None:
+        return None
+
+
+class TrainedRater:
+    """A folder of `mmroute train prp` on the draft it was trained on."""
+
+    def __init__(self, folder: Path, model: Any) -> None:
+        from mmroute.gate.prp import Prp
+
+        self.gate = Prp.load(folder, model)
+        self.artifact = f"prp:{self.gate.facts['artifact']}"
+
+    def rate(self, session: Session, logits: Tensor) -> Rating:
+        return self.gate.one(self.gate.rate_session(session), 0)
+
+    def start(self, budget: float) -> float | None:
+        return self.gate.start(budget)
 
 
 @dataclass
@@ -105,7 +129,6 @@ class LocalUpstream(SessionUpstream):
         plain = settings.model_copy(update={"tools": False, "json_mode": False, "logprobs": False})
         super().__init__(role, plain, Breaker(all_.circuit))
         self.rater = rater
-        self.artifact = "" if rater is None else rater.artifact
         self.shape: Any = None
         self.counterpart: LocalUpstream | None = None
         """The local target, whose cost of the same answer is worked out beside a draft's own."""
@@ -132,6 +155,16 @@ class LocalUpstream(SessionUpstream):
         self.shape = self._routed.controller.shape
         self._thread = threading.Thread(target=self._work, name=f"mmroute-{self.role}", daemon=True)
         self._thread.start()
+
+    @property
+    def artifact(self) -> str:
+        return "" if self.rater is None else self.rater.artifact
+
+    def first_threshold(self, budget: float) -> float | None:
+        return None if self.rater is None else self.rater.start(budget)
+
+    def load_rater(self, folder: Path | None) -> None:
+        self.rater = FirstToken() if folder is None else TrainedRater(folder, self._routed.model)
 
     async def ready(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -264,9 +297,9 @@ class _Turns:
             logits = session.step(writer.last, [writer.hop])
             up.steps += 1
         writer.flush()
-        job.emit(("done", finish, prompt, len(writer.ids), self._report(session, writer, batch)))
+        job.emit(("done", finish, prompt, len(writer.ids), self._report(session, batch)))
 
-    def _report(self, session: Session, writer: "_Writer", batch: dict[str, Tensor]) -> dict[str, Any]:
+    def _report(self, session: Session, batch: dict[str, Tensor]) -> dict[str, Any]:
         up, routed = self.up, self.up._routed
         routed.full_trace = self.job.trace
         trace = session.trace_of(0)
@@ -281,20 +314,7 @@ class _Turns:
             report["flops_target"] = float(estimate_flops(plan).total)
         grids = routed.family.image_grid(routed.model, batch) if self.job.trace else []
         if len(grids) == 1:  # the page lays patches over one picture
-            ids = batch["input_ids"][0]
-            picture = next(b["image"] for m in self.job.messages for b in m["content"] if b["type"] == "image")
-            report["view"] = asdict(
-                page.view(
-                    writer.answer(trace),
-                    open_images([picture])[0],
-                    grids[0],
-                    routed.processor.tokenizer.convert_ids_to_tokens(ids.tolist()),
-                    (routed.controller.table[ids] == 1).tolist(),
-                    title=up.name,
-                    recipe=up.settings.recipe,
-                    question="",
-                )
-            )
+            report["view"] = _view(trace, grids[0], (routed.controller.table[batch["input_ids"][0]] == 1).tolist())
         return report
 
 
@@ -307,7 +327,6 @@ class _Writer:
         self.think, self.job = think, job
         self.draw = torch.Generator().manual_seed(job.seed)
         self.ids: list[int] = []
-        self.cuts = [0]
         self.hop = 1
         self.sent = ""
         self.last: Tensor
@@ -322,7 +341,6 @@ class _Writer:
         closed = -1
         if len(self.ids) > 1 and self.think.starts_hop(self.tokenizer.decode([value])):
             closed, self.hop = self.hop, self.hop + 1
-            self.cuts.append(len(self.ids) - 1)
         return self._say(), closed
 
     @property
@@ -352,10 +370,16 @@ class _Writer:
         if not any(stop in self.text for stop in self.job.stops):
             self._say(last=True)
 
-    def answer(self, trace: Any) -> reason.Answer:
-        spans = itertools.pairwise([*self.cuts, len(self.ids)])
-        hops = [self.tokenizer.decode(self.ids[a:b], skip_special_tokens=True) for a, b in spans]
-        return reason.Answer(self.text, hops, trace, len(self.ids), 0, True, self.ids)
+
+def _view(trace: Trace, grid: tuple[int, int], vision: list[bool]) -> dict[str, Any]:
+    """Which patches of the prompt's picture ran, and the bytes held in the end, layer by layer."""
+    patch = {column: number for number, column in enumerate(i for i, v in enumerate(vision) if v)}
+    last, slot = trace.calls[-1].layers, kv_bytes_per_slot(trace.shape)
+    return {
+        "grid": list(grid),
+        "kept": [[patch[c] for c in (layer.kept or [[]])[0] if c in patch] for layer in trace.calls[0].layers],
+        "kv": [layer.stored[0] * slot for layer in last],
+    }
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -373,7 +397,7 @@ class LocalReply(SessionReply):
         self.prefill_flops = 0.0
         self.report: dict[str, Any] | None = None
 
-    async def rated(self) -> Rated | None:
+    async def rated(self) -> Rating | None:
         item = await self._job.out.get()
         if isinstance(item, Fault):
             raise item

@@ -102,8 +102,10 @@ def read_call(answer: dict[str, Any], num_ratings: int) -> Rated | None:
     return Rated(*(expected(d, spoken[i] if fits else None) for i, d in enumerate(digits)))
 
 
-def rating(rated: Rated, settings: Settings) -> Rating:
+def rating(rated: Rated | None, settings: Settings) -> Rating | None:
     """As a policy sees it; costs in units of the target's, from the prices of an answer token where both are known."""
+    if rated is None:
+        return None
     ours, theirs = settings.draft.price_out, settings.target.price_out
     ratio = ours / theirs if ours is not None and theirs else 0.0
     return Rating(rated.score, rated.draft, rated.target, draft_cost=ratio, target_cost=1.0)

@@ -28,11 +28,12 @@ class _Server(uvicorn.Server):
         self.gateway, self._watched = gateway, watched
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._reloading: asyncio.Task[bool] | None = None
         self._poll: asyncio.Task[None] | None = None
 
     async def main_loop(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.add_signal_handler(signal.SIGHUP, self.gateway.reload)
+        self._loop.add_signal_handler(signal.SIGHUP, self._reload)
         if self.gateway.settings.reload == "poll":
             self._poll = asyncio.create_task(self.gateway.watch_files(self._watched))
         url = f"http://{self.config.host}:{self.servers[0].sockets[0].getsockname()[1]}"
@@ -40,6 +41,10 @@ class _Server(uvicorn.Server):
         await super().main_loop()
         if self._poll is not None:
             self._poll.cancel()
+
+    def _reload(self) -> None:
+        assert self._loop is not None
+        self._reloading = self._loop.create_task(self.gateway.reload())  # a task nobody holds may be collected
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not remembered as uvicorn does, which raises it again at the end: a drained process exits with 0.

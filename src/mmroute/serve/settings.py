@@ -119,8 +119,8 @@ class Settings(BaseSettings):
     """`name` and options of a policy of `gate._policy`; `shadow: true` decides and logs, and acts as `shadow_acts`."""
     target_in_flight: int | None = Field(default=None, ge=1)
     """Most requests the target works on; beyond them the draft answers, reason `budget_cap`."""
-    gate: dict[str, Any] = {"name": "first_token"}
-    """What rates a local draft's session; `name` and options."""
+    rater: Path | None = None
+    """Folder that `mmroute train prp` wrote for a local draft; without it the draft's first token rates, untrained."""
     num_ratings: Literal[1, 2] = 2
     """Digits the draft writes: its own chance, and the target's."""
     peek_logprobs: bool = True

@@ -4,8 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mmroute.gate.base import Decision
-from mmroute.serve.peek import Rated
+from mmroute.gate.base import Decision, Rating
 
 __all__ = ["Turn"]
 
@@ -26,7 +25,7 @@ class Turn:
     model: str = ""
     reason: str = ""
     decision: Decision | None = None
-    rated: Rated | None = None
+    rated: Rating | None = None
     rating_s: float | None = None
     own: bool = False
     """Whether the request set its own budget or threshold."""

@@ -7,13 +7,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 
 from mmroute.errors import ConfigError, MmrouteError
+from mmroute.gate.base import Rating
 from mmroute.serve.breaker import Breaker
-from mmroute.serve.peek import Rated
 from mmroute.serve.schema import DONE, Asked
 from mmroute.serve.settings import Settings, UpstreamSettings
 from mmroute.serve.sse import Decoder, TooLong
@@ -112,7 +113,7 @@ class SessionReply(Reply):
     """What the run cost and kept; there when the last event has come."""
 
     @abstractmethod
-    async def rated(self) -> Rated | None:
+    async def rated(self) -> Rating | None:
         """The rating, when the prompt has been read.
 
         Raises:
@@ -128,8 +129,23 @@ class SessionUpstream(Upstream):
     """A model whose session can be rated and kept."""
 
     streams_only = True
-    artifact: str
-    """What rates, as headers and logs name it."""
+
+    @property
+    @abstractmethod
+    def artifact(self) -> str:
+        """What rates, as headers and logs name it."""
+
+    @abstractmethod
+    def first_threshold(self, budget: float) -> float | None:
+        """The threshold of a share for a policy's first decisions, if it is known from calibration."""
+
+    @abstractmethod
+    def load_rater(self, folder: Path | None) -> None:
+        """Rates by another artifact from the next request on.
+
+        Raises:
+            CheckpointMismatch: it is none, or belongs to another draft; the old one stays.
+        """
 
     @abstractmethod
     def start(self) -> None:

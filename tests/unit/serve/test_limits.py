@@ -152,7 +152,11 @@ class Net:
     async def handle(self, request):
         self.connected.append(request.url.host)
         status, headers, body = self.pages[request.headers["host"] + request.url.path]
-        return httpx2.Response(status, headers=headers, content=body)
+
+        async def pieces():
+            yield body
+
+        return httpx2.Response(status, headers=headers, content=pieces())
 
     def fetcher(self, domains=(), limits=None):
         transport = httpx2.MockTransport(self.handle)

@@ -13,9 +13,9 @@ from PIL import Image
 
 import mmroute
 from mmroute import hub, recipe
+from mmroute.gate.base import Rating
 from mmroute.serve.gateway import Gateway, build_app
 from mmroute.serve.local import SESSIONS, FirstToken, LocalUpstream
-from mmroute.serve.peek import Rated
 from mmroute.serve.settings import Settings, UpstreamSettings
 from mmroute.serve.upstreams import Fault
 
@@ -26,11 +26,14 @@ class Fixed:
     artifact = "fixed"
 
     def __init__(self, draft, target):
-        self.value, self.seen = Rated(draft, target), []
+        self.value, self.seen = Rating(target - draft, draft, target), []
 
     def rate(self, session, logits):
         self.seen.append(session.ids.shape[1])
         return self.value
+
+    def start(self, budget):
+        return None
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def test_a_kept_draft_reads_its_prompt_once_and_answers_as_if_ungated(models, sa
     async def run():
         plain, _ = await spoken(await models["draft"].open({"messages": as_openai(sample)}, True, "plain"))
         reply = models["draft"].begin({"messages": as_openai(sample)}, "gated", park=True)
-        assert await reply.rated() == Rated(1, 0)
+        assert await reply.rated() == Rating(-1, 1, 0)
         before = models["draft"].steps
         reply.resume()
         text, chunks = await spoken(reply)

@@ -1,7 +1,7 @@
 "use strict";
 // The page of one gateway: asks it as any OpenAI client does, and draws what its headers and /stats say.
 const $ = id => document.getElementById(id);
-let image = null, running = null, view = null, firstStats = true;
+let image = null, asked = null, running = null, view = null, firstStats = true;
 const picture = new Image();
 
 const headers = () => ($("key").value ? { authorization: `Bearer ${$("key").value}` } : {});
@@ -57,6 +57,7 @@ async function ask() {
   const parts = content();
   if (!parts.some(p => p.type === "text") || running) return;
   running = new AbortController();
+  asked = image;
   busy(true);
   reset();
   const began = performance.now();
@@ -169,7 +170,7 @@ function traced(told) {
   if (!view) return;
   $("layer").max = view.kept.length - 1;
   picture.onload = draw;
-  picture.src = view.image;
+  picture.src = asked;
 }
 $("layer").oninput = draw;
 function draw() {
@@ -179,20 +180,16 @@ function draw() {
   g.imageSmoothingEnabled = false;
   g.drawImage(picture, 0, 0, canvas.width, canvas.height);
   const w = canvas.width / columns, h = canvas.height / rows;
-  let ran = 0, all = 0;
-  view.tokens.forEach((token, i) => {
-    if (token.vision < 0) return;
-    all += 1;
-    if (kept.has(i)) { ran += 1; return; }
-    g.fillStyle = "rgba(14, 18, 26, .8)";
-    g.fillRect((token.vision % columns) * w, Math.floor(token.vision / columns) * h, w + .5, h + .5);
-  });
+  g.fillStyle = "rgba(14, 18, 26, .8)";
+  for (let patch = 0; patch < rows * columns; patch += 1) {
+    if (!kept.has(patch)) g.fillRect((patch % columns) * w, Math.floor(patch / columns) * h, w + .5, h + .5);
+  }
   $("layerout").textContent = `${layer} of ${view.kept.length - 1}`;
-  const said = `Layer ${layer} runs ${ran} of ${all} patches; the others are darkened.`;
+  const said = `Layer ${layer} runs ${kept.size} of ${rows * columns} patches; the others are darkened.`;
   canvas.setAttribute("aria-label", said);
   $("kept").textContent = said;
-  const last = view.kv.map(l => l[l.length - 1]), most = Math.max(...last);
-  $("kv").replaceChildren(...last.map((bytes, i) => {
+  const most = Math.max(...view.kv);
+  $("kv").replaceChildren(...view.kv.map((bytes, i) => {
     const row = document.createElement("div"), bar = document.createElement("i");
     bar.style.width = `${100 * bytes / most}%`;
     row.append(`layer ${i}`, bar, `${(bytes / 1024).toFixed(1)} KiB`);
