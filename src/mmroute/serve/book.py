@@ -90,8 +90,9 @@ class Book:
         self.wasted.inc(turn.wasted_tokens)
         if turn.outcome == "gone":
             self.gone.inc()
-        if turn.fallback_from:
-            self.fallback.labels(turn.fallback_from, turn.route, turn.reason).inc()
+        if turn.fallback is not None:
+            failed, how = turn.fallback
+            self.fallback.labels(failed, turn.route, how).inc()
         for kind, n in (("in", turn.tokens_in), ("out", turn.tokens_out)):
             if n is not None and turn.route:
                 self.tokens.labels(turn.route, kind).inc(n)

@@ -190,7 +190,7 @@ class _Exchange:
             self.turn.rated, self.turn.rating_s = rated, self.turn.elapsed
             decision = await decider.decide(rated, self.turn.request_id, asked.over)
             if reason is not None:
-                decision = Decision(decision.route, reason)
+                decision = Decision("target" if reason == "fallback" else decision.route, reason)
             target = self.gateway.upstreams["target"]
             full = self.settings.target_in_flight
             if decision.route == "target" and full is not None and target.in_flight >= full:
@@ -233,11 +233,13 @@ class _Exchange:
                     return await self._rate_call(asked), None, None
                 return *await self._rate_head(asked, opened), None
         except TimeoutError:
+            self.gateway.upstreams["draft"].breaker.bad()
             reason = "rater_timeout"
         except Fault as fault:
             if fault.ours or fault.status == 429:
                 raise
-            reason, self.turn.fallback_from = "fallback", "draft"
+            reason = "fallback"
+            self.turn.fallback = ("draft", fault.reason)
         except BaseException:
             for running in opened:
                 await running.aclose()
@@ -270,7 +272,11 @@ class _Exchange:
         running.hide_logprobs = not asked.body.get("logprobs")
         peek = Peek(self.settings.num_ratings)
         while peek.state == "open":
-            chunk = await running.chunk()
+            try:
+                chunk = await running.chunk()
+            except Fault as fault:
+                self._blame(running.upstream, fault)
+                raise
             if chunk is None:
                 break
             peek.feed(chunk)
@@ -290,34 +296,38 @@ class _Exchange:
 
     async def _answer(self, asked: Asked) -> None:
         route, running = await self._route(asked)
-        if running is None:
-            running = await self._open_or_fall_back(route, asked)
         try:
-            if running.whole is not None:
-                await self._pass_whole(running.whole, asked)
-            elif asked.stream:
-                await self._pass_events(running, asked)
-            else:
-                await self._pass_assembled(running, asked)
+            if running is None:
+                running = await self._open_answer(route, asked)
+            await self._pass(running, asked)
         except Fault as fault:
-            self._blame(running.upstream, fault)
-            raise
-        finally:
-            await running.aclose()
-
-    async def _open_or_fall_back(self, route: Route, asked: Asked) -> Running:
-        try:
-            return await self._open_answer(route, asked)
-        except Fault as fault:
-            other = _OTHER[route]
-            spare = self.gateway.upstreams[other]
-            refused = fault.ours or fault.status == 429 or self.forced or self.turn.fallback_from
-            if refused or spare.lacks(asked) is not None or not spare.breaker.available:
+            if running is not None:
+                self._blame(running.upstream, fault)
+                await running.aclose()
+            if not self._may_fall_back(route, fault, asked):
                 raise
-            self.turn.fallback_from = route
-            log.info("request %s: %s, so the %s answers", self.turn.request_id, fault, other)
-            self._chosen(other, "fallback")
-            return await self._open_answer(other, asked)
+            log.info("request %s: %s, so the %s answers", self.turn.request_id, fault, _OTHER[route])
+            self.turn.fallback = (route, fault.reason)
+            running = await self._open_answer(self._chosen(_OTHER[route], "fallback"), asked)
+            await self._pass(running, asked)
+        finally:
+            if running is not None:
+                await running.aclose()
+
+    def _may_fall_back(self, failed: Route, fault: Fault, asked: Asked) -> bool:
+        """Whether the other model may answer instead: the client has seen nothing, and would not be told the same."""
+        if self.client.started or self.forced or self.turn.fallback or fault.ours or fault.status == 429:
+            return False
+        spare = self.gateway.upstreams[_OTHER[failed]]
+        return spare.lacks(asked) is None and spare.breaker.available
+
+    async def _pass(self, running: Running, asked: Asked) -> None:
+        if running.whole is not None:
+            await self._pass_whole(running.whole, asked)
+        elif asked.stream:
+            await self._pass_events(running, asked)
+        else:
+            await self._pass_assembled(running, asked)
 
     async def _open_answer(self, route: Route, asked: Asked) -> Running:
         upstream = self.gateway.upstreams[route]

@@ -30,7 +30,8 @@ class Turn:
     own: bool = False
     """Whether the request set its own budget or threshold."""
     attempts: int = 0
-    fallback_from: str = ""
+    fallback: tuple[str, str] | None = None
+    """The model that failed, and how: `connect`, `timeout`, `status`, `broken`, `malformed` ..."""
     first_byte_s: float | None = None
     total_s: float | None = None
     status: int = 0
@@ -61,6 +62,7 @@ class Turn:
             "x-mmroute-reason": self.reason,
             "x-mmroute-attempts": str(self.attempts),
             "x-mmroute-artifact": self.artifact,
+            "x-mmroute-fallback": ": ".join(self.fallback or ()),
         }
         numbers = {
             "score": self.decision.score if self.decision else None,
@@ -98,7 +100,7 @@ class Turn:
             "time": self.at,
             **self.facts(),
             "own": self.own,
-            "fallback_from": self.fallback_from or None,
+            "fallback": self.fallback,
             "status": self.status,
             "outcome": self.outcome,
             "tokens_in": self.tokens_in,

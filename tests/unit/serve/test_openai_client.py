@@ -277,15 +277,15 @@ def test_the_target_takes_no_more_than_it_is_allowed():
 
 def test_a_budget_is_kept_over_many_requests():
     async def run():
-        async with rig(policy={"name": "budget", "budget": 0.3, "window": 64, "warmup": 8}) as r:
+        async with rig(policy={"name": "budget", "budget": 0.3, "window": 32, "warmup": 8}) as r:
             gate = asyncio.Semaphore(16)
 
             async def one(i):
                 async with gate:
                     return (await r.http.post("/v1/route", json=asking(f"q{i}"))).json()["route"]
 
-            routes = await asyncio.gather(*(one(i) for i in range(300)))
-            assert 0.24 <= routes.count("target") / 300 <= 0.36
+            routes = await asyncio.gather(*(one(i) for i in range(120)))
+            assert 0.2 <= routes.count("target") / 120 <= 0.4
 
     asyncio.run(run())
 
