@@ -25,22 +25,32 @@ QUICK = {
 }
 
 
+class Served(str):
+    """The base address of an application under uvicorn."""
+
+    server: uvicorn.Server
+
+    def stop(self) -> None:
+        """Begins to stop it, so that several stop at the same time."""
+        self.server.should_exit = True
+
+
 @contextlib.asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[str]:
-    """The application under uvicorn on loopback; its base address."""
-    sock = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    with contextlib.ExitStack() as stack:
+async def serving(app: Any) -> AsyncIterator[Served]:
+    """The application under uvicorn on loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # the test runner's handlers stay
         task = asyncio.create_task(server.serve([sock]))
-        stack.callback(sock.close)
         while not server.started:
             await asyncio.sleep(0.005)
+        served = Served(f"http://127.0.0.1:{sock.getsockname()[1]}")
+        served.server = server
         try:
-            yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+            yield served
         finally:
-            server.should_exit = True
+            served.stop()
             await task
 
 
@@ -52,6 +62,7 @@ class Rig:
     target: ScriptedUpstream
     client: openai.AsyncOpenAI
     http: httpx2.AsyncClient
+    upstream_urls: dict[str, str]
 
     @property
     def upstreams(self) -> dict[str, ScriptedUpstream]:
@@ -88,7 +99,11 @@ async def rig(
             httpx2.AsyncClient(base_url=url, timeout=20, trust_env=False) as http,
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
         ):
-            yield Rig(gateway, url, *servers, client, http)
+            try:
+                yield Rig(gateway, url, *servers, client, http, {"draft": one, "target": two})
+            finally:
+                for each in (one, two, url):
+                    each.stop()
 
 
 def asking(question: str, **rest: Any) -> dict[str, Any]:

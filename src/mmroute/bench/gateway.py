@@ -78,6 +78,10 @@ class Processes:
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.ports[name]}"
 
+    @property
+    def urls(self) -> dict[str, str]:
+        return {name: self.url(name) for name in self.ports}
+
     def start(self) -> None:
         for role in ("draft", "target"):
             self._run(role, "mmroute.bench.upstream", "--role", role, "--port", str(self.ports[role]))
@@ -138,8 +142,11 @@ def request_body(question: str, **rest: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------------- correctness under load
 
 
-async def load(processes: Processes, n: int, concurrency: int, seed: int) -> dict[str, Any]:
+async def load(urls: dict[str, str], n: int, concurrency: int, seed: int) -> dict[str, Any]:
     """Sends `n` requests, `concurrency` at a time, and looks at every answer.
+
+    Args:
+        urls: addresses of `gateway`, and of the scripted `draft` and `target` behind it.
 
     Returns:
         Counts by outcome; `lost`, `doubled`, `leaked`, `unshaped` and `left_running` must be 0.
@@ -148,7 +155,7 @@ async def load(processes: Processes, n: int, concurrency: int, seed: int) -> dic
     gate = asyncio.Semaphore(concurrency)
     limits = httpx.Limits(max_connections=None)
     began = time.monotonic()
-    async with httpx.AsyncClient(base_url=processes.url("gateway"), timeout=60, limits=limits, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=urls["gateway"], timeout=60, limits=limits, trust_env=False) as http:
 
         async def one(i: int) -> None:
             async with gate:
@@ -156,7 +163,7 @@ async def load(processes: Processes, n: int, concurrency: int, seed: int) -> dic
 
         await asyncio.gather(*(one(i) for i in range(n)))
         wall = time.monotonic() - began
-        left = await _left_running(processes)
+        left = await _left_running(urls)
         metrics = (await http.get("/metrics")).text
     accepted = sum(found[name] for name in ("whole", "error", "broken", "gone"))
     return {
@@ -237,13 +244,13 @@ async def _ask(http: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, str,
         return reply.status_code, route, text, None if done else "the stream ended without [DONE]"
 
 
-async def _left_running(processes: Processes) -> dict[str, dict[str, int]]:
+async def _left_running(urls: dict[str, str]) -> dict[str, dict[str, int]]:
     """Counts of both upstreams, a second after the last client has gone."""
     await asyncio.sleep(1)
     out = {}
     async with httpx.AsyncClient(trust_env=False) as http:
         for role in ("draft", "target"):
-            counts = (await http.get(processes.url(role) + "/counts")).json()
+            counts = (await http.get(urls[role] + "/counts")).json()
             out[role] = {k: v for k, v in counts.items() if k != "seen"}
     return out
 
@@ -251,13 +258,13 @@ async def _left_running(processes: Processes) -> dict[str, dict[str, int]]:
 # ---------------------------------------------------------------------- time
 
 
-async def latency(processes: Processes, rounds: int) -> dict[str, Any]:
+async def latency(urls: dict[str, str], rounds: int) -> dict[str, Any]:
     """Seconds of single requests, directly and through the gateway in turn; what the gateway adds, in milliseconds."""
     cases = {
-        "direct": (processes.url("target"), "target"),
-        "forced": (processes.url("gateway"), "target"),
-        "direct draft": (processes.url("draft"), "draft"),
-        "peek kept": (processes.url("gateway"), "auto-b0"),
+        "direct": (urls["target"], "target"),
+        "forced": (urls["gateway"], "target"),
+        "direct draft": (urls["draft"], "draft"),
+        "peek kept": (urls["gateway"], "auto-b0"),
     }
     out: dict[str, Any] = {}
     async with httpx.AsyncClient(timeout=60, trust_env=False) as http:
@@ -297,14 +304,14 @@ def _added(through: list[float], direct: list[float]) -> dict[str, float]:
     return {name: a[name] - b[name] for name in a}
 
 
-async def throughput(processes: Processes, n: int, concurrency: int) -> dict[str, Any]:
+async def throughput(urls: dict[str, str], n: int, concurrency: int) -> dict[str, Any]:
     """Requests a second at full concurrency: directly, through the gateway, and through nginx where there is one."""
     out: dict[str, Any] = {"n": n, "concurrency": concurrency}
-    async with _nginx(processes) as proxy:
+    async with _nginx(urls["target"]) as proxy:
         cases = {
-            "direct": (processes.url("target"), "target"),
-            "gateway": (processes.url("gateway"), "target"),
-            "gateway, peek": (processes.url("gateway"), "auto-b0"),
+            "direct": (urls["target"], "target"),
+            "gateway": (urls["gateway"], "target"),
+            "gateway, peek": (urls["gateway"], "auto-b0"),
             **({} if proxy is None else {"nginx": (proxy, "target")}),
         }
         for stream in (False, True):
@@ -333,31 +340,30 @@ async def _rate(url: str, model: str, stream: bool, n: int, concurrency: int) ->
 
 
 @contextlib.asynccontextmanager
-async def _nginx(processes: Processes) -> AsyncIterator[str | None]:
-    """A plain reverse proxy in front of the target; None where nginx is not installed."""
+async def _nginx(url: str) -> AsyncIterator[str | None]:
+    """A plain reverse proxy in front of one server; None where nginx is not installed."""
     binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if binary is None:
         yield None
         return
-    port, folder = free_port(), processes.folder / "nginx"
-    folder.mkdir()
-    paths = " ".join(
-        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (folder / "nginx.conf").write_text(
-        f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-        f"http {{ access_log off; {paths}\n"
-        f"upstream u {{ server 127.0.0.1:{processes.ports['target']}; keepalive 64; }}\n"
-        f"server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://u; proxy_http_version 1.1; "
-        'proxy_set_header Connection ""; proxy_buffering off; } } }\n'
-    )
-    process = subprocess.Popen([binary, "-p", str(folder), "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL)
-    try:
-        await asyncio.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(10)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = " ".join(f"{k}_temp_path {folder}/{k};" for k in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        file = Path(folder) / "nginx.conf"
+        file.write_text(
+            f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+            f"http {{ access_log off; {paths}\n"
+            f"upstream u {{ server {url.removeprefix('http://')}; keepalive 64; }}\n"
+            f"server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://u; proxy_http_version 1.1; "
+            'proxy_set_header Connection ""; proxy_buffering off; } } }\n'
+        )
+        process = subprocess.Popen([binary, "-p", folder, "-c", str(file)], stderr=subprocess.DEVNULL)
+        try:
+            await asyncio.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(10)
 
 
 def main(
@@ -371,9 +377,9 @@ def main(
     from mmroute.bench import schema
 
     with started() as processes:
-        under_load = asyncio.run(load(processes, n, concurrency, seed))
-        times = asyncio.run(latency(processes, rounds))
-        rates = asyncio.run(throughput(processes, min(n, 2000), 32))
+        under_load = asyncio.run(load(processes.urls, n, concurrency, seed))
+        times = asyncio.run(latency(processes.urls, rounds))
+        rates = asyncio.run(throughput(processes.urls, min(n, 2000), 32))
     result = {
         "schema": "gateway/1",
         "settings": SETTINGS,

@@ -153,6 +153,9 @@ class ScriptedUpstream:
             await asyncio.sleep(script.gap_s * len(events))
             if script.cut_after is not None:
                 raise ConnectionAbortedError
+            if script.malformed_after is not None or script.error_after is not None:
+                await _whole(send, 200, {"error": "scripted"} if script.malformed_after is None else "half a body")
+                return
             await self._json(body, events, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,6 @@ from typing import Annotated, Any
 import typer
 
 __all__ = ["replay", "serve"]
-
-log = logging.getLogger(__name__)
 
 _NEEDS = {"starlette": "starlette", "uvicorn": "uvicorn", "httpx2": "httpx2"}
 _NEEDS |= {"prometheus_client": "prometheus-client", "pydantic_settings": "pydantic-settings"}
@@ -60,11 +57,11 @@ def serve(
     from mmroute.serve.run import serve as run  # what is wrong in the settings is said before torch is imported
 
     if settings.draft.url is None and settings.draft.model == settings.target.model:
-        log.info(
-            "draft and target are the same model %r, the draft routed by the recipe %r: the target is not larger, and "
-            "nothing is trained to rate; give --draft and --target for a pair that differs",
-            settings.draft.model,
-            settings.draft.recipe,
+        typer.echo(
+            f"draft and target are the same model {settings.draft.model!r}, the draft routed by the recipe "
+            f"{settings.draft.recipe!r}: the target is not larger, and nothing is trained to rate; give --draft and "
+            "--target for a pair that differs",
+            err=True,
         )
     run(settings, read, [path for path in (config, settings.api_keys_file) if path is not None])
 

@@ -100,8 +100,10 @@ class Book:
         if turn.route:
             shown = {"time": turn.at, **turn.facts(), "outcome": turn.outcome, "total_ms": 1000 * turn.total_s}
             shown["first_byte_ms"] = None if turn.first_byte_s is None else 1000 * turn.first_byte_s
-            self.recent.append({**shown, "cost": dict(self.spent), "share": self.target_share()})
-            self.share.set(self.target_share() or 0.0)
+            self.recent.append(shown)
+            share = self.target_share()
+            shown |= {"cost": dict(self.spent), "share": share}
+            self.share.set(share or 0.0)
         if self.log is not None:
             self.log.write(turn.line())
 

@@ -71,7 +71,7 @@ class Turn:
             "target-rating": self.rated.target if self.rated else None,
             "rating-ms": None if self.rating_s is None else 1000 * self.rating_s,
         }
-        out.update({f"x-mmroute-{k}": f"{v:.4f}" for k, v in numbers.items() if v is not None})
+        out.update({f"x-mmroute-{k}": f"{v:.6g}" for k, v in numbers.items() if v is not None})
         return {k: v for k, v in out.items() if v}
 
     def facts(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def test_flags_settings_and_files_come_together(run, started, tmp_path):
     )  # fmt: skip
     assert (code, out, err) == (0, "", "")
     ((settings, again, watched),) = started
-    assert settings == again
+    assert settings.model_dump() == again.model_dump()
     assert (settings.draft.model, settings.draft.vision, settings.target.name) == ("a", False, "b/c")
     assert settings.policy == {"name": "budget", "budget": 0.3, "window": 64}
     assert (settings.port, settings.drain_s, settings.limits.queue) == (0, 9, 1)

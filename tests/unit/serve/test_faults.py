@@ -1,7 +1,9 @@
 """Whatever an upstream does wrong, the client gets one whole answer or one OpenAI-shaped error, and nothing runs on."""
 
 import asyncio
+import itertools
 import json
+import re
 
 import openai
 import pytest
@@ -25,23 +27,21 @@ async def events_of(http, body):
 
 
 @pytest.mark.parametrize("role", ["draft", "target"])
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
-def test_what_may_pass_is_tried_again_and_answered_once(role, stream, status):
+def test_what_may_pass_is_tried_again_and_answered_once(role):
     async def run():
         async with rig(KEEP if role == "draft" else SEND) as r:
-            script = {role: {"fail": status, "times": 2, "retry_after": 0 if status == 429 else None}}
-            raw = await r.client.chat.completions.with_raw_response.create(
-                **asking("?"), stream=stream, **scripted(**script)
-            )
-            answer = raw.parse()
-            if stream:
-                text = "".join([c.choices[0].delta.content or "" async for c in answer])
-            else:
-                text = answer.choices[0].message.content
-            assert text == expected_answer(role, "?")
-            assert raw.headers["x-mmroute-reason"] == "rating"
-            assert r.upstreams[role].counts.failed == 2
+            for n, (stream, status) in enumerate(itertools.product((False, True), (408, 429, 502, 503, 504)), 1):
+                wait = 0 if status == 429 else None
+                script = scripted(**{role: {"fail": status, "times": 2, "retry_after": wait}})
+                raw = await r.client.chat.completions.with_raw_response.create(**asking("?"), stream=stream, **script)
+                answer = raw.parse()
+                if stream:
+                    text = "".join([c.choices[0].delta.content or "" async for c in answer])
+                else:
+                    text = answer.choices[0].message.content
+                assert text == expected_answer(role, "?")
+                assert raw.headers["x-mmroute-reason"] == "rating"
+                assert r.upstreams[role].counts.failed == 2 * n
             await r.idle()
 
     asyncio.run(run())
@@ -63,9 +63,9 @@ def test_a_model_that_stays_down_is_replaced_and_the_reason_said(role, other):
                 )
             assert forced.value.status_code == 503
             metrics = (await r.http.get("/metrics")).text
-            # The target was not asked for a stream: dying before its answer is its server's 500.
-            for how, count in {"draft": {"status": 2.0, "broken": 1.0}, "target": {"status": 3.0}}[role].items():
-                assert f'mmroute_fallback_total{{from="{role}",reason="{how}",to="{other}"}} {count}' in metrics
+            counted = re.findall(f'mmroute_fallback_total{{from="{role}",reason="(\\w+)",to="{other}"}} (.*)', metrics)
+            assert sum(float(count) for _, count in counted) == 3
+            assert dict(counted)["status"] in ("2.0", "3.0")  # a server that dies before its headers may say 500
             await r.idle()
 
     asyncio.run(run())
@@ -132,73 +132,71 @@ def test_a_model_that_hangs_is_timed_out_and_another_asked():
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("rating", ["", "no idea\n", "9\n", "9x\n", "\n", "90 ", "90"], ids=repr)
 @pytest.mark.parametrize("on_unrated", ["draft", "target"])
-def test_a_head_that_is_no_rating_leaves_the_query_unrated(rating, on_unrated):
+def test_a_head_that_is_no_rating_leaves_the_query_unrated(on_unrated):
     async def run():
-        async with rig(Script(rating=rating), on_unrated=on_unrated) as r:
-            raw = await r.client.chat.completions.with_raw_response.create(**asking("?"))
-            assert (raw.headers["x-mmroute-route"], raw.headers["x-mmroute-reason"]) == (on_unrated, "unrated")
-            text = raw.parse().choices[0].message.content
-            assert text.endswith(expected_answer(on_unrated, "?"))
-            assert not text.startswith("9")
+        async with rig(on_unrated=on_unrated) as r:
+            for rating in ("", "no idea\n", "9\n", "9x\n", "\n", "90 ", "90"):
+                script = scripted(draft={"rating": rating})
+                raw = await r.client.chat.completions.with_raw_response.create(**asking("?"), **script)
+                assert (raw.headers["x-mmroute-route"], raw.headers["x-mmroute-reason"]) == (on_unrated, "unrated")
+                text = raw.parse().choices[0].message.content
+                assert text.endswith(expected_answer(on_unrated, "?"))
+                assert not text.startswith("9")
             await r.idle()
 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"split": 1},
-        {"split": 7},
-        {"rating_split": False},
-        {"field": "reasoning_content"},
-        {"no_logprobs": True},
-        {"rating": " 90\n"},
-    ],
-    ids=str,
+WAYS = (
+    {"split": 1},
+    {"split": 7},
+    {"rating_split": False},
+    {"field": "reasoning_content"},
+    {"no_logprobs": True},
+    {"rating": " 90\n"},
 )
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_rating_is_read_and_taken_out_however_it_comes(how, stream):
+def test_a_rating_is_read_and_taken_out_however_it_comes(stream):
     async def run():
         async with rig(KEEP) as r:
-            raw = await r.client.chat.completions.with_raw_response.create(
-                **asking("?"), stream=stream, **scripted(draft=how)
-            )
-            answer = raw.parse()
-            assert raw.headers["x-mmroute-reason"] == "rating"
-            if stream:
-                deltas = [c.choices[0].delta async for c in answer]
-                text = "".join(d.content or "" for d in deltas)
-                assert not any(getattr(d, "reasoning_content", None) for d in deltas)
-            else:
-                text = answer.choices[0].message.content
-                assert not getattr(answer.choices[0].message, "reasoning_content", None)
-            assert text == expected_answer("draft", "?")
+            for how in WAYS:
+                script = scripted(draft=how)
+                raw = await r.client.chat.completions.with_raw_response.create(**asking("?"), stream=stream, **script)
+                answer = raw.parse()
+                assert raw.headers["x-mmroute-reason"] == "rating", how
+                said = [c.choices[0].delta async for c in answer] if stream else [answer.choices[0].message]
+                assert not any(getattr(d, "reasoning_content", None) for d in said), how
+                assert "".join(d.content or "" for d in said) == expected_answer("draft", "?"), how
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("role", ["draft", "target"])
-@pytest.mark.parametrize("fault", [{"cut_after": 7}, {"malformed_after": 7}, {"error_after": 7}], ids=str)
-def test_a_stream_that_breaks_ends_with_an_error_event_and_no_done(role, fault):
+def test_a_stream_that_breaks_ends_with_an_error_event_and_no_done(role):
     async def run():
-        async with rig(KEEP if role == "draft" else SEND) as r:
-            body = asking("?", script={role: {**fault, "tokens": 12}})
-            *pieces, last = await events_of(r.http, body)
-            assert json.loads(last)["error"]["type"] == "server_error"
-            text = "".join(json.loads(p)["choices"][0]["delta"].get("content", "") for p in pieces)
-            assert text
-            assert expected_answer(role, "?", 12).startswith(text)
-            script = body["script"]
-            stream = await r.client.chat.completions.create(**asking("?"), stream=True, extra_body={"script": script})
-            with pytest.raises(openai.APIError):
-                _ = [c async for c in stream]
-            with pytest.raises(openai.APIStatusError):  # not streamed: nothing has been sent, so it is a status
-                await r.client.chat.completions.create(
-                    **{**asking("?"), "model": role}, extra_body={"script": {role: fault}}
+        async with rig(KEEP if role == "draft" else SEND, circuit={"failures": 100}) as r:
+            for fault in ({"cut_after": 7}, {"malformed_after": 7}, {"error_after": 7}):
+                script = {role: {**fault, "tokens": 12}}
+                *pieces, last = await events_of(r.http, asking("?", script=script))
+                assert json.loads(last)["error"]["type"] == "server_error", fault
+                text = "".join(json.loads(p)["choices"][0]["delta"].get("content", "") for p in pieces)
+                assert text
+                assert expected_answer(role, "?", 12).startswith(text)
+                stream = await r.client.chat.completions.create(
+                    **asking("?"), stream=True, extra_body={"script": script}
                 )
+                with pytest.raises(openai.APIError):
+                    _ = [c async for c in stream]
+                with pytest.raises(openai.APIStatusError):  # not streamed: nothing has been sent, so it is a status
+                    await r.client.chat.completions.create(
+                        **{**asking("?"), "model": role}, extra_body={"script": script}
+                    )
+                whole = await r.client.chat.completions.create(**asking("?"), extra_body={"script": script})
+                other = "target" if role == "draft" else "draft"  # nor has it here: the other one answers
+                assert whole.choices[0].message.content == expected_answer(other, "?")
             await r.idle()
 
     asyncio.run(run())

@@ -123,7 +123,7 @@ class TestInABrowser:
         right = shown.value("document.getElementById('question').dataset.answer")
         assert shown.text("text").endswith(right)
         assert shown.text("badge").split(":")[0] in ("draft", "target")
-        assert "threshold" in shown.text("numbers") or "window is filling" in shown.text("numbers")
+        assert "threshold" in shown.text("numbers")
         assert re.fullmatch(r"\d+ %", shown.text("draftrating"))
         assert "runs 100 of 100 patches" in shown.text("kept")
         shown.value("document.getElementById('layer').focus()")

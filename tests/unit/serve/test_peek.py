@@ -31,7 +31,7 @@ def through(chunks, num_ratings=2):
     return peek, text, seen
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 40), max_size=6), st.sampled_from(["content", "reasoning_content"]))
 def test_a_rated_answer_is_the_text_behind_the_rating(answer, cuts, name):
     peek, text, seen = through(chunked("73\n" + answer, cuts, name))
@@ -41,7 +41,7 @@ def test_a_rated_answer_is_the_text_behind_the_rating(answer, cuts, name):
     assert any(c["choices"][0].get("finish_reason") for c in seen)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 40), max_size=6), st.sampled_from([1, 2]))
 def test_a_head_that_is_no_rating_loses_only_what_began_like_one(answer, cuts, n):
     peek, text, _ = through(chunked(answer, cuts), n)

@@ -6,7 +6,7 @@ const picture = new Image();
 
 const headers = () => ($("key").value ? { authorization: `Bearer ${$("key").value}` } : {});
 const percent = x => (x === null || x === undefined ? "-" : `${Math.round(100 * x)} %`);
-const short = x => (x === null || x === undefined ? "-" : (+x).toFixed(2));
+const short = x => (x === null || x === undefined ? "-" : x && Math.abs(x) < .01 ? (+x).toExponential(1) : (+x).toFixed(2));
 
 // ---- the picture
 
@@ -146,7 +146,8 @@ function decide(h) {
   $("badge").className = `badge ${route}`;
   $("badge").textContent = `${route}: ${get("model")}`;
   const why = REASONS[reason] ?? reason;
-  $("why").textContent = typeof why === "string" ? why : why[route];
+  const drawn = reason === "rating" && get("threshold") === null;
+  $("why").textContent = drawn ? `No threshold is in use yet, or the budget is all or nothing: the ${route} answers.` : typeof why === "string" ? why : why[route];
   for (const role of ["draft", "target"]) {
     const value = get(`${role}-rating`);
     $(`${role}bar`).style.width = value === null ? "0" : `${100 * value}%`;
@@ -159,7 +160,7 @@ function decide(h) {
   if (score !== null) $("score").style.left = place(score);
   if (tau !== null) $("tau").style.left = place(tau);
   $("numbers").textContent = score === null ? `policy ${get("policy")}` :
-    `score ${short(score)} against ${tau === null ? "no threshold yet (the window is filling)" : `threshold ${short(tau)}`} · policy ${get("policy")} · rated in ${Math.round(get("rating-ms"))} ms by ${get("artifact")}`;
+    `score ${short(score)} against ${tau === null ? "no threshold" : `threshold ${short(tau)}`} · policy ${get("policy")} · rated in ${Math.round(get("rating-ms"))} ms by ${get("artifact")}`;
 }
 
 // ---- the trace of tokens kept
