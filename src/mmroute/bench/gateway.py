@@ -13,6 +13,8 @@ and through nginx where that is installed. Only differences and ratios of one ru
 import asyncio
 import contextlib
 import json
+import os
+import platform
 import random
 import shutil
 import socket
@@ -377,7 +379,11 @@ def main(
     from mmroute.bench import schema
 
     with started() as processes:
+        asyncio.run(load(processes.urls, n // 10, concurrency, seed + 1))  # pools and caches are full by then
+        before = resident_mib(processes.running["gateway"].pid)
         under_load = asyncio.run(load(processes.urls, n, concurrency, seed))
+        after = resident_mib(processes.running["gateway"].pid)
+    with started({"timeouts": {}}) as processes:  # the short ones above are for faults; a busy machine is not one
         times = asyncio.run(latency(processes.urls, rounds))
         rates = asyncio.run(throughput(processes.urls, min(n, 2000), 32))
     result = {
@@ -386,6 +392,7 @@ def main(
         "machine": _machine(),
         **dict(zip(("commit", "dirty"), schema.commit_of_source(), strict=True)),
         "load": under_load,
+        "resident_mib": {"before": before, "after": after},
         "latency": times,
         "throughput": rates,
     }
@@ -403,10 +410,16 @@ def main(
         raise typer.Exit(1)
 
 
-def _machine() -> dict[str, Any]:
-    import os
-    import platform
+def resident_mib(pid: int) -> float | None:
+    """Resident memory of a process; None where /proc does not say."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
 
+
+def _machine() -> dict[str, Any]:
     return {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}
 
 

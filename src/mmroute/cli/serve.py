@@ -1,6 +1,5 @@
 """`mmroute serve`: the gateway; `mmroute replay`: another policy over its log."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,17 +8,6 @@ from typing import Annotated, Any
 import typer
 
 __all__ = ["replay", "serve"]
-
-_NEEDS = {"starlette": "starlette", "uvicorn": "uvicorn", "httpx2": "httpx2"}
-_NEEDS |= {"prometheus_client": "prometheus-client", "pydantic_settings": "pydantic-settings"}
-
-
-def _check_extra() -> None:
-    from mmroute.errors import MissingExtra
-
-    for module, package in _NEEDS.items():
-        if importlib.util.find_spec(module) is None:
-            raise MissingExtra("serve", package, "serve")
 
 
 def serve(
@@ -33,7 +21,6 @@ def serve(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Setting, e.g. limits.images=4; repeatable.")] = None,
 ) -> None:
     """Serve a draft and a target as one OpenAI-compatible model, with a page to look at it."""
-    _check_extra()
     from mmroute.config import overrides
     from mmroute.serve import settings as settings_
 
@@ -75,7 +62,6 @@ def replay(
     json_: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Run another policy over the ratings of a replay log: what it would have done, on real traffic."""
-    _check_extra()
     from mmroute.config import overrides
     from mmroute.errors import ConfigError
     from mmroute.gate._policy import policy

@@ -51,8 +51,8 @@ class Chat:
             await _refuse(client, turn, error)
             return
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"] if k.startswith(b"x-mmroute-")}
-        exchange = _Exchange(gateway, turn, client)
-        work = asyncio.create_task(exchange.run(body, headers, self.decides_only))
+        exchange = _Exchange(gateway, turn, client, self.decides_only)
+        work = asyncio.create_task(exchange.run(body, headers))
         gateway.tasks.add(work)
         try:
             await race(work, receive)
@@ -82,13 +82,13 @@ def _as_error(fault: Fault) -> ApiError:
 class _Exchange:
     """The life of one admitted request."""
 
-    def __init__(self, gateway: "Gateway", turn: Turn, client: Client) -> None:
-        self.gateway, self.turn, self.client = gateway, turn, client
+    def __init__(self, gateway: "Gateway", turn: Turn, client: Client, decides_only: bool) -> None:
+        self.gateway, self.turn, self.client, self.decides_only = gateway, turn, client, decides_only
         self.settings = gateway.settings
         self.live = gateway.live  # one policy from end to end, whatever is reloaded meanwhile
         self.forced = False
 
-    async def run(self, raw: bytes, headers: dict[str, str], decides_only: bool) -> None:
+    async def run(self, raw: bytes, headers: dict[str, str]) -> None:
         turn = self.turn
         turn.policy, turn.artifact = self.live.decider.name, self.live.artifact
         try:
@@ -96,22 +96,29 @@ class _Exchange:
                 asked = schema.parse(raw, self.settings.limits, self.gateway.served, headers)
                 self._remember(asked)
                 await self._admit_images(asked)
-                await (self._decide_only(asked) if decides_only else self._answer(asked))
+                await (self._decide_only(asked) if self.decides_only else self._answer(asked))
         except asyncio.CancelledError:
             if not self.gateway.expired:
                 turn.outcome, turn.status = "gone", 499
                 raise
-            await _refuse(self.client, turn, ApiError(503, "the gateway is shutting down", code="draining"))
+            await self._fail(ApiError(503, "the gateway is shutting down", code="draining"))
         except ApiError as error:
-            await _refuse(self.client, turn, error)
+            await self._fail(error)
         except Fault as fault:
-            await _refuse(self.client, turn, _as_error(fault))
+            await self._fail(_as_error(fault))
         except TimeoutError:
             seconds = self.settings.timeouts.total_s
-            await _refuse(self.client, turn, ApiError(504, f"no whole answer in {seconds:g} s", code="timeout"))
+            await self._fail(ApiError(504, f"no whole answer in {seconds:g} s", code="timeout"))
         except Exception:  # the process' boundary: one request's fault is not the others'
             log.exception("request %s failed", turn.request_id)
-            await _refuse(self.client, turn, ApiError(500, "the gateway failed; its log says why", code="internal"))
+            await self._fail(ApiError(500, "the gateway failed; its log says why", code="internal"))
+
+    async def _fail(self, error: ApiError) -> None:
+        """Written down, then sent: who has seen the error finds it in the log."""
+        self.turn.status = error.status
+        if not self.decides_only:
+            self.gateway.book.close(self.turn)
+        await _refuse(self.client, self.turn, error)
 
     def _remember(self, asked: Asked) -> None:
         kept = self.settings.replay_content

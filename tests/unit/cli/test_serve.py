@@ -74,6 +74,8 @@ def test_what_is_wrong_is_one_line_and_2(run, started, arguments, words):
 def test_a_missing_extra_is_named(run, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "uvicorn" else found(name, *a))
+    for name in [n for n in sys.modules if n == "mmroute.serve" or n.startswith("mmroute.serve.")]:
+        monkeypatch.delitem(sys.modules, name)
     code, _, err = run("serve")
     assert code == 1
     assert 'pip install "mmroute[serve]"' in err

@@ -10,6 +10,8 @@ import pytest
 from gateways import asking, rig
 
 from mmroute.bench.upstream import Script, expected_answer
+from mmroute.serve.breaker import Breaker
+from mmroute.serve.settings import Circuit
 
 KEEP, SEND = Script(rating="90\n"), Script(rating="09\n")
 
@@ -31,6 +33,7 @@ def test_what_may_pass_is_tried_again_and_answered_once(role):
     async def run():
         async with rig(KEEP if role == "draft" else SEND) as r:
             for n, (stream, status) in enumerate(itertools.product((False, True), (408, 429, 502, 503, 504)), 1):
+                r.gateway.upstreams[role].breaker = Breaker(Circuit())  # two of three calls fail: it would open
                 wait = 0 if status == 429 else None
                 script = scripted(**{role: {"fail": status, "times": 2, "retry_after": wait}})
                 raw = await r.client.chat.completions.with_raw_response.create(**asking("?"), stream=stream, **script)

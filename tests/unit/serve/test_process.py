@@ -34,16 +34,25 @@ def test_the_committed_command_runs_and_finds_nothing_wrong(tmp_path):
     assert result["throughput"]["json"].keys() >= {"direct", "gateway", "gateway, peek"}
 
 
+async def in_flight(http, n):
+    """Waits until so many requests are being answered."""
+    async with asyncio.timeout(60):
+        while (await http.get("/stats")).json()["in_flight"] < n:
+            await asyncio.sleep(0.02)
+
+
 def test_sigterm_finishes_what_streams_and_refuses_the_rest(tmp_path):
     async def run(processes):
         pid = processes.running["gateway"].pid
         async with httpx.AsyncClient(base_url=processes.url("gateway"), timeout=60, trust_env=False) as http:
-            slow = {"script": {role: {"gap_s": 0.1, "tokens": 30} for role in ("draft", "target")}}
+            slow = {"script": {role: {"gap_s": 0.1, "tokens": 60} for role in ("draft", "target")}}
             running = [asyncio.create_task(bench._ask(http, body(f"s{i}", stream=True, **slow))) for i in range(24)]
             running += [asyncio.create_task(bench._ask(http, body(f"j{i}", **slow))) for i in range(24)]
-            await asyncio.sleep(1.5)
+            await in_flight(http, 48)
             os.kill(pid, signal.SIGTERM)
-            await asyncio.sleep(0.3)
+            while (await http.get("/ready")).status_code == 200:
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.2)
             late = await http.post("/v1/chat/completions", json=body("late"))
             assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
             assert late.headers["retry-after"]
@@ -53,9 +62,9 @@ def test_sigterm_finishes_what_streams_and_refuses_the_rest(tmp_path):
                 await asyncio.gather(*running), [f"{k}{i}" for k in "sj" for i in range(24)], strict=True
             ):
                 assert (status, error) == (200, None)
-                assert text == bench.expected_answer(route, name, 30)
+                assert text == bench.expected_answer(route, name, 60)
 
-    with bench.started({"replay_log": str(tmp_path / "replay.jsonl")}) as processes:
+    with bench.started({"replay_log": str(tmp_path / "replay.jsonl"), "timeouts": {"rating_s": 30}}) as processes:
         asyncio.run(run(processes))
         assert processes.running["gateway"].wait(20) == 0
     assert sum(r["outcome"] == "ok" for r in read_log(tmp_path / "replay.jsonl")) == 48
@@ -66,6 +75,7 @@ def test_what_outlives_the_drain_gets_an_error_event():
         async with httpx.AsyncClient(base_url=processes.url("gateway"), timeout=60, trust_env=False) as http:
             slow = body("x", stream=True, script={r: {"gap_s": 0.2, "tokens": 500} for r in ("draft", "target")})
             running = asyncio.create_task(bench._ask(http, slow))
+            await in_flight(http, 1)
             await asyncio.sleep(1)
             processes.running["gateway"].terminate()
             status, _, text, error = await running
@@ -97,10 +107,10 @@ def test_sigkill_loses_no_line_of_an_answer_a_client_has_seen(tmp_path):
                     seen.append(f"id{i}")
 
             tasks = []
-            for i in range(400):
+            for i in range(1000):
                 tasks.append(asyncio.create_task(one(i)))
-                await asyncio.sleep(0.004)
-                if len(seen) > 60:
+                await asyncio.sleep(0.02)
+                if len(seen) > 60 and len(tasks) > len(seen):  # some are still running
                     break
             processes.running["gateway"].kill()
             await asyncio.gather(*tasks)
