@@ -45,10 +45,10 @@ def test_sigterm_finishes_what_streams_and_refuses_the_rest(tmp_path):
     async def run(processes):
         pid = processes.running["gateway"].pid
         async with httpx.AsyncClient(base_url=processes.url("gateway"), timeout=60, trust_env=False) as http:
-            slow = {"script": {role: {"gap_s": 0.1, "tokens": 60} for role in ("draft", "target")}}
-            running = [asyncio.create_task(bench._ask(http, body(f"s{i}", stream=True, **slow))) for i in range(24)]
-            running += [asyncio.create_task(bench._ask(http, body(f"j{i}", **slow))) for i in range(24)]
-            await in_flight(http, 48)
+            slow = {"script": {role: {"gap_s": 1.0, "tokens": 8} for role in ("draft", "target")}}
+            running = [asyncio.create_task(bench._ask(http, body(f"s{i}", stream=True, **slow))) for i in range(12)]
+            running += [asyncio.create_task(bench._ask(http, body(f"j{i}", **slow))) for i in range(12)]
+            await in_flight(http, 24)
             os.kill(pid, signal.SIGTERM)
             while (await http.get("/ready")).status_code == 200:
                 await asyncio.sleep(0.02)
@@ -59,15 +59,15 @@ def test_sigterm_finishes_what_streams_and_refuses_the_rest(tmp_path):
             assert (await http.get("/ready")).status_code == 503
             assert (await http.get("/health")).status_code == 200
             for (status, route, text, error), name in zip(
-                await asyncio.gather(*running), [f"{k}{i}" for k in "sj" for i in range(24)], strict=True
+                await asyncio.gather(*running), [f"{k}{i}" for k in "sj" for i in range(12)], strict=True
             ):
                 assert (status, error) == (200, None)
-                assert text == bench.expected_answer(route, name, 60)
+                assert text == bench.expected_answer(route, name, 8)
 
     with bench.started({"replay_log": str(tmp_path / "replay.jsonl"), "timeouts": {"rating_s": 30}}) as processes:
         asyncio.run(run(processes))
         assert processes.running["gateway"].wait(20) == 0
-    assert sum(r["outcome"] == "ok" for r in read_log(tmp_path / "replay.jsonl")) == 48
+    assert sum(r["outcome"] == "ok" for r in read_log(tmp_path / "replay.jsonl")) == 24
 
 
 def test_what_outlives_the_drain_gets_an_error_event():
