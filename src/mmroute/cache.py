@@ -321,7 +321,6 @@ class RaggedCache(Cache):
         ended = closing if closing is not None else [self.hop] * B
         if len(ended) != B:
             raise ConfigError(f"closing has {len(ended)} rows, the cache {B}; give one hop per row, -1 for none")
-        before = self.lengths()
         stays: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers):
             if layer.n is not None and any(layer.n):
@@ -329,6 +328,22 @@ class RaggedCache(Cache):
                 rows = torch.tensor(ended, device=slots.position.device)
                 mask = pruner.close(slots, rows, i) | slots.protected | (rows < 0)[:, None]
                 stays[i] = mask & slots.valid
+        self._compact(stays, ended)
+
+    def trim(self, pruner: Pruner) -> None:
+        """Cuts layers that hold more of a row than the pruner's `cap` down to it. One device read if there are any."""
+        assert pruner.cap is not None
+        over = [i for i, layer in enumerate(self.layers) if layer.n and max(layer.n) > pruner.cap]
+        stays = {}
+        for i in over:
+            slots = self.slots(i)
+            few = (slots.valid.sum(1) <= pruner.cap)[:, None]
+            stays[i] = (pruner.trim(slots, i) | few) & slots.valid
+        if stays:
+            self._compact(stays, [-1] * self.batch_size)
+
+    def _compact(self, stays: dict[int, Tensor], ended: list[int]) -> None:
+        before = self.lengths()
         if stays:
             device = next(iter(stays.values())).device
             counts = torch.stack([mask.sum(1).to(device) for mask in stays.values()]).tolist()

@@ -9,7 +9,7 @@ from mmroute.bench import schema, table
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "results").rglob("*.json"))
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
-READERS = {"result/1": schema.read_result, "engine/1": schema.read_engine}
+READERS = {"result/1": schema.read_result, "engine/1": schema.read_engine, "gpu/1": schema.read_gpu}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -117,8 +117,8 @@ CASES = (
 )
 
 
-def build(stack: Stack, device: str) -> Any:
-    """A stock model of these sizes with random weights, the same at every call."""
+def build(stack: Stack, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A stock model of these sizes with random weights, the same at every call; made where it will live."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     half = stack.hidden // stack.heads // 2
@@ -147,7 +147,9 @@ def build(stack: Stack, device: str) -> Any:
     }
     torch.manual_seed(0)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, **ids)
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").float().eval().to(device)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return model.eval()
 
 
 def prompt(case: Case, device: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The result files: `result/1` of an evaluation, `engine/1` of the engine benchmark. Plain data, read strictly.
+"""The result files: `result/1` of an evaluation, `engine/1` and `gpu/1` of the engine. Plain data, read strictly.
 
 A file is written beside and renamed, never edited afterwards. Reading one with an unknown field, or without a required
 one, fails: a table must not be made of numbers whose meaning has drifted.
@@ -9,10 +9,10 @@ import json
 import os
 import platform
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mmroute import __version__
 from mmroute.config import options, parse, resolved
 from mmroute.errors import InputError
 
@@ -20,6 +20,7 @@ __all__ = [
     "Baseline",
     "Cost",
     "EngineResult",
+    "GpuResult",
     "Machine",
     "Method",
     "Model",
@@ -30,10 +31,12 @@ __all__ = [
     "Summary",
     "Task",
     "Time",
+    "Timed",
     "commit_of_source",
     "kind_of",
     "machine_here",
     "read_engine",
+    "read_gpu",
     "read_result",
     "run_here",
     "write_json",
@@ -220,6 +223,46 @@ class EngineResult:
 
 
 @options
+class Timed:
+    """One part of a run, in the same rounds as the stock model's."""
+
+    time_s: Numbers
+    stock_time_s: Numbers
+    ratio: Numbers
+    """Of paired rounds, routed over stock: median, p10, p90, min, max, n."""
+
+
+@options
+class GpuResult:
+    """One case and keep rate of the benchmark on a GPU: a context in several hops, then some tokens."""
+
+    run: Run
+    machine: Machine
+    case: str
+    setting: dict[str, Any]
+    """Sizes, context, batch, hops, keep rates."""
+    prefill: Timed
+    """All hops."""
+    decode: Timed
+    """Per token after them."""
+    one_call_ratio: Numbers | None
+    """Prefill over that of the stock model given the whole context in one call, which is faster than hop by hop."""
+    prefill_flop_ratio: float
+    decode_flop_ratio: float
+    realised_saving: float | None
+    """Of `prefill`."""
+    kv_bytes: int
+    """Live bytes after the last hop, walked."""
+    kv_bytes_estimate: int
+    stock_kv_bytes: int
+    peak_memory_bytes: int | None
+    """Over the weights and what else was allocated before; None off the GPU."""
+    stock_peak_memory_bytes: int | None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    schema: Literal["gpu/1"] = "gpu/1"
+
+
+@options
 class Ratios:
     """This recipe over the baseline."""
 
@@ -277,7 +320,7 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-def write_result(path: Path, result: Result | EngineResult) -> None:
+def write_result(path: Path, result: Result | EngineResult | GpuResult) -> None:
     """Writes a result file whole or not at all."""
     write_json(path, resolved(result))
 
@@ -295,6 +338,11 @@ def read_result(path: Path) -> Result:
 def read_engine(path: Path) -> EngineResult:
     """An engine benchmark's result file; errors as in `read_result`."""
     return _read(path, EngineResult, "engine/1")
+
+
+def read_gpu(path: Path) -> GpuResult:
+    """The GPU benchmark's result file; errors as in `read_result`."""
+    return _read(path, GpuResult, "gpu/1")
 
 
 def kind_of(path: Path) -> str:
@@ -341,9 +389,7 @@ def _git(*arguments: str, at: Path) -> str:
 
 def run_here(command: str, commit: str, dirty: bool, started_at: str, wall_s: float) -> Run:
     """Where a result comes from; `commit` and `dirty` as they were when the run began."""
-    return Run(
-        command=command, commit=commit, dirty=dirty, started_at=started_at, wall_s=wall_s, mmroute=version("mmroute")
-    )
+    return Run(command=command, commit=commit, dirty=dirty, started_at=started_at, wall_s=wall_s, mmroute=__version__)
 
 
 def machine_here(device: str, dtype: str, attention: str, threads: int = 1) -> Machine:

@@ -4,6 +4,15 @@ Inside a row the cached slots are in ascending position and everything new comes
 it all and no mask is built from positions. Each accepted backend gets its own registered twin, `mmroute_<backend>`,
 in both of Transformers' registries: an attention name without a mask function would run with no mask at all.
 
+| rows | sdpa in half precision on CUDA | sdpa elsewhere, eager | flash_attention_2, _3 |
+|---|---|---|---|
+| none: not routed | the backend itself | the same | the same |
+| equal, nothing cached, or one position each | one call, no mask | the same (eager: masked) | one call |
+| one position each, unequal keys | one call, lengths as a mask | the same | the same |
+| packed | one call by lengths (`varlen.py`) | row by row, masked if keys are cached | one call by lengths |
+| chunks behind cached keys | one call by lengths | one masked call | one call |
+| the dense executor's gates | one masked call | on a CPU in float32 as cheap as no gate (`gated.py`) | sdpa's |
+
 Legend: B batch, Q new positions (in `named_rows` the named ones of them), G averages, S key slots, H query heads,
 K key-value heads, E head dim.
 """
@@ -19,6 +28,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmroute.engine import gated, varlen
 from mmroute.engine.rows import Rows
 from mmroute.errors import UnsupportedCall
 
@@ -64,21 +74,26 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function: (B, H, Q, E) queries, (B, K, S, E) keys -> (B, Q, H, E)."""
-    if rows is not None and rows.bias is not None and base.startswith("flash"):
+    if rows is not None and rows.gate is not None and base.startswith("flash"):
         base = "sdpa"  # the flash kernels take no float mask
+    flash = base.startswith("flash")
+    seen = _Behind(module, config=_Behind(module.config, _attn_implementation=base)) if flash else module
+    call = functools.partial(_function(base, module), seen, scaling=scaling, **kwargs)
     if rows is None:
-        return _function(base, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    call = functools.partial(_function(base, module), module, scaling=scaling, **kwargs)
+        return call(query, key, value, attention_mask)
     if rows.probe:
         rows.row = last_row(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
     if rows.named is not None:
         rows.named_rows = named_rows(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if rows.bias is not None:
-        return call(query, key, value, rows.bias)
-    if base.startswith("flash") and not rows.packed and query.shape[2] > 1 and len(set(rows.k)) > 1:
-        # It reads a mask as left padding of the queries too, and rows of a cache are filled from the left.
-        spans = enumerate(rows.k)
-        return torch.cat([call(query[[b]], key[[b], :, :n], value[[b], :, :n], None)[0] for b, n in spans]), None
+    if rows.gate is not None:
+        if base == "sdpa" and gated.serves(query, rows.gate) and not kwargs.get("dropout"):
+            return gated.attend(query, key, value, rows.gate, scaling), None
+        return call(query, key, value, rows.gate.mask(query.dtype))
+    if base == "sdpa" and varlen.serves(query, key, rows, kwargs):
+        return varlen.attend(query, key, value, rows, scaling), None
+    # It reads a mask as left padding of the queries too, and rows of a cache are filled from the left.
+    if flash and (rows.packed or (query.shape[2] > 1 and len(set(rows.k)) > 1)):
+        return _flash_by_lengths(call, varlen.pack(query, key, value, rows), query.shape), None
     if not rows.packed:
         out, weights = call(query, key, value, _mask(base, query, key, rows.k, rows.fresh))
         return out, None if rows.again else weights
@@ -93,6 +108,25 @@ def _attend(
             parts.append(call(q, k, v, _mask(base, q, k, [rows.k[b]], width == rows.k[b]))[0])
         start += width
     return torch.cat(parts, dim=1), None  # packed rows have no common map
+
+
+class _Behind:
+    """An object with some attributes changed, for the reader: flash loads its kernels by the backend's name that the
+    module's configuration holds, and would look for ours on the Hub."""
+
+    def __init__(self, object_: Any, **changed: Any) -> None:
+        self.__dict__.update(changed, _object=object_)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._object, name)
+
+
+def _flash_by_lengths(call: Callable[..., Any], p: varlen.Packed, shape: torch.Size) -> Tensor:
+    """One call of a flash backend for rows of unequal length: (B, Q, H, E), or (1, T, H, E) when packed."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (p.query, p.key, p.value))
+    lengths = {"cu_seq_lens_q": p.ends_q, "cu_seq_lens_k": p.ends_k}
+    out = call(q, k, v, None, **lengths, max_length_q=p.most_q, max_length_k=p.most_k)[0]
+    return out.reshape(shape[0], shape[2], shape[1], shape[3])
 
 
 def _mask(base: str, query: Tensor, key: Tensor, lengths: list[int], fresh: bool) -> Tensor | None:
@@ -119,8 +153,8 @@ def last_row(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
         (B, max k) fp32, aligned with the row's keys; zeros behind them, and for a row that brought nothing.
     """
     B, S = len(rows.q), max(rows.k)
-    if rows.bias is not None:
-        return _last_row_masked(query, key, rows, scaling)
+    if rows.gate is not None:
+        return _last_row_gated(query, key, rows, scaling)
     if rows.packed:
         ends = torch.tensor(rows.q, device=query.device).cumsum(0) - 1
         last = query[0].index_select(1, (ends - rows.drafts).clamp(min=0)).transpose(0, 1)
@@ -173,11 +207,11 @@ def _keys_by_row(key: Tensor, rows: Rows) -> Tensor:
     return key[0][:, slots].transpose(0, 1)
 
 
-def _last_row_masked(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
-    """`last_row` where every column runs and the mask says what counts: (B, N) fp32."""
-    assert rows.bias is not None and rows.last is not None
+def _last_row_gated(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
+    """`last_row` where every column runs and gates say what counts: (B, N) fp32."""
+    assert rows.gate is not None and rows.last is not None
     B, K = key.shape[:2]
-    at = torch.arange(B, device=query.device), rows.last
-    last = query.transpose(1, 2)[at].float().reshape(B, K, -1, query.shape[-1])
-    scores = torch.einsum("bgre,bgse->bgrs", last, key.float()) * scaling
-    return (scores + rows.bias[:, 0][at].float()[:, None, None]).softmax(-1).flatten(1, 2).mean(1)
+    last = query.transpose(1, 2)[torch.arange(B, device=query.device), rows.last]
+    grouped = last.float().reshape(B, K, -1, query.shape[-1])
+    scores = torch.einsum("bgre,bgse->bgrs", grouped, key.float()) * scaling
+    return (scores + rows.gate.row(rows.last).float()[:, None, None]).softmax(-1).flatten(1, 2).mean(1)

@@ -175,6 +175,8 @@ class Controller:
                 each.seen += step.tokens.shape[1]
             cache.remember(step.tokens)
             cache.trace.calls.append(step.call)
+            if self.pruner is not None and self.pruner.cap is not None:
+                cache.trim(self.pruner)
             self.trace = cache.trace
         self.aux = step.aux
         attentions = getattr(out, "attentions", None)

@@ -21,7 +21,7 @@ from torch import Tensor
 from mmroute.cache import RaggedCache, RaggedLayer
 from mmroute.engine.choice import Choice
 from mmroute.engine.rows import Pick, Rows, pick
-from mmroute.engine.train import GrowingCache, dense_bias, grown, update_gate
+from mmroute.engine.train import GrowingCache, grown, key_gate, update_gate
 from mmroute.errors import UnsupportedCall
 from mmroute.prune.base import Keep, Pruner
 from mmroute.trace import LayerCall
@@ -187,7 +187,7 @@ class Step(Choice):
         nothing = [0] * len(self.counts)
         record = self.records[index] = LayerCall(ran=keep.ran, cached=nothing, stored=nothing)
         record.extra_flops = self._overhead(index, keep)
-        rows = Rows(self.counts, self.counts, False, bias=dense_bias(keep, self.tokens, h.dtype))
+        rows = Rows(self.counts, self.counts, False, gate=key_gate(keep, self.tokens))
         rows.probe = self._probes(index + 1)
         if rows.probe:
             rows.last = (self.tokens.valid * torch.arange(h.shape[1], device=h.device)).amax(1)

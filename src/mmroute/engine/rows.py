@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmroute.engine.gated import Gate
 from mmroute.engine.select import first_true
 
 __all__ = ["Pick", "Rows", "pick"]
@@ -32,10 +33,10 @@ class Rows:
     """Record the attention row of each row's last position."""
     drafts: int = 0
     """Positions at the end of each row that are drafts: the probe is the position before them, which sees none."""
-    bias: Tensor | None = None
-    """(B, 1, N, N) additive mask of the dense training executor, in place of everything above."""
+    gate: Gate | None = None
+    """What queries see in the dense training executor, in place of everything above."""
     last: Tensor | None = None
-    """(B,) column of each row's last position, beside `bias`."""
+    """(B,) column of each row's last position, beside `gate`."""
     row: Tensor | None = None
     """Result of the probe: (B, max k) fp32, mean over heads, zeros behind a row's keys."""
     named: tuple[Tensor, Tensor] | None = None

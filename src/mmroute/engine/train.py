@@ -17,16 +17,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmroute.cache import RaggedCache, RaggedLayer
+from mmroute.engine.gated import Gate
 from mmroute.prune.base import Keep
 from mmroute.tokens import Tokens
 
-__all__ = ["GrowingCache", "GrowingLayer", "dense_bias", "grown", "update_gate"]
+__all__ = ["GrowingCache", "GrowingLayer", "grown", "key_gate", "update_gate"]
 
 EPSILON = 1e-16
 """A true -inf gives pruned keys no gradient, so a little of them stays: a pruned key whose score is d above the kept
 ones weighs e^d of it. With 1e-8 the output is wrong by 2 at d = 19, with 1e-12 by 8e-4, with 1e-16 by rounding only (up
 to d = 25; positions that hold attention sinks are protected, so more is rare). Far smaller values make the products of
 the backward pass denormal, which costs a CPU 7 times the time: 1e-30 was tried."""
+UNSEEN = -1e4
+"""Logarithm of the gate of a key that nobody may see: 0 in every precision, and finite."""
 
 
 def update_gate(keep: Keep) -> Float[Tensor, "B N"] | None:
@@ -40,27 +43,19 @@ def update_gate(keep: Keep) -> Float[Tensor, "B N"] | None:
     return keep.z * keep.gain
 
 
-def dense_bias(keep: Keep, tokens: Tokens, dtype: torch.dtype) -> Float[Tensor, "B 1 N N"]:
-    """Additive attention mask: causal, keys gated by `alive` in the query's hop, padding seen by nobody but itself.
+def key_gate(keep: Keep, tokens: Tokens) -> Gate:
+    """What each query of a dense call sees: keys gated by `z`, or by `alive` in the query's hop; padding by nobody.
 
-    A pruned position's own key stays open on its diagonal (its update is gated off), so no softmax row is empty.
+    A pruned position goes on seeing itself (its update is gated off), so no softmax row is empty.
 
     Args:
         keep: with its straight-through `z`.
     """
     assert keep.z is not None
-    N = tokens.shape[1]
-    low = torch.finfo(torch.float32).min
     if keep.alive is None:
-        gate = _log(keep.z).masked_fill(~tokens.valid, low)[:, None, :]
-    else:
-        alive = _log(keep.alive).masked_fill(~tokens.valid[:, None, :], low)
-        hop = tokens.hop.clamp(max=alive.shape[1] - 1)
-        gate = alive.gather(1, hop[..., None].expand(-1, -1, N))
-    # One N x N operation that keeps a graph: below the diagonal the gate, on it 0, above it nothing.
-    below = torch.ones(N, N, dtype=torch.bool, device=gate.device).tril(-1)
-    fixed = torch.full((N, N), low, device=gate.device).triu(1)
-    return torch.where(below, gate, fixed)[:, None].to(dtype)
+        return Gate(_log(keep.z).masked_fill(~tokens.valid, UNSEEN)[:, None], None)
+    log = _log(keep.alive).masked_fill(~tokens.valid[:, None], UNSEEN)
+    return Gate(log, tokens.hop.clamp(max=log.shape[1] - 1))
 
 
 def _log(gate: Tensor) -> Tensor:

@@ -252,6 +252,13 @@ class Pruner(nn.Module):
         """
         return slots.valid
 
+    cap: int | None = None
+    """Most positions that a layer may cache of a row between two calls; None is no bound."""
+
+    def trim(self, slots: Slots, layer: int) -> Bool[Tensor, "B C"]:
+        """Which slots stay when a layer holds more than `cap`: at most that many, protected ones included."""
+        return slots.valid
+
     @property
     def closes(self) -> bool:
         """Whether `close` may evict anything."""

@@ -20,9 +20,9 @@ from mmroute.engine.select import Group
 from mmroute.errors import ConfigError
 from mmroute.prune import _rank
 from mmroute.prune._budget import constant
+from mmroute.prune._gates import Relaxation
 from mmroute.prune._topk import clip_outliers, logistic_noise, soft_topk, straight_through
 from mmroute.prune.base import Keep, Pruner, Site, keep_count
-from mmroute.prune.dare import Relaxation
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 

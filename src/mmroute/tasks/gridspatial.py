@@ -9,6 +9,7 @@ Source: ours; the kinds of question follow VSR (arXiv 2205.00363) and EmbSpatial
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -18,13 +19,14 @@ from jaxtyping import Int
 from mmroute.tasks import _skins
 from mmroute.tasks._grid import Cell, Split, canonical, layout_hash, split_of
 from mmroute.tasks._presets import Preset
-from mmroute.tasks._texts import COLOURS, SHAPES
+from mmroute.tasks._texts import COLOURS, SHAPES, coordinate, position
 from mmroute.tasks.base import Card, Choice, Generated, Spec, State
 
 __all__ = ["GridSpatial"]
 
 _INVERSE = {"left_of": "right_of", "right_of": "left_of", "above": "below", "below": "above"}
 _AXIS = {"left_of": 1, "right_of": 1, "above": 0, "below": 0}
+_RELATION = {"left_of": "to the left of", "right_of": "to the right of", "above": "above", "below": "below"}
 _KINDS = len(COLOURS) * len(SHAPES)
 _MAX_OBJECTS = 6
 
@@ -96,8 +98,10 @@ class GridSpatial(Generated):
         return [State(None), *hops]
 
     def _verdict(self, spec: Spec, which: int) -> str:
-        """What is written about a candidate: its distance, or whether it lies between; empty for a target."""
+        """What is found out once this object is seen: a distance, or whether the relation holds; else empty."""
         w = spec.world
+        if w["relation"] in _INVERSE and which == w["targets"][1]:
+            return ("yes", "no")[spec.answer]
         if which not in w["candidates"]:
             return ""
         here, *ends = (self._cell(spec, o) for o in (which, *w["targets"]))
@@ -158,27 +162,43 @@ class GridSpatial(Generated):
         return [w["relation"], *(word for name in names for word in name), *listed]
 
     def chain(self, spec: Spec) -> list[list[str]]:
-        steps = []
+        """One line per object: where it is, and how it compares, number by number.
+
+        Two coordinates are compared in written steps, with what is compared side by side: their rows and columns as
+        numbers, then what these say, then the verdict, then the best candidate so far. A verdict in one word straight
+        from two coordinates was not learned in thousands of steps (docs/log.md).
+        """
+        w = spec.world
+        ends = [self._on_canvas(spec, o) for o in w["targets"]]
+        steps, best = [], ("none", math.inf)
         for o in self._order(spec):
-            name, where, verdict = self._name(spec, o), self.at(spec, self._cell(spec, o)), self._verdict(spec, o)
-            if verdict:
-                letter = "ABCD"[spec.world["candidates"].index(o)]
-                steps.append([letter, *name, where, verdict, "."])
+            name, here = self._name(spec, o), self._on_canvas(spec, o)
+            if o in w["candidates"]:
+                letter = "ABCD"[w["candidates"].index(o)]
+                if w["relation"] == "nearest":
+                    found, value = _apart(here, ends[0])
+                    best = min(best, (letter, value), key=lambda known: known[1])
+                    found = [*found, best[0], str(best[1])]
+                else:
+                    found, value = _along(here, *ends)
+                    best = (letter, 0) if value else best
+                    found = [*found, best[0]]
+                steps.append([letter, *name, *found, "."])
+            elif w["relation"] in _INVERSE and o == w["targets"][1]:
+                steps.append([*name, *_compared(here, ends[0], w["relation"]), "."])
             else:
-                steps.append([*name, where, "."])
+                steps.append([*name, coordinate(*here), "."])
         return steps
+
+    def _on_canvas(self, spec: Spec, which: int) -> Cell:
+        """Where an object is, counted as coordinates are written."""
+        return position(self.at(spec, self._cell(spec, which)))
 
     def question(self, spec: Spec) -> str:
         w = spec.world
         targets = [" ".join(self._name(spec, o)) for o in w["targets"]]
         if w["relation"] in _INVERSE:
-            relation = (
-                w["relation"]
-                .replace("_", " ")
-                .replace("left of", "to the left of")
-                .replace("right of", "to the right of")
-            )
-            return f"Is the {targets[0]} {relation} the {targets[1]}? Answer yes or no."
+            return f"Is the {targets[0]} {_RELATION[w['relation']]} the {targets[1]}? Answer yes or no."
         options = "\n".join(f"{c.label}. the {c.text}" for c in self.choices(spec))
         asked = (
             f"Which object is nearest to the {targets[0]}, counted in rows plus columns?"
@@ -195,6 +215,10 @@ class GridSpatial(Generated):
         where = f"The {name} is at row {state.cell[0]} column {state.cell[1]}"
         if not state.event:
             return f"{where}."
+        if spec.world["relation"] in _INVERSE:
+            first = " ".join(self._name(spec, spec.world["targets"][0]))
+            held = _RELATION[spec.world["relation"]]
+            return f"{where}, so the {first} is {'' if state.event == 'yes' else 'not '}{held} it."
         if spec.world["relation"] == "nearest":
             return f"{where}, which is {state.event[1:]} away."
         return f"{where}, which is {'' if state.event == 'yes' else 'not '}between them."
@@ -202,6 +226,33 @@ class GridSpatial(Generated):
 
 def _distance(a: Cell, b: Cell) -> int:
     return abs(a[0] - b[0]) + abs(a[1] - b[1])
+
+
+def _compared(here: Cell, other: Cell, relation: str) -> list[str]:
+    """Both places, both numbers on the axis that is asked about, what the other is of this one, and the verdict."""
+    axis = _AXIS[relation]
+    less, more = ("above", "below") if axis == 0 else ("left_of", "right_of")
+    held = less if other[axis] < here[axis] else more
+    verdict = "yes" if held == relation else "no"
+    return [coordinate(*here), coordinate(*other), str(here[axis]), str(other[axis]), held, verdict]
+
+
+def _apart(here: Cell, other: Cell) -> tuple[list[str], int]:
+    """Both places, then for rows and for columns both numbers and their difference, then the sum."""
+    words = [coordinate(*here), coordinate(*other)]
+    for a, b in zip(here, other, strict=True):
+        words += [str(a), str(b), str(abs(a - b))]
+    return [*words, str(_distance(here, other))], _distance(here, other)
+
+
+def _along(here: Cell, first: Cell, second: Cell) -> tuple[list[str], bool]:
+    """All three places, then for rows and for columns the numbers and how the first of them lies, then the verdict."""
+    words = [coordinate(*cell) for cell in (here, first, second)]
+    for a, low, high in zip(here, first, second, strict=True):
+        lies = "same" if a == low == high else "between" if min(low, high) < a < max(low, high) else "none"
+        words += [str(a), str(low), str(high), lies]
+    holds = _is_between(here, first, second)
+    return [*words, "yes" if holds else "no"], holds
 
 
 def _is_between(x: Cell, a: Cell, b: Cell) -> bool:

@@ -29,18 +29,19 @@ from mmroute.train.decode import embed, right
 from mmroute.train.exam import examine_all
 from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas, place_words
 from mmroute.train.fast import Positions, run_text
-from mmroute.train.folder import write_folder
+from mmroute.train.folder import copy_weights, write_folder
 from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, save_state
 from mmroute.train.recipe import Phase, Recipe, as_yaml, at
 from mmroute.train.small_model import MERGE, PATCH, build
+from mmroute.train.stream import Stream
 
 __all__ = ["Run", "train_backbone"]
 
 logger = logging.getLogger(__name__)
 
-_NEWEST = 0.4
-"""Share of the items that have the largest board of the moment."""
 _NAMING_GAIN = 4.0
+_WORKERS = 2
+"""Processes that draw items ahead where the device does not wait for Python."""
 _PLACE_SEED = 1
 """Keeps the randomness of held-out items apart from that of training steps, which starts with the run's seed."""
 
@@ -109,7 +110,10 @@ class Run:
         self.index = {word: i for i, word in enumerate(VOCABULARY)}
         pixels = _skins.atlas(PATCH * MERGE)
         self.atlas = torch.tensor(pixels.reshape(-1, *pixels.shape[2:]), dtype=torch.float32, device=self.device)
-        self.model = build(recipe.model, VOCABULARY, recipe.seed).to(self.device)
+        self.model = build(recipe.model, VOCABULARY, recipe.seed)
+        if recipe.start is not None:
+            copy_weights(Path(recipe.start), self.model)
+        self.model.to(self.device)
         self.optimisers = Optimisers(self.model, recipe.weight_decay)
         self.state = out / "state.safetensors"
         self.progress = Progress(recipe=json.dumps(resolved(recipe)))
@@ -131,9 +135,13 @@ class Run:
         """
         started, before = time.process_time(), self.progress.cpu_s
         progress, recipe = self.progress, self.recipe
+        batches = None
         while progress.phase < len(recipe.phases):
             phase = recipe.phases[progress.phase]
-            loss, place = self.step(phase)
+            if batches is None:
+                stream = Stream(phase, self.tasks, self.index, recipe.seed, progress.step - progress.phase_step)
+                batches = stream.since(progress.phase_step, _WORKERS if self.device.type == "cuda" else 0)
+            loss, place = self.step(phase, next(batches))
             progress.step += 1
             progress.phase_step += 1
             progress.cpu_s = round(before + time.process_time() - started, 1)
@@ -146,7 +154,7 @@ class Run:
                 logger.info("%s step %d: loss %.4f %s", phase.name, progress.step, loss, _brief(look))
                 over = over or self._learned(phase, look)
             if over:
-                progress.phase, progress.phase_step = progress.phase + 1, 0
+                progress.phase, progress.phase_step, batches = progress.phase + 1, 0, None
             if over or progress.step % recipe.save_every == 0:
                 progress.log_bytes = self.journal.num_bytes
                 save_state(self.state, self.model, self.optimisers, progress)
@@ -154,12 +162,11 @@ class Run:
                 break
         return progress
 
-    def step(self, phase: Phase) -> tuple[float, float]:
-        """One update; what it draws depends on the seed and the step alone. Returns both losses."""
+    def step(self, phase: Phase, batch: Batch) -> tuple[float, float]:
+        """One update on the items of this step. Returns both losses."""
         progress = self.progress
         done = progress.phase_step / phase.steps
-        rng = np.random.default_rng([self.recipe.seed, progress.step])
-        batch = self.batch(phase, done, rng).to(self.device)
+        batch = batch.to(self.device)
         weight = at(phase.place, done)
         x = embed(self.model, batch, self.atlas, self.dtype)
         places = Positions(batch.first, batch.side, batch.ids.shape[1], self.device).ids
@@ -184,21 +191,6 @@ class Run:
 
     def _cross_entropy(self, h: Tensor, words: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(h, self.model.lm_head.weight.to(h.dtype)).float(), words)
-
-    def batch(self, phase: Phase, done: float, rng: np.random.Generator) -> Batch:
-        """The items of one step."""
-        side = min(self.side, int(at(phase.canvas, done)))
-        weights = np.array([phase.tasks.get(name, 1.0) for name in self.tasks])
-        items = []
-        for _ in range(phase.batch):
-            task = self.tasks[list(self.tasks)[int(rng.choice(len(weights), p=weights / weights.sum()))]]
-            sizes = [n for n in task.sizes if n <= min(side, int(at(phase.size, done)))] or [task.sizes[0]]
-            size = sizes[-1] if rng.random() < _NEWEST else sizes[int(rng.integers(len(sizes)))]
-            spec = task.stream(rng, size, int(rng.integers(1, task.max_length(size) + 1)))
-            if side != self.side:
-                spec = on_canvas(spec, side, rng)
-            items.append(item(task, spec, "probe" if rng.random() < at(phase.probe, done) else "cot"))
-        return collate(items, self.index)
 
     def look(self, phase: Phase) -> dict[str, dict[str, float]]:
         """By task, on held-out items, the words before given: places found, cells read, chains without a fault."""

@@ -36,7 +36,8 @@ from mmroute.cache import Chunk
 from mmroute.config import options, parse
 from mmroute.engine.attach import Routed, attach
 from mmroute.errors import ConfigError, InputError
-from mmroute.prune.dare import Dare, Relaxation
+from mmroute.prune._gates import Relaxation
+from mmroute.prune.dare import Dare
 from mmroute.tasks.base import Generated, Spec
 from mmroute.tokens import Modality, Tokens
 from mmroute.train.chains import Chains, Writer
@@ -129,7 +130,7 @@ def train_dare(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = Fal
             "base": model.name_or_path,
             "steps": run.progress.step,
             "cpu_s": run.progress.cpu_s,
-            "rates": run.pruner.rates().tolist(),
+            "rates": run.pruner.rates.table().tolist(),
             "held_out": "teacher-forced chains of the split val, every word right; hop by hop on a cache",
             "tasks": look,
         }
@@ -294,9 +295,8 @@ class DareRun:
             relax = self.pruner.relax
             entry |= {"temperature": round(relax.temperature, 4), "noise": round(relax.noise, 4)}
             entry |= {"ramp": {"vision": round(relax.vision_ramp, 3), "text": round(relax.text_ramp, 3)}}
-            masks = {i: keep.mask for i, keep in self.routed.controller.aux.items()}
             tokens = _tokens(batch)
-            self.pruner.observe(tokens, masks)
+            self.pruner.observe(tokens, self.routed.controller.aux)
             if (step + 1) % 25 == 0:
                 entry |= self._report(batch, tokens)
         return entry
@@ -450,7 +450,7 @@ class DareRun:
         """What stage A kept in this step, by layer."""
         masks = {i: keep.mask for i, keep in self.routed.controller.aux.items()}
         found = {key: np.round(values, 3).tolist() for key, values in _shares(tokens, masks, batch).items()}
-        rates = self.pruner.rates().detach().float()
+        rates = self.pruner.rates.table().detach().float()
         logits = {i: keep.logits for i, keep in self.routed.controller.aux.items()}
         spread = [value.detach()[tokens.valid].std().item() for value in logits.values() if value is not None]
         return {

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
+from mmroute.errors import CheckpointMismatch
 from mmroute.tasks._texts import BOS, EOS, IMAGE, PAD, SPECIAL, UNK, VISION_END, VISION_START, VOCABULARY
 from mmroute.train.loop import unwritable
 from mmroute.train.small_model import MERGE, PATCH
 
-__all__ = ["CHAT_TEMPLATE", "make_tokenizer", "write_folder"]
+__all__ = ["CHAT_TEMPLATE", "copy_weights", "make_tokenizer", "write_folder"]
 
 MAX_TOKENS = 256
 """Largest picture in vision tokens that the processor leaves as it is."""
@@ -57,6 +58,23 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )
+
+
+def copy_weights(folder: Path, model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Gives a model the weights of a checkpoint folder.
+
+    Raises:
+        CheckpointMismatch: the folder holds no checkpoint, or one of another shape.
+    """
+    try:
+        other = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            for (name, new), (_, own) in zip(other.named_parameters(), model.named_parameters(), strict=True):
+                if new.shape != own.shape:
+                    raise ValueError(f"{name} is {list(new.shape)} there and {list(own.shape)} in the recipe")
+                own.copy_(new)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointMismatch(f"{folder} cannot be the start of this recipe ({error}); give one it made") from error
 
 
 def write_folder(path: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: str, results: dict[str, Any]) -> None:

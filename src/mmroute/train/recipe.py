@@ -39,6 +39,8 @@ class Phase:
     """Share of the peak at the end of the cosine."""
     canvas: Ramp = ((0.0, 99),)
     """Largest side of the picture in tiles; the preset's own side is never exceeded."""
+    smaller: Annotated[int, Field(ge=3)] | None = None
+    """Least side of the smaller pictures that come beside; None: all have the largest side of the moment."""
     size: Ramp = ((0.0, 99),)
     """Largest board; smaller ones keep coming."""
     probe: Ramp = ((0.0, 0.2),)
@@ -60,6 +62,8 @@ class Recipe:
     preset: str = "small"
     tasks: list[str]
     model: Shape = Shape()
+    start: str | None = None
+    """Checkpoint folder whose weights the run begins with, of the same shape; fresh ones if not given."""
     place_layer: Annotated[int, Field(ge=1)] = 2
     """Layers after which the second loss reads the vision tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -1,10 +1,10 @@
 """Rows on top of a flash backend, which takes no mask: stood in for by its definition, causal from the lower right."""
 
-from typing import Any
+from types import SimpleNamespace
 
+import flash
 import pytest
 import torch
-from torch import Tensor
 
 from mmroute.engine import attention
 from mmroute.engine.rows import Rows
@@ -12,14 +12,15 @@ from mmroute.engine.rows import Rows
 H, K, E = 4, 2, 8
 
 
-def _flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple:
-    assert mask is None or query.shape[2] == 1, "flash reads a mask as left padding of queries and keys alike"
-    Q, S = query.shape[2], key.shape[2]
-    sees = torch.ones(Q, S, dtype=torch.bool).tril(S - Q)
-    if mask is not None:
-        sees = sees & mask.bool()[:, None, None, :]
-    key, value = (x.repeat_interleave(H // K, 1) for x in (key, value))
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, sees).transpose(1, 2), None
+class _Module(torch.nn.Module):
+    """What flash asks of an attention module."""
+
+    num_key_value_groups, is_causal, layer_idx = H // K, True, 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_attn_implementation="mmroute_flash_attention_2")
+        self.o_proj = torch.nn.Linear(1, 1)
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -28,6 +29,7 @@ def _flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
 def test_rows_on_flash_see_what_rows_on_sdpa_see(
     monkeypatch: pytest.MonkeyPatch, width: int, cached: list[int], packed: bool
 ) -> None:
+    asked = flash.install(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     k = [n + width for n in cached]
     rows = Rows([width, width], k, packed)
@@ -36,9 +38,7 @@ def test_rows_on_flash_see_what_rows_on_sdpa_see(
     for b, n in enumerate(k):
         key[b, :, :n] = torch.randn(K, n, E, generator=generator)
         value[b, :, :n] = torch.randn(K, n, E, generator=generator)
-    module = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = H // K, True
-    want, _ = attention._attend("sdpa", module, query, key, value, None, rows=rows)
-    monkeypatch.setattr(attention, "_function", lambda base, module: _flash)
-    out, _ = attention._attend("flash_attention_2", module, query, key, value, None, rows=rows)
+    want, _ = attention._attend("sdpa", _Module(), query, key, value, None, rows=rows)
+    out, _ = attention._attend("flash_attention_2", _Module(), query, key, value, None, rows=rows)
     torch.testing.assert_close(out, want, rtol=0, atol=1e-6)
+    assert asked == ["flash_attention_2"]  # the backend's own name, not the one it is registered under

@@ -8,7 +8,8 @@ import torch
 
 from mmroute import checks, hub
 from mmroute.errors import BudgetError, ConfigError
-from mmroute.prune.dare import Dare, Relaxation
+from mmroute.prune._gates import Relaxation
+from mmroute.prune.dare import Dare
 from mmroute.tokens import Modality
 from mmroute.trace import Shape
 
@@ -53,22 +54,22 @@ def test_every_way_keeps_the_contract(options):
 
 def test_learned_rates_have_the_mean_they_were_asked_for():
     pruner = made(cutoff_layer=5, vision_keep=0.5, text_keep=0.8)
-    pruner.hop_counts.copy_(torch.tensor([[0.5, 0.3, 0.2, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]))
-    rates = pruner.rates()
-    weight = pruner.hop_counts.double()
+    pruner.rates.hop_counts.copy_(torch.tensor([[0.5, 0.3, 0.2, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]))
+    rates = pruner.rates.table()
+    weight = pruner.rates.hop_counts.double()
     mean = (rates.mean(2) * weight).sum(1)
     torch.testing.assert_close(mean, torch.tensor([0.8, 0.5], dtype=torch.float64), rtol=0, atol=1e-6)
     assert (rates[:, :, :2] == 1).all()
-    torch.testing.assert_close(rates[Modality.VISION, :, 5], pruner.deep_share[5].double().expand(8))
+    torch.testing.assert_close(rates[Modality.VISION, :, 5], pruner.rates.deep_share[5].double().expand(8))
     rates[Modality.TEXT, 0, 3].backward()
-    assert pruner.theta.grad.any() and pruner.beta.grad.any()
+    assert pruner.rates.theta.grad.any() and pruner.rates.beta.grad.any()
 
 
 def test_what_deep_layers_save_is_spent_before_the_cutoff():
     pruner = made(cutoff_layer=4)
-    before = pruner.rates()[Modality.VISION, 0, 2:4].sum()
-    pruner.deep_share.fill_(0.01)
-    after = pruner.rates()[Modality.VISION, 0, 2:4].sum()
+    before = pruner.rates.table()[Modality.VISION, 0, 2:4].sum()
+    pruner.rates.deep_share.fill_(0.01)
+    after = pruner.rates.table()[Modality.VISION, 0, 2:4].sum()
     assert abs((after - before).item() - 2 * 0.04) < 1e-6
 
 
@@ -126,7 +127,9 @@ def test_gates_are_hard_in_value_and_teach_dropped_positions_too(options):
     # The only candidate of its group has nobody to compete with.
     assert (keep.logits.grad[dropped] != 0).float().mean() > 0.8
     if options.get("relaxation") is None:
-        assert pruner.theta.grad.any() and (pruner.beta.grad is None or pruner.beta.grad.isfinite().all())
+        assert pruner.rates.theta.grad.any() and (
+            pruner.rates.beta.grad is None or pruner.rates.beta.grad.isfinite().all()
+        )
 
 
 @pytest.mark.parametrize("rates", ["penalty", "bernoulli"])
@@ -135,7 +138,7 @@ def test_the_ratio_loss_moves_rates_that_are_free(rates):
     pruner.relax = Relaxation(temperature=1.0, gate_clip=1.0)
     keep, _ = learn(pruner)
     (keep.losses["ratio_text"] + keep.losses["ratio_vision"]).backward()
-    moved = pruner.theta if rates == "penalty" else pruner.router["2"].bias
+    moved = pruner.rates.theta if rates == "penalty" else pruner.router["2"].bias
     assert moved.grad.abs().sum() > 0
 
 
@@ -166,7 +169,7 @@ def test_scores_below_the_threshold_lower_deep_counts_and_then_the_rate():
     counted = [[int((keep.mask[b] & (tokens.modality[b] == m)).sum()) for m in Modality] for b in range(len(keep.ran))]
     assert keep.ran == counted
     for _ in range(200):
-        pruner.observe(tokens, {3: keep.mask})
+        pruner.observe(tokens, {3: keep})
     pruner.eval()
     share = float((keep.mask & vision).sum() / (tokens.valid & vision).sum())
     assert abs(pruner.rate(3, L, 0, Modality.VISION) - share) < 0.01

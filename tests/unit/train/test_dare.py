@@ -12,7 +12,7 @@ import mmroute
 from mmroute import recipe as recipes
 from mmroute.backbones.load import load
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError
-from mmroute.prune.dare import Relaxation
+from mmroute.prune._gates import Relaxation
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.tokens import Modality
 from mmroute.train.dare import DareRun, train_dare
