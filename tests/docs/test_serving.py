@@ -95,7 +95,7 @@ def test_the_ray_example_builds_the_application():
     exec(compile(ast.parse(text), "ray_serve.py", "exec"), scope)
     app = scope["application"]("http://127.0.0.1:1/v1#a", "http://127.0.0.1:2/v1#b", 0.3)
     assert app.state.gateway.served == ["a", "b"]
-    assert app.state.gateway.live.decider.options == {"budget": 0.3}
+    assert app.state.gateway.live.decider.budget == 0.3
 
 
 def test_the_balancers_configuration_is_valid(tmp_path):

@@ -4,7 +4,6 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from mmroute.errors import ConfigError
 from mmroute.gate._policy import Always, Batch, Budget, MicroBatch, Shadow, policy
@@ -30,13 +29,16 @@ class Decider:
         options = dict(settings.policy)
         if "name" not in options:
             raise ConfigError("serve.policy: no name given; e.g. {name: budget, budget: 0.4}")
-        self._options = options
         if options["name"] == "budget" and first_threshold is not None:
             options.setdefault("start", first_threshold(options.get("budget", Budget.Config().budget)))
         self.policy: Policy = policy(**options)
+        self.budget: float | None = None
+        """Share that the policy is asked to keep, if it keeps one."""
         if not self.is_constant:
             self.policy.on_unrated = settings.on_unrated
         inner = self.policy.inner if isinstance(self.policy, Shadow) else self.policy
+        if isinstance(inner, Budget | MicroBatch):
+            self.budget = inner.config.budget
         self._batch: Batch | None = None
         if isinstance(inner, MicroBatch):
             self._batch = Batch(inner.config.max_n, inner.config.max_wait_ms / 1000)
@@ -52,11 +54,6 @@ class Decider:
     def made_of(self, settings: Settings) -> bool:
         """Whether these settings would make the same policy."""
         return self._made_of == (settings.policy, settings.on_unrated)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As they were given."""
-        return {k: v for k, v in self._options.items() if k != "name"}
 
     @property
     def is_constant(self) -> bool:

@@ -25,7 +25,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mmroute.errors import MmrouteError
-from mmroute.gate._policy import Budget
 from mmroute.serve.book import Book
 from mmroute.serve.breaker import RetryBudget
 from mmroute.serve.chat import Chat
@@ -242,9 +241,8 @@ class Gateway:
         return JSONResponse({"status": "ready" if ok else "no model answers"}, 200 if ok else 503)
 
     async def metrics(self, _: Request) -> Response:
-        window = self.live.decider.window
         circuits: dict[str, str] = {role: up.breaker.state for role, up in self.upstreams.items()}
-        body = self.book.metrics(circuits, window.config.budget if isinstance(window, Budget) else None)
+        body = self.book.metrics(circuits, self.live.decider.budget)
         return Response(body, media_type="text/plain; version=0.0.4")
 
     async def version(self, _: Request) -> Response:
@@ -259,7 +257,7 @@ class Gateway:
                 "target": settings.target.name,
                 "mode": settings.rates_by,
                 "policy": self.live.decider.name,
-                "options": self.live.decider.options,
+                "budget": self.live.decider.budget,
                 "artifact": self.live.artifact,
                 "in_flight": self.book.in_flight,
                 "totals": self.book.totals,

@@ -221,7 +221,7 @@ function plot(id, curves, top, dots = []) {
   svg.replaceChildren(...lines, ...paths, ...marks);
 }
 function curves(s) {
-  const recent = s.recent, asked = s.options.budget ?? null;
+  const recent = s.recent, asked = s.budget;
   const share = recent.length ? recent[recent.length - 1].share : null;
   plot("shareplot", [{ kind: "a", values: recent.map(r => r.share) }, ...(asked === null ? [] : [{ kind: "b", values: recent.map(() => asked) }])], 1);
   $("sharetext").textContent = recent.length ? `${percent(share)} of rated queries${asked === null ? "" : `, asked ${percent(asked)}`}` : "no query yet";
@@ -253,7 +253,7 @@ async function refresh() {
     const s = await reply.json();
     $("models").textContent = `${s.draft} rates and answers, ${s.target} where it pays · ${s.mode}, ${s.policy}`;
     $("examples").hidden = !s.examples;
-    if (firstStats && s.options.budget !== undefined) { $("budget").value = 100 * s.options.budget; $("budgetout").textContent = percent(s.options.budget); }
+    if (firstStats && s.budget !== null) { $("budget").value = 100 * s.budget; $("budgetout").textContent = percent(s.budget); }
     firstStats = false;
     curves(s);
   } catch { $("models").textContent = "the gateway does not answer"; }
