@@ -14,6 +14,7 @@ from PIL import Image
 import mmroute
 from mmroute import hub, recipe
 from mmroute.gate.base import Rating
+from mmroute.gate.prp import Prp
 from mmroute.serve.gateway import Gateway, build_app
 from mmroute.serve.local import SESSIONS, FirstToken, LocalUpstream
 from mmroute.serve.settings import Settings, UpstreamSettings
@@ -195,6 +196,32 @@ def test_the_first_token_rates_by_how_sure_it_is():
     assert FirstToken().rate(None, unsure).draft == pytest.approx(1 / 3)
     assert FirstToken().rate(None, sure).draft > 0.99
     assert FirstToken().rate(None, sure).score < FirstToken().rate(None, unsure).score
+
+
+def test_a_trained_rater_rates_the_session_and_leaves_the_answer_as_it_was(models, settings, sample, tmp_path):
+    draft = models["draft"]
+    artifact = Prp().bind(draft._routed.model).save(tmp_path / "rater")
+
+    async def run():
+        before = draft.rater
+        wanted, _ = await spoken(await draft.open({"messages": as_openai(sample)}, True, "plain"))
+        given = settings.model_copy(update={"rater": tmp_path / "rater"})
+        gateway = Gateway(settings, upstreams=dict(models), reread=lambda: given)
+        assert await gateway.reload()
+        assert gateway.live.artifact == draft.artifact == f"prp:{artifact}"
+        reply = draft.begin({"messages": as_openai(sample)}, "rated", park=True)
+        rating = await reply.rated()
+        assert rating.draft == rating.target == pytest.approx(0.5)  # fresh weights tell nothing apart
+        reply.resume()
+        assert (await spoken(reply))[0] == wanted
+        trained = draft.rater
+        (tmp_path / "rater" / "rater.json").write_text("{")
+        assert not await gateway.reload()  # a broken artifact changes nothing
+        assert draft.rater is trained
+        assert gateway.live.artifact == f"prp:{artifact}"
+        draft.rater = before
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(("rating", "role"), [((1, 0), "draft"), ((0, 1), "target")])
