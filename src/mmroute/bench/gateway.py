@@ -52,7 +52,7 @@ SETTINGS: dict[str, Any] = {
     "timeouts": {"rating_s": 1.0, "first_byte_s": 1.5, "between_bytes_s": 5},
     "retries": {"backoff_s": 0.02, "share": 1.0},
     # Faults are drawn at random here, so a row of them says nothing about the server.
-    "circuit": {"failures": 1_000_000},
+    "circuit": {"failures": 1_000_000, "window_calls": 1_000_000},
     "drain_delay_s": 0,
 }
 
@@ -214,7 +214,8 @@ def judged(question: str, route: str, text: str, error: Any, status: int) -> lis
     if error is not None:
         shaped = isinstance(error, dict) and {"message", "type", "param", "code"} <= error.keys()
         wanted = expected_answer(route or "draft", question)
-        out = ["broken" if status == 200 else "error"] + ([] if shaped else ["unshaped"])
+        out = ["broken"] if status == 200 else ["error", f"error {status}"]
+        out += [] if shaped else ["unshaped"]
         return out + (["leaked"] if text and not wanted.startswith(text) else [])
     wanted = expected_answer(route, question)
     if text == wanted:

@@ -9,7 +9,7 @@ from mmroute.serve.settings import Circuit
 
 __all__ = ["Breaker", "RetryBudget"]
 
-_WINDOW_S, _WINDOW_CALLS = 30, 20
+_WINDOW_S = 30
 _CLOSES_AFTER = 2
 
 
@@ -71,7 +71,7 @@ class Breaker:
             self._open()
         elif self.state == "closed" and (
             self._row >= self.settings.failures
-            or (len(self._recent) >= _WINDOW_CALLS and 2 * failed >= len(self._recent))
+            or (len(self._recent) >= self.settings.window_calls and 2 * failed >= len(self._recent))
         ):
             self._open()
 

@@ -97,6 +97,8 @@ class Retries(_Strict):
 class Circuit(_Strict):
     failures: int = Field(default=5, ge=1)
     """Failures in a row that open it."""
+    window_calls: int = Field(default=20, ge=1)
+    """So many calls in 30 s, half of them failures, open it too."""
     open_s: float = Field(default=15, gt=0)
     """Time until the first probe; doubles with each failed one."""
     open_cap_s: float = Field(default=120, gt=0)
