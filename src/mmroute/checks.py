@@ -24,7 +24,7 @@ from torch import Tensor
 from mmroute.config import resolved
 from mmroute.engine.select import Group, group_positions
 from mmroute.prune import _rank
-from mmroute.prune.base import NEEDS, Keep, Pruner, Site
+from mmroute.prune.base import NEEDS, Keep, Look, Pruner, Site
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 
@@ -69,6 +69,7 @@ class Case:
             "row": lambda: self.attention_row(layer),
             "relevance": lambda: self.relevance,
             "embeddings": lambda: self.hidden(0),
+            "tower": lambda: Look(_project(self.x, 1, 7)[..., 0, 0].float(), _project(self.x, 1, 8)[:, :, 0], flops=1),
         }
 
     def groups(self) -> list[Group]:

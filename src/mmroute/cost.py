@@ -23,7 +23,9 @@ __all__ = [
     "effective_tokens",
     "estimate_flops",
     "estimate_kv_bytes",
+    "estimate_kv_bytes_by_hop",
     "estimate_tower_flops",
+    "keep_maps",
     "keep_shares",
     "kv_bytes_per_slot",
     "pairs",
@@ -104,7 +106,7 @@ def estimate_flops(trace: Trace, *, lm_head_positions: int | None = None, conven
     spent = {"prefill": 0, "decode": 0}
     extra = scored = 0
     for call in trace.calls:
-        scored += len(call.new)
+        scored += sum(map(any, call.new))  # a row that a call brings nothing has no logits
         for layer in call.layers:
             spent[call.kind] += _layer_flops(layer, trace.shape, convention)
             extra += layer.extra_flops
@@ -201,6 +203,43 @@ def keep_shares(trace: Trace) -> dict[str, float]:
         ran = sum(row[modality] for call in calls for layer in call.layers for row in layer.ran)
         shares[modality.name.lower()] = ran / given if given else 1.0
     return shares
+
+
+def estimate_kv_bytes_by_hop(trace: Trace) -> list[int]:
+    """[hop]: bytes of keys and values that are live once the hop is over and closed; a trace of one row."""
+    last: dict[int, int] = {}
+    for call, slots in _slots(trace):
+        last[call.hop[0]] = slots
+    size = kv_bytes_per_slot(trace.shape)
+    return [size * last.get(hop, 0) for hop in range(max(last, default=-1) + 1)]
+
+
+def keep_maps(trace: Trace) -> dict[str, list[list[float | None]]]:
+    """What each layer kept of each hop; a trace of one row.
+
+    Returns:
+        `vision` and `text`: [hop][layer] share of the hop's positions that ran, None where it has none; `kv`:
+        [hop][layer] share of all positions so far that are cached once the hop is over and closed.
+    """
+    layers, hops = trace.shape.layers, max((call.hop[0] for call in trace.calls), default=-1) + 1
+    maps: dict[str, list[list[float | None]]] = {
+        name: [[None] * layers for _ in range(hops)] for name in ("vision", "text", "kv")
+    }
+    for modality in (Modality.VISION, Modality.TEXT):
+        for hop in range(hops):
+            calls = [call for call in trace.calls if call.hop[0] == hop]
+            given = sum(call.new[0][modality] for call in calls)
+            for layer in range(layers if given else 0):
+                ran = sum(call.layers[layer].ran[0][modality] for call in calls)
+                maps[modality.name.lower()][hop][layer] = ran / given
+    seen = 0
+    for index, call in enumerate(trace.calls, start=1):
+        seen += sum(call.new[0])
+        now = [layer.stored[0] for layer in call.layers]
+        for close in (c for c in trace.closes if c.at_call == index):
+            now = [rows[0] if rows else 0 for rows in close.after]
+        maps["kv"][call.hop[0]] = [slots / seen for slots in now]
+    return maps
 
 
 def planned_trace(

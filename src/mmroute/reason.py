@@ -12,7 +12,7 @@ Legend: B batch, N positions, V vocabulary.
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from mmroute.cache import Chunk, RaggedCache
 from mmroute.engine.attach import Routed
 from mmroute.errors import ConfigError, InputError
 from mmroute.think.base import Thinker
+from mmroute.tokens import Modality
 from mmroute.trace import Call, HopClose, Trace
 
-__all__ = ["Answer", "Session", "answer", "answer_many"]
+__all__ = ["Answer", "Session", "answer", "answer_many", "place_relevance"]
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,12 @@ class Session:
         Returns:
             (B, V) logits of each row's last position.
         """
+        return self._enter(batch, relevance, hops)[:, -1]
+
+    def _enter(
+        self, batch: dict[str, Tensor], relevance: Tensor | None, hops: list[int] | None, every: bool = False
+    ) -> Tensor:
+        """(B, N, V) logits of a segment's positions, or (B, 1, V) of its last one."""
         routed, family = self.routed, self.routed.family
         ids, mask = batch["input_ids"], batch["attention_mask"]
         start = 0 if self.ids is None else self.ids.shape[1]
@@ -120,11 +127,70 @@ class Session:
         self.next_position = top.masked_fill(mask == 0, -1).amax(1) + 1
         images = {k: batch[k] for k in family.image_kwargs(batch)}
         if hops is not None:
-            self.cache.next = Chunk(hop=torch.tensor(hops, device=ids.device)[:, None].expand(-1, ids.shape[1] - start))
-        logits = self._forward(ids[:, start:], positions[..., start:], {"relevance": relevance, **images})
+            chunk = self.cache.next or Chunk()
+            chunk.hop = torch.tensor(hops, device=ids.device)[:, None].expand(-1, ids.shape[1] - start)
+            self.cache.next = chunk
+        given = {"relevance": relevance, **images, "logits_to_keep": 0 if every else 1}
+        logits = self._forward(ids[:, start:], positions[..., start:], given)
         if hops is not None:
             self.calls[-1][0].hop = list(hops)
         return logits
+
+    def observe(
+        self, pictures: Sequence[Any], hops: list[int], relevance: Sequence[Sequence[float]] | None = None
+    ) -> Tensor:
+        """Enters a picture, between its delimiters, in every row that has one to see.
+
+        Args:
+            pictures: [row]: path, bytes or Pillow image, or None where nothing is to be seen.
+            hops: [row]: the hop that each row is in.
+            relevance: [row]: ground truth for pruners that ask for it, one number per vision position of its picture.
+
+        Returns:
+            (B, V) logits; of no meaning in rows without a picture.
+        """
+        controller = self.routed.controller
+        rows = [i for i, picture in enumerate(pictures) if picture is not None]
+        chats = [[{"role": "user", "content": [{"type": "image", "image": pictures[i]}]}] for i in rows]
+        given = prepare(self.routed.model, _processor(self.routed), chats)
+        ids = given["input_ids"]
+        picture, bracket = controller.table[ids] == Modality.VISION, controller.delimiters[ids]
+        # Of what a chat template prints only the picture and the delimiters that touch it, padded on the left.
+        start = picture.long().argmax(1)
+        start = start - (bracket.gather(1, (start - 1).clamp(min=0)[:, None]).squeeze(1) & (start > 0)).long()
+        end = ids.shape[1] - picture.flip(1).long().argmax(1)
+        after = bracket.gather(1, end.clamp(max=ids.shape[1] - 1)[:, None]).squeeze(1) & (end < ids.shape[1])
+        end = end + after.long()
+        width = int((end - start).max())
+        at = end[:, None] - width + torch.arange(width, device=ids.device)
+        real = at >= start[:, None]
+
+        def placed(values: Tensor, fill: int) -> Tensor:
+            out = values.new_full((len(pictures), width), fill)
+            out[rows] = values.gather(1, at.clamp(min=0)).masked_fill(~real, fill)
+            return out
+
+        batch = {k: given[k] for k in self.routed.family.image_kwargs(given)}
+        if "mm_token_type_ids" in batch:
+            batch["mm_token_type_ids"] = placed(batch["mm_token_type_ids"], 0)
+        batch["input_ids"] = placed(ids, _processor(self.routed).tokenizer.pad_token_id or 0)
+        batch["attention_mask"] = placed(torch.ones_like(ids), 0)
+        return self.append(batch, place_relevance(relevance, batch, self.routed), hops)
+
+    def write(self, ids: Tensor, mask: Tensor, hops: list[int]) -> Tensor:
+        """Enters words that stand for what the model would write: all run, none is ranked before its hop is closed.
+
+        Args:
+            ids: (B, N), a row with fewer words padded on its left.
+            mask: (B, N), 1 where there is a word.
+            hops: [row]: the hop the words belong to.
+
+        Returns:
+            (B, N, V) logits behind every word.
+        """
+        assert self.ids is not None
+        self.cache.next = Chunk(generated=mask.bool(), valid=mask.bool())
+        return self._enter({"input_ids": ids, "attention_mask": mask}, None, hops, every=True)
 
     def step(self, ids: Tensor, hops: list[int] | None = None) -> Tensor:
         """Enters one generated token per row.
@@ -145,7 +211,7 @@ class Session:
         self.next_position = self.next_position + 1
         if hops is not None:
             self.cache.next = Chunk(hop=torch.tensor(hops, device=ids.device)[:, None])
-        logits = self._forward(ids[:, None], positions, {})
+        logits = self._forward(ids[:, None], positions, {"logits_to_keep": 1})[:, -1]
         if hops is not None:
             self.calls[-1][0].hop = list(hops)
         return logits
@@ -157,11 +223,10 @@ class Session:
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
             **{k: v for k, v in extra.items() if v is not None},
         )
         self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
-        return out.logits[:, -1]
+        return out.logits
 
     def _by_row(self, batch: dict[str, Tensor]) -> list[list[Tensor]]:
         """A segment's image grids by the row they belong to; rows may hold different numbers of images."""
@@ -199,17 +264,19 @@ class Session:
     def trace_of(self, conversation: int) -> Trace:
         """The trace of one conversation alone: its columns count its own positions, padding left out."""
         pads = self._padding[conversation]
-        calls = []
+        calls: list[Call] = []
+        so_far = [0]  # calls of this conversation among the first ones of the batch
         for batch_call, rows in self.calls:
-            if conversation in rows:
-                call = batch_call.row(rows.index(conversation))
+            call = batch_call.row(rows.index(conversation)) if conversation in rows else None
+            if call is not None and any(call.new[0]):  # another row's picture brought this one nothing
                 call.start -= bisect_left(pads, call.start)
                 for layer in call.layers:
                     if layer.kept is not None:
                         layer.kept = [[c - bisect_left(pads, c) for c in layer.kept[0]]]
                 calls.append(call)
+            so_far.append(len(calls))
         closes = [close.row(rows.index(conversation)) for close, rows in self.closes if conversation in rows]
-        closes = [close for close in closes if close.hop[0] >= 0]
+        closes = [replace(close, at_call=so_far[close.at_call]) for close in closes if close.hop[0] >= 0]
         return Trace(self.routed.controller.shape, calls, closes, full=self.routed.full_trace)
 
 
@@ -278,6 +345,8 @@ def answer_many(
     top_p: float = 1.0,
     seed: int | Sequence[int] = 0,
     relevance: Sequence[Sequence[float]] | None = None,
+    observations: Sequence[Sequence[Any]] | None = None,
+    prepared: dict[str, Tensor] | None = None,
 ) -> list[Answer]:
     """Several conversations in one batch; each gets the answer it would get alone.
 
@@ -290,11 +359,17 @@ def answer_many(
         top_p: with a temperature, the share of probability that is sampled from.
         seed: one for each conversation, or a number: conversation i then has seed + i. Each draws from its own
             stream, so a sample depends on its seed and not on the batch.
-        relevance: for pruners that ask for ground truth: one number per vision position of each prompt.
+        relevance: for pruners that ask for ground truth: one number per vision position of each prompt; a picture
+            that enters later has the same.
+        observations: pictures of each conversation that enter behind its finished steps, in order: the first one when
+            the first step that `think` recognises is over. What comes next is then written anew, with the picture in
+            view; all pictures stay in the context.
+        prepared: what `images.prepare` made of these conversations, where several runs share it.
 
     Raises:
         ConfigError: no processor, or a setting out of range.
-        InputError: an image cannot be used, or as many seeds or relevances are needed as there are conversations.
+        InputError: an image cannot be used, or as many seeds, relevances or observations are needed as there are
+            conversations.
     """
     think = think or hub.load("think", "text")
     limit = max_new_tokens if max_new_tokens is not None else think.max_new_tokens
@@ -306,22 +381,44 @@ def answer_many(
     if not conversations:
         return []
     seeds = [seed + i for i in range(len(conversations))] if isinstance(seed, int) else list(seed)
-    for name, given in (("seed", seeds), ("relevance", relevance)):
+    for name, given in (("seed", seeds), ("relevance", relevance), ("observations", observations)):
         if given is not None and len(given) != len(conversations):
             raise InputError(f"{name} has {len(given)} entries for {len(conversations)} conversations; give one each")
     tokenizer = _processor(routed).tokenizer
-    batch = prepare(routed.model, _processor(routed), conversations)
+    batch = prepared if prepared is not None else prepare(routed.model, _processor(routed), conversations)
     session = Session(routed, reserve=limit)
-    logits = session.append(batch, _placed(relevance, batch, routed))
+    logits = session.append(batch, place_relevance(relevance, batch, routed))
     draw = [torch.Generator().manual_seed(each) for each in seeds]
     ends = _end_ids(routed)
     written: list[list[int]] = [[] for _ in conversations]
     cuts: list[list[int]] = [[0] for _ in conversations]
     hop = [1] * len(conversations)
     pieces: dict[int, bool] = {}
+    in_step = [False] * len(conversations)  # whether the present hop began where `think` names a step
+    waiting = [list(pictures) for pictures in observations or [[]] * len(conversations)]
+
+    def begins(value: int) -> bool:
+        if value not in pieces:
+            pieces[value] = think.starts_hop(tokenizer.decode([value]))
+        return pieces[value]
+
     for _ in range(limit):
         ids = _sample(logits, temperature, top_p, [draw[r] for r in session.rows])
         values = ids.tolist()
+        over = [begins(v) and bool(written[r]) for r, v in zip(session.rows, values, strict=True)]
+        due = [i for i, (o, r) in enumerate(zip(over, session.rows, strict=True)) if o and in_step[r] and waiting[r]]
+        if due:
+            shown = {i: waiting[session.rows[i]].pop(0) for i in due}
+            logits = session.observe(
+                [shown.get(i) for i in range(len(ids))],
+                [hop[r] for r in session.rows],
+                None if relevance is None else [relevance[r] if i in shown else [] for i, r in enumerate(session.rows)],
+            )
+            ids[due] = _sample(logits[due], temperature, top_p, [draw[session.rows[i]] for i in due])
+            values = ids.tolist()
+        for row, value, ended in zip(session.rows, values, over, strict=True):
+            if ended or not written[row]:
+                in_step[row] = begins(value)
         for row, value in zip(session.rows, values, strict=True):
             written[row].append(value)
         stays = [i for i, value in enumerate(values) if value not in ends]
@@ -330,14 +427,10 @@ def answer_many(
         if len(stays) < len(values):
             session.keep_rows(stays)
             ids = ids[torch.tensor(stays, device=ids.device)]
-            values = [values[i] for i in stays]
-        for value in values:
-            if value not in pieces:
-                pieces[value] = think.starts_hop(tokenizer.decode([value]))
-        starting = [pieces[v] and len(written[r]) > 1 for r, v in zip(session.rows, values, strict=True)]
-        if any(starting):
-            session.close_hop([hop[r] if s else -1 for r, s in zip(session.rows, starting, strict=True)])
-            for row, starts in zip(session.rows, starting, strict=True):
+            over = [over[i] for i in stays]
+        if any(over):
+            session.close_hop([hop[r] if s else -1 for r, s in zip(session.rows, over, strict=True)])
+            for row, starts in zip(session.rows, over, strict=True):
                 if starts:
                     hop[row] += 1
                     cuts[row].append(len(written[row]) - 1)
@@ -382,8 +475,14 @@ def _sample(logits: Tensor, temperature: float, top_p: float, draw: list[torch.G
     return order.gather(1, torch.stack(picks).to(order.device)).squeeze(1)
 
 
-def _placed(relevance: Sequence[Sequence[float]] | None, batch: dict[str, Tensor], routed: Routed) -> Tensor | None:
-    """(B, N): ground truth at the vision columns, zero elsewhere."""
+def place_relevance(
+    relevance: Sequence[Sequence[float]] | None, batch: dict[str, Tensor], routed: Routed
+) -> Tensor | None:
+    """(B, N): ground truth at the vision columns, zero elsewhere.
+
+    Raises:
+        InputError: a row has more or fewer numbers than vision positions.
+    """
     if relevance is None:
         return None
     ids = batch["input_ids"]

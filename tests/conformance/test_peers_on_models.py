@@ -115,7 +115,7 @@ def test_dart_starts_from_the_largest_keys_the_stock_model_caches(family: str) -
 
 
 @pytest.mark.parametrize("family", families.NAMES)
-@pytest.mark.parametrize("name", ["snapkv", "streaming", "knorm"])
+@pytest.mark.parametrize("name", ["snapkv", "streaming", "knorm", "keydiff"])
 def test_what_is_only_forgotten_changes_no_logit_of_its_own_call(family: str, name: str) -> None:
     want = stock(family)(**inputs(family)).logits
     with mmroute.attach(stock(family), prune=hub.load("prune", name, vision_keep=0.2)) as routed:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmroute.bench import schema, table
+from mmroute.bench import report, schema, table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "results").rglob("*.json"))
@@ -27,3 +27,9 @@ def test_a_committed_result_reads_and_came_from_committed_source(path):
 def test_tables_of_a_page_are_those_of_the_result_files(page):
     text = page.read_text(encoding="utf-8")
     assert table.fill(text, ROOT / "results") == text, f"run: python -m mmroute.bench.table {page.name}"
+
+
+def test_the_page_of_all_results_is_what_the_files_say():
+    page = ROOT / "results" / "README.md"
+    said = page.read_text(encoding="utf-8") if page.exists() else None
+    assert said in (None, report.page(ROOT / "results")), "run: python -m mmroute.bench.report results"

@@ -38,7 +38,7 @@ def draw(routed, seed=0, falling=True):
     pruner = routed.controller.pruner
     with torch.no_grad():
         for name, p in pruner.named_parameters():
-            if name == "beta":
+            if name.endswith("beta"):
                 p.copy_(-0.7 * torch.arange(1, p.shape[1] + 1).expand_as(p) if falling else torch.zeros_like(p))
             else:
                 p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if "weight" in name else 0.5))
@@ -71,10 +71,11 @@ def test_leaving_out_equals_masking_with_real_routers(name, carry):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("scope", ["skip", "drop"])
 @pytest.mark.parametrize("name", families.NAMES)
-def test_one_dense_pass_over_three_hops_is_hop_by_hop_inference(name, policy):
+def test_one_dense_pass_over_three_hops_is_hop_by_hop_inference(name, scope, policy):
     talk = conversation(name, stock(name), 3, RAGGED)
-    options = {"prune": dare(cache_policy=policy), "executor": "dense"}
+    options = {"prune": dare(cache_policy=policy, scope=scope), "executor": "dense"}
     with attached(name, **options) as routed:
         draw(routed)
         one = routed.model(**talk.whole, hop_ids=talk.hop, generated=talk.generated).logits.detach()
@@ -148,6 +149,32 @@ def test_a_closed_hop_is_a_mask_that_later_hops_see(policy):
     else:  # evicted never return
         for before, after in zip(closes[0].after, closes[1].before, strict=True):
             assert all(b <= a for b, a in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("bound", [{"kv_positions": 12}, {"kv_bytes": 12 * 4 * 2 * 2 * 16 * 4}], ids=str)
+def test_a_capped_cache_never_holds_more_than_its_bound_and_goes_on_writing(bound):
+    model = stock(NAME)
+    batch = families.make_inputs(NAME, model, 3, RAGGED)
+    with mmroute.attach(model, prune=dare(cache_policy="capped", **bound)) as routed, torch.no_grad():
+        pruner = draw(routed)
+        shape = routed.controller.shape
+        each = 2 * shape.kv_heads * shape.head_dim * shape.itemsize * shape.layers
+        cap = bound.get("kv_positions") or bound["kv_bytes"] // each
+        assert pruner.cap == cap
+        cache = routed.new_cache()
+        mask = batch["attention_mask"]
+        out = routed.model(**batch, past_key_values=cache)
+        assert max(map(max, cache.lengths())) <= cap < batch["input_ids"].shape[1]
+        most = 0
+        for _ in range(2 * cap):
+            token = out.logits[:, -1:].argmax(-1)
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            out = routed.model(input_ids=token, attention_mask=mask, past_key_values=cache)
+            assert out.logits.isfinite().all()
+            most = max(most, *map(max, cache.lengths()))
+        assert cap - 3 <= most <= cap
+        assert cache.live_bytes() <= 3 * cap * each
+        assert cache.get_seq_length() == mask.shape[1]
 
 
 def test_a_later_word_never_changes_an_earlier_logit():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import families
 import pytest
 import torch
+from gates import of_queries, softmax_times_gate
 from learned import LinearRouter
 from rig import LAYERS, RAGGED, attached, backbone_gradients, labels, relative, router, stock
 from teacher import closing_session, conversation
@@ -13,6 +14,7 @@ from teacher import closing_session, conversation
 import mmroute
 from mmroute import backbones
 from mmroute.deepen.uniform import Uniform
+from mmroute.engine import gated
 
 BATCHES = [pytest.param(1, None, id="one"), pytest.param(3, RAGGED, id="ragged")]
 
@@ -147,9 +149,13 @@ class _Shifted(LinearRouter):
         return keep
 
 
+def _half_open(query, key, value, gate, scaling):
+    return softmax_times_gate(query, key, value, of_queries(gate), scaling).transpose(1, 2)
+
+
 @pytest.mark.parametrize("scope", ["skip", "drop"])
-def test_the_gradient_of_a_gate_is_its_effect(scope):
-    """Finite differences; under `drop` the gate acts in every layer behind the one that chose."""
+def test_the_gradient_of_a_gate_is_its_effect(scope, monkeypatch):
+    """Finite differences of half-open gates; under `drop` a gate acts in every layer behind the one that chose."""
     name = "qwen2_5_vl"
     batch = families.make_inputs(name, stock(name), 1)
     pruner = _Shifted(hidden=families.HIDDEN, layers=LAYERS, every=LAYERS, scope=scope, vision_keep=0.5)
@@ -162,6 +168,7 @@ def test_the_gradient_of_a_gate_is_its_effect(scope):
         origin = torch.zeros(1, batch["input_ids"].shape[1], requires_grad=True)
         (gradient,) = torch.autograd.grad(loss(origin), origin)
         mask = routed.controller.aux[1].mask[0]
+        monkeypatch.setattr(gated, "attend", _half_open)
         checked = [*torch.nonzero(~mask)[:4, 0].tolist(), *torch.nonzero(mask)[5:8, 0].tolist()]
         for column in checked:
             step = torch.zeros_like(origin)

@@ -537,3 +537,78 @@ def test_a_closed_vocabulary_gets_the_cue_it_can_write_and_a_warning(loaded, mon
             assert not caplog.records
             assert reason._cued(routed, "<image> where elephant", hub.load("think", "direct")).endswith("direct:")
     assert "does not know: elephant" in caplog.text
+
+
+# ---------------------------------------------------------------------- observations
+
+
+PICTURES = [[picture(5, (40, 40)), picture(6, (60, 30))], [], [picture(7, (30, 50))]]
+
+
+@pytest.mark.parametrize("method", ["none", "random", "fastv"])
+@pytest.mark.parametrize("name", families.NAMES)
+def test_pictures_that_enter_between_steps_are_those_of_each_conversation_alone(name, method, loaded):
+    """Every token begins a step here, so a picture enters behind each of the first ones."""
+    think = hub.load("think", "text", hop_pattern="", max_new_tokens=STEPS)
+    with routed_as(loaded(name), method) as routed:
+        batch = routed.answer_many(asked(), think=think, observations=PICTURES)
+        for conversation, pictures, together in zip(asked(), PICTURES, batch, strict=True):
+            alone = routed.answer_many([conversation], think=think, observations=[pictures])[0]
+            if method == "fastv":  # what a call's probe costs is shared by positions, not by each row's keys
+                for layer in (x for answer in (together, alone) for call in answer.trace.calls for x in call.layers):
+                    layer.extra_flops = 0
+            assert (together.ids, together.hops, together.trace) == (alone.ids, alone.hops, alone.trace)
+            seen = [call.hop[0] for call in together.trace.calls[1:] if call.kind == "prefill"]
+            assert seen == list(range(1, len(pictures) + 1))
+            hops = [call.hop[0] for call in together.trace.calls]
+            assert hops == sorted(hops)
+        assert batch[0].ids != routed.answer_many(asked(), think=think)[0].ids
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_an_observed_picture_is_read_as_if_it_had_stood_in_the_prompt(name, loaded):
+    model = loaded(name)
+    first, second = picture(1, (48, 48)), picture(2, (32, 48))
+    batch = prepare(model, model.processor, [user_message("which?", [first])])
+    with mmroute.attach(model, strip_padding=True) as routed, torch.no_grad():
+        session = Session(routed)
+        session.append(batch)
+        session.step(torch.tensor([7]), [1])
+        session.observe([second], [1])
+        got = session.step(torch.tensor([9]), [2])
+        ids, grids = session.ids, session.grids
+    other = prepare(model, model.processor, [user_message("", [second])])
+    pixels = [each["pixel_values"] for each in (batch, other)]
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    family = mmroute.backbones.of(model)
+    if grids is not None:
+        whole |= {"image_grid_thw": grids, "mm_token_type_ids": (ids == model.config.image_token_id).long()}
+    whole["pixel_values"] = torch.cat(pixels)
+    whole["position_ids"] = family.positions(model, ids, whole["attention_mask"], grids)
+    want = model(**whole).logits[:, -1]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)  # fp32, other orders of sums over 6 layers
+    vision = torch.isin(ids, torch.tensor(family.vision_ids(model)))
+    assert int(vision[0, batch["input_ids"].shape[1] + 1 :].sum()) > 0
+
+
+def test_observations_for_another_number_of_conversations_are_refused(loaded):
+    with routed_as(loaded("llava"), "none") as routed, pytest.raises(InputError, match="observations has 1 entries"):
+        routed.answer_many(asked(), observations=[[]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_words_written_at_once_are_words_written_one_by_one(method, loaded):
+    """Rows bring two words and one; no hop is closed between them."""
+    words = torch.tensor([[11, 12], [0, 13]])
+    with routed_as(loaded("qwen2_5_vl"), method) as routed, torch.no_grad():
+        batch = prepare(routed.model, routed.processor, asked()[:2])
+        session = Session(routed)
+        session.append(batch)
+        got = session.write(words, torch.tensor([[1, 1], [0, 1]]), [1, 1])
+        for row, spoken in enumerate(([11, 12], [13])):
+            alone = Session(routed)
+            alone.append(prepare(routed.model, routed.processor, [asked()[row]]))
+            for place, word in enumerate(spoken, start=2 - len(spoken)):
+                want = alone.step(torch.tensor([word]), [1])
+                torch.testing.assert_close(got[row, place], want[0], rtol=0, atol=1e-4)
+            assert [n[row] for n in session.cache.lengths()] == [n[0] for n in alone.cache.lengths()]

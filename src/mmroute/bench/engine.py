@@ -81,7 +81,12 @@ class Case:
     """The time ratio may be at most this ..."""
     over_ideal: bool = False
     """... times the FLOP ratio."""
-    what: Literal["prefill", "decode"] = "prefill"
+    what: Literal["prefill", "decode", "train"] = "prefill"
+    """`train` is a forward and a backward pass through DARE's routers."""
+    executor: Literal["dense", "physical"] | None = None
+    """For `train`."""
+    over_stock_us: float | None = None
+    """Microseconds per layer over the stock model, in place of `goal`: for layers so small that the engine shows."""
 
     @property
     def new(self) -> list[list[int]]:
@@ -97,15 +102,23 @@ class Case:
         )
 
     def flop_ratio(self) -> float:
-        """Routed over stock FLOPs of what is timed, language-model head apart."""
+        """Routed over stock FLOPs of what is timed, language-model head apart.
+
+        Given padding, the stock model attends through a mask, so it computes every pair of columns and not only the
+        causal half of them.
+        """
+        if self.executor == "dense":
+            return 1.0
         steps = 1 if self.what == "decode" else 0
-        sides = [cost.estimate_flops(self.planned(routed, steps)) for routed in (True, False)]
-        ours, theirs = ((f.decode if steps else f.prefill) for f in sides)
-        return ours / theirs
+        padded = len(set(self.lengths)) > 1
+        ours = cost.estimate_flops(self.planned(True, steps))
+        theirs = cost.estimate_flops(self.planned(False, steps), convention="rectangle" if padded else "causal")
+        return ours.decode / theirs.decode if steps else ours.prefill / theirs.prefill
 
 
 _LONG = Stack(layers=10, hidden=512, mlp=1376, heads=8)
 _BATCH = Stack(layers=6, hidden=384, mlp=1024, heads=6)
+_SMALL = Stack(layers=12, hidden=64, mlp=128, heads=4)
 _RAGGED = (768, 618, 468, 318)
 CASES = (
     Case("prefill-1024-keep-1-1", _LONG, (1024,), 784, 1.0, 1.0, goal=1.02),
@@ -114,6 +127,9 @@ CASES = (
     Case("batch-4-padded-keep-.4-.7", _BATCH, _RAGGED, 196, 0.4, 0.7, goal=0.37),
     Case("decode-1024-keep-1-1", _LONG, (1024,), 784, 1.0, 1.0, goal=1.02, what="decode"),
     Case("decode-1024-keep-.4-.7", _LONG, (1024,), 784, 0.4, 0.7, goal=1.0, what="decode"),
+    Case("decode-64-small-keep-1-1", _SMALL, (64,), 48, 1.0, 1.0, goal=1.0, what="decode", over_stock_us=12),
+    Case("train-dense-keep-.4-.7", _BATCH, (1024,), 784, 0.4, 0.7, goal=1.4, what="train", executor="dense"),
+    Case("train-physical-keep-.4-.7", _BATCH, (1024,), 784, 0.4, 0.7, goal=0.5, what="train", executor="physical"),
 )
 
 
@@ -169,6 +185,10 @@ def prompt(case: Case, device: str) -> dict[str, Tensor]:
 
 
 def _attached(model: nn.Module, case: Case) -> Routed:
+    if case.what == "train":
+        rates = {"vision_keep": case.vision_keep, "text_keep": case.text_keep}
+        flat = {"rates": "fixed", "vision_schedule": "flat", "first_layer": 0, "cutoff_layer": case.stack.layers}
+        return attach(model, prune=hub.load("prune", "dare", **rates, **flat), executor=case.executor)
     pruner = hub.load("prune", "random", vision_keep=case.vision_keep, text_keep=case.text_keep)
     # Stripping padding forces the executor where nothing is pruned.
     return attach(model, prune=pruner, strip_padding=True)
@@ -209,8 +229,25 @@ class _Decode(_Prefill):
             )
 
 
+class _Train(_Prefill):
+    """A forward and a backward pass on a prompt; leaves no cache."""
+
+    def __init__(self, model: Any, case: Case, device: str) -> None:
+        super().__init__(model.train(), case, device)
+
+    def __call__(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            self.model(**self.batch, use_cache=False).last_hidden_state.square().mean().backward()
+
+
+_KINDS = {"prefill": _Prefill, "decode": _Decode, "train": _Train}
+
+
 def live_bytes(cache: Any) -> int:
-    """Bytes of the keys and values a cache holds, walked layer by layer."""
+    """Bytes of the keys and values a cache holds, walked layer by layer; none without a cache."""
+    if cache is None:
+        return 0
     if hasattr(cache, "live_bytes"):
         return cache.live_bytes()
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
@@ -237,7 +274,7 @@ def measure_cases(cases: list[Case], rounds: int, warmup: int, device: str = "cp
         device: of both models.
     """
     first = cases[0]
-    kind = _Decode if first.what == "decode" else _Prefill
+    kind = _KINDS[first.what]
     runs = {"": kind(build(first.stack, device), first, device)}
     for case in cases:
         runs[case.name] = kind(_attached(build(first.stack, device), case).model, case, device)
@@ -249,7 +286,7 @@ def measure_cases(cases: list[Case], rounds: int, warmup: int, device: str = "cp
             stock_time_s=timings.seconds[""]["total"],
             kv_bytes=live_bytes(runs[case.name].cache),
             stock_kv_bytes=live_bytes(runs[""].cache),
-            kv_bytes_estimate=cost.estimate_kv_bytes(case.planned(True, steps)),
+            kv_bytes_estimate=0 if case.what == "train" else cost.estimate_kv_bytes(case.planned(True, steps)),
         )
         for case in cases
     }
@@ -275,6 +312,9 @@ def result_of(
     ours = [seconds for raw in raws for seconds in raw.time_s]
     theirs = [seconds for raw in raws for seconds in raw.stock_time_s]
     ratio, ideal = spread([a / b for a, b in zip(ours, theirs, strict=True)]), case.flop_ratio()
+    goal = case.goal * ideal if case.over_ideal else case.goal
+    if case.over_stock_us is not None:
+        goal = 1 + case.over_stock_us * 1e-6 * case.stack.layers / spread(theirs).median
     return schema.EngineResult(
         run=run,
         machine=schema.machine_here(device, "float32", "sdpa"),
@@ -284,11 +324,11 @@ def result_of(
         stock_time_s=dataclasses.asdict(spread(theirs)),
         ratio=dataclasses.asdict(ratio),
         flop_ratio=ideal,
-        goal=case.goal * ideal if case.over_ideal else case.goal,
+        goal=goal,
         kv_bytes=raws[0].kv_bytes,
         kv_bytes_estimate=raws[0].kv_bytes_estimate,
         stock_kv_bytes=raws[0].stock_kv_bytes,
-        realised_saving=realised_saving(ratio.median, ideal) if case.what == "prefill" else None,
+        realised_saving=realised_saving(ratio.median, ideal) if case.what != "decode" else None,
         peak_memory_bytes=peak,
         stock_peak_memory_bytes=stock_peak,
     )
@@ -299,15 +339,16 @@ def measure_peak(case: Case, side: Literal["routed", "stock"], device: str = "cp
     model = build(case.stack, device)
     if side == "routed":
         _attached(model, case)
+    run = _Train if case.what == "train" else _Prefill
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _Prefill(model, case, device)()
+        run(model, case, device)()
         return torch.cuda.max_memory_allocated(device) - before
     torch.set_num_threads(1)
     reset_peak_memory()
     before = peak_memory_bytes()
-    _Prefill(model, case, device)()
+    run(model, case, device)()
     return peak_memory_bytes() - before
 
 
@@ -322,7 +363,8 @@ def card(results: list[schema.EngineResult]) -> str:
     """What a person wants to know of a run."""
     lines = [f"{'case':28} {'time':>6} {'p10':>6} {'p90':>6} {'FLOPs':>6} {'goal':>6}   KV of stock   peak MB (stock)"]
     for r in results:
-        kv = f"{r.kv_bytes / r.stock_kv_bytes:.3f}" + ("" if r.kv_bytes == r.kv_bytes_estimate else " (not as counted)")
+        kv = f"{r.kv_bytes / r.stock_kv_bytes:.3f}" if r.stock_kv_bytes else "-"
+        kv += "" if r.kv_bytes == r.kv_bytes_estimate else " (not as counted)"
         peak = "-" if r.peak_memory_bytes is None else f"{r.peak_memory_bytes / 1e6:.0f}"
         stock = "-" if r.stock_peak_memory_bytes is None else f"{r.stock_peak_memory_bytes / 1e6:.0f}"
         lines.append(

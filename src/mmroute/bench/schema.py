@@ -18,9 +18,11 @@ from mmroute.errors import InputError
 
 __all__ = [
     "Baseline",
+    "Budget",
     "Cost",
     "EngineResult",
     "GpuResult",
+    "Infeasible",
     "Machine",
     "Method",
     "Model",
@@ -37,6 +39,7 @@ __all__ = [
     "machine_here",
     "read_engine",
     "read_gpu",
+    "read_infeasible",
     "read_result",
     "run_here",
     "write_json",
@@ -83,6 +86,16 @@ class Model:
 
 
 @options
+class Budget:
+    """What a row of a bench was asked to keep."""
+
+    unit: Literal["v_eff_share", "kv_share"]
+    """Share of vision positions that run, or (cache-only methods) whose keys stay, as the mean over all layers."""
+    vision: float
+    text: float
+
+
+@options
 class Method:
     recipe: str
     prune: str
@@ -94,6 +107,11 @@ class Method:
     """How the fidelity of a peer's method was checked, as its file says."""
     deepen: str = "none"
     gate: str = "none"
+    row: str = ""
+    """Name of the method in its bench."""
+    budget: Budget | None = None
+    control: str = ""
+    """Result file, in the same folder, of random positions at this run's counts in every layer, hop and modality."""
 
 
 @options
@@ -108,6 +126,12 @@ class Task:
     scorer: str
     needed_share: float | None = None
     background_share: float | None = None
+    hop_images: str = "none"
+    """Whether the task shows a picture after every hop."""
+    context: str = "accumulate"
+    """What of these pictures the model still sees at a later hop."""
+    groups: str = ""
+    """Sizes, in order, of the groups of items that succeed and fail together: "4,4,4"."""
 
 
 @options
@@ -119,6 +143,12 @@ class Quality:
     parsed: float
     """Share of answers the scorer could read."""
     by_level: Numbers = dataclasses.field(default_factory=dict)
+    predicted: str = ""
+    """Per item the index of the choice that was answered, "-" where none was: one character each."""
+    exact: str = ""
+    """0 or 1 per item: every word of the right chain was the most likely one; empty where none is known."""
+    forced: str = ""
+    """0 or 1 per item: teacher-forced, the answer is right behind the right chain; empty where not asked."""
 
 
 @options
@@ -140,6 +170,13 @@ class Cost:
     kv_bytes_peak: float
     kv_bytes_end: float
     ar_steps: float
+    kv_bytes_by_hop: list[float] = dataclasses.field(default_factory=list)
+    """[hop]: live once the hop is over, of the items that have it."""
+    items_by_hop: list[int] = dataclasses.field(default_factory=list)
+    """[hop]: how many items have it."""
+    keep_map: dict[str, list[list[float | None]]] = dataclasses.field(default_factory=dict)
+    """`vision`, `text`: [hop][layer] share of the hop's positions that ran; `kv`: [hop][layer] share of all positions
+    so far that are cached once the hop is over. null where the hop has none."""
 
 
 @options
@@ -188,6 +225,18 @@ class Result:
     reported: None = None
     notes: list[str] = dataclasses.field(default_factory=list)
     schema: Literal["result/1"] = "result/1"
+
+
+@options
+class Infeasible:
+    """A row of a bench that cannot be met: printed as such, never moved to another budget."""
+
+    row: str
+    recipe: str
+    budget: Budget
+    layers: int
+    reason: str
+    schema: Literal["infeasible/1"] = "infeasible/1"
 
 
 @options
@@ -320,7 +369,7 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-def write_result(path: Path, result: Result | EngineResult | GpuResult) -> None:
+def write_result(path: Path, result: Result | EngineResult | GpuResult | Infeasible) -> None:
     """Writes a result file whole or not at all."""
     write_json(path, resolved(result))
 
@@ -343,6 +392,11 @@ def read_engine(path: Path) -> EngineResult:
 def read_gpu(path: Path) -> GpuResult:
     """The GPU benchmark's result file; errors as in `read_result`."""
     return _read(path, GpuResult, "gpu/1")
+
+
+def read_infeasible(path: Path) -> Infeasible:
+    """A row of a bench that cannot be met; errors as in `read_result`."""
+    return _read(path, Infeasible, "infeasible/1")
 
 
 def kind_of(path: Path) -> str:

@@ -16,7 +16,7 @@ import typer
 from mmroute.bench import schema
 from mmroute.errors import ConfigError, InputError
 
-__all__ = ["engine_table", "fill", "headline", "result_table", "table_of"]
+__all__ = ["engine_table", "fill", "headline", "kinds_of_check", "markdown", "result_table", "table_of"]
 
 _BLOCK = re.compile(r"(<!-- table:([\w./-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 _HEADLINE = re.compile(r"(<!-- headline -->\n)(.*?)(<!-- /headline -->)", re.DOTALL)
@@ -95,7 +95,7 @@ def engine_table(results: list[schema.EngineResult]) -> str:
         for r in results
     ]
     head = ["case", "time ratio [p10, p90]", "FLOP ratio", "goal", "reached", "realised saving", "KV ratio"]
-    return _markdown([*head, "peak MB (stock)"], rows)
+    return markdown([*head, "peak MB (stock)"], rows)
 
 
 def _megabytes(ours: int | None, stock: int | None) -> str:
@@ -117,7 +117,7 @@ def result_table(results: list[schema.Result]) -> str:
             [
                 f"{r.task.name}:{r.task.preset}" if r.task.preset else r.task.name,
                 r.method.recipe,
-                _kinds_of_check(r.method.checked),
+                kinds_of_check(r.method.checked),
                 f"{r.cost.v_eff:.1f}",
                 f"{r.cost.t_eff:.1f}",
                 "n/a" if base is None else f"{r.cost.flops_answer / base.cost.flops_answer:.3f}",
@@ -132,7 +132,7 @@ def result_table(results: list[schema.Result]) -> str:
         )
     head = ["task", "recipe", "checked", "V_eff", "T_eff", "FLOP ratio", "KV ratio", "prefill time [p10, p90]"]
     head += ["decode time [p10, p90]", "accuracy % [95 %]", "difference [paired 95 %]", "AR steps", "n"]
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _baseline_of(result: schema.Result, results: list[schema.Result]) -> schema.Result | None:
@@ -152,7 +152,7 @@ def _baseline_of(result: schema.Result, results: list[schema.Result]) -> schema.
     return None
 
 
-def _kinds_of_check(checked: str) -> str:
+def kinds_of_check(checked: str) -> str:
     """The kinds of check that a method's file names; how each was made stands there."""
     words = ("twin", "arithmetic", "traces", "score", "paper only")
     kinds = [word for word in words if re.search(rf"\b{word}\b", checked)]
@@ -175,7 +175,7 @@ def _difference(result: schema.Result) -> str:
     return f"{100 * result.baseline.diff:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 

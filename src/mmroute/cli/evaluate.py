@@ -22,17 +22,33 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split of the task.")] = "test",
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 9,
     out: Annotated[Path | None, typer.Option(help="Result file; a baseline goes beside it.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="path=value for --recipe; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="path=value for --recipe; task.OPTION=value for the task."),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Score a recipe on a task, with its FLOPs, KV bytes and seconds."""
     from mmroute import recipe as recipes  # torch costs seconds; --help must not pay them
     from mmroute.backbones.load import load
     from mmroute.bench import run, schema
+    from mmroute.config import overrides
 
-    ours, theirs = recipes.read(recipe, set_), recipes.read(against) if against else None
-    plan = run.Plan(task=task, n=n, seed=seed, split=split, batch=batch, rounds=rounds)
-    run.draw(run.load_task(task), plan)  # a wrong task or count is reported before a model is loaded
+    about = [text for text in set_ or [] if text.startswith(("task.", "context="))]
+    asked = overrides(about)
+    ours = recipes.read(recipe, [text for text in set_ or [] if text not in about])
+    theirs = recipes.read(against) if against else None
+    plan = run.Plan(
+        task=task,
+        n=n,
+        seed=seed,
+        split=split,
+        settings=asked.get("task", {}),
+        context=asked.get("context", "accumulate"),
+        batch=batch,
+        rounds=rounds,
+    )
+    run.draw(run.load_task(task, plan.settings), plan)  # what is wrong with them is reported before a model is loaded
 
     def progress(name: str, done: int, total: int) -> None:
         sys.stderr.write(f"\r{name}: {done}/{total}" + ("\n" if done == total else ""))

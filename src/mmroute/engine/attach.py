@@ -142,6 +142,8 @@ class Routed:
             c.text.register_forward_pre_hook(c.before_text, with_kwargs=True),
             c.text.register_forward_hook(c.after_text, with_kwargs=True, always_call=True),
         ]
+        if c.tower is not None:
+            self._handles += c.tower.watch()
         model.save_pretrained = types.MethodType(_save_with_parts, model)
         model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
         model.mmroute = self.parts

@@ -11,7 +11,7 @@ in both of Transformers' registries: an attention name without a mask function w
 | one position each, unequal keys | one call, lengths as a mask | the same | the same |
 | packed | one call by lengths (`varlen.py`) | row by row, masked if keys are cached | one call by lengths |
 | chunks behind cached keys | one call by lengths | one masked call | one call |
-| the dense executor's gates | one masked call | on a CPU in float32 as cheap as no gate (`gated.py`) | sdpa's |
+| the dense executor's gates | one masked call (`gated.py`) | the same | the same: flash takes no such mask |
 
 Legend: B batch, Q new positions (in `named_rows` the named ones of them), G averages, S key slots, H query heads,
 K key-value heads, E head dim.
@@ -74,21 +74,21 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function: (B, H, Q, E) queries, (B, K, S, E) keys -> (B, Q, H, E)."""
-    if rows is not None and rows.gate is not None and base.startswith("flash"):
-        base = "sdpa"  # the flash kernels take no float mask
+    if rows is not None:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        if rows.probe:
+            rows.row = last_row(query, key, rows, scale)
+        if rows.named is not None:
+            rows.named_rows = named_rows(query, key, rows, scale)
+        if rows.gate is not None:
+            if kwargs.get("dropout"):
+                raise UnsupportedCall("gates have no attention dropout; set attention_dropout=0 in the model's config")
+            return gated.attend(query, key, value, rows.gate, scale), None
     flash = base.startswith("flash")
     seen = _Behind(module, config=_Behind(module.config, _attn_implementation=base)) if flash else module
     call = functools.partial(_function(base, module), seen, scaling=scaling, **kwargs)
     if rows is None:
         return call(query, key, value, attention_mask)
-    if rows.probe:
-        rows.row = last_row(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if rows.named is not None:
-        rows.named_rows = named_rows(query, key, rows, scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if rows.gate is not None:
-        if base == "sdpa" and gated.serves(query, rows.gate) and not kwargs.get("dropout"):
-            return gated.attend(query, key, value, rows.gate, scaling), None
-        return call(query, key, value, rows.gate.mask(query.dtype))
     if base == "sdpa" and varlen.serves(query, key, rows, kwargs):
         return varlen.attend(query, key, value, rows, scaling), None
     # It reads a mask as left padding of the queries too, and rows of a cache are filled from the left.
@@ -214,4 +214,5 @@ def _last_row_gated(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> T
     last = query.transpose(1, 2)[torch.arange(B, device=query.device), rows.last]
     grouped = last.float().reshape(B, K, -1, query.shape[-1])
     scores = torch.einsum("bgre,bgse->bgrs", grouped, key.float()) * scaling
-    return (scores + rows.gate.row(rows.last).float()[:, None, None]).softmax(-1).flatten(1, 2).mean(1)
+    seen = rows.gate.open()[torch.arange(B, device=query.device), rows.last]
+    return scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1).flatten(1, 2).mean(1)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from mmroute.backbones.base import Family
+from mmroute.backbones.tower import Look as Seen
 from mmroute.cache import RaggedCache, RaggedLayer
 from mmroute.deepen.base import Deepener
 from mmroute.engine.rows import Pick, Rows
 from mmroute.engine.select import Group, first_true, group_positions, narrow
 from mmroute.errors import UnsupportedCall
 from mmroute.probe import by_column
-from mmroute.prune.base import Keep, Pruner, Site
+from mmroute.prune.base import Keep, Look, Pruner, Site
 from mmroute.tokens import NUM_MODALITIES, Modality, Tokens
 from mmroute.trace import Call, LayerCall, Shape
 
@@ -64,6 +65,8 @@ class Choice:
     _named: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """The same for the positions that the pruner named."""
     _embedded: Tensor | None = None
+    seen: Seen | None = None
+    """What the vision tower looked at in this call, for pruners that need it."""
     _asked: dict[int, int] = field(default_factory=dict)
     """By layer: FLOPs of the queries and keys that the pruner had computed."""
 
@@ -171,6 +174,7 @@ class Choice:
             "row": lambda: self._row(index - 1),
             "rows": lambda: self._averages(index if self.pruner.action == "kv_only" else index - 1),  # type: ignore[union-attr]
             "relevance": self._relevance,
+            "tower": self._look,
         }
         return Site(
             layer=index,
@@ -251,6 +255,24 @@ class Choice:
                 "or use it on generated tasks through `mmroute eval`"
             )
         return self.relevance.float()
+
+    def _look(self) -> Look:
+        """The tower's rows at the vision columns of this call."""
+        if "tower" not in self.memo:
+            count = sum(row[Modality.VISION] for row in self.call.new)
+            if self.seen is None or len(self.seen.score) != count:
+                raise UnsupportedCall(
+                    "this pruner ranks by the vision tower, and no picture of this call went through it; pass "
+                    "pixel_values, not embeddings"
+                )
+            vision = ((self.tokens.modality == Modality.VISION) & self.tokens.valid).to(self.seen.score.device)
+            score, keys = self.seen.score, self.seen.keys
+            self.memo["tower"] = Look(
+                score.new_zeros(vision.shape).masked_scatter(vision, score),
+                keys.new_zeros(*vision.shape, keys.shape[-1]).masked_scatter(vision[..., None], keys),
+                self.seen.flops,
+            )
+        return self.memo["tower"]
 
     def _keys(self, index: int) -> Tensor:
         """(B, N, K, E): cached keys by column of this call; zeros where nothing was stored."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mmroute.backbones.base import Family
+from mmroute.backbones.tower import tower_of
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.deepen.base import Deepener
 from mmroute.engine.choice import build_groups
@@ -68,8 +69,11 @@ class Controller:
         self.trace: Trace | None = None
         """Of the last call without a cache, and of the last cache used."""
         self.aux: dict[int, Keep] = {}
+        self.tokens: Tokens | None = None
+        """What the positions of the last routed call were; `aux` is what was kept of them."""
         """What the pruner returned at each layer of the last training call."""
         self.checkpointed: set[int] = set()
+        self.tower = tower_of(family.name, model) if pruner is not None and "tower" in pruner.needs else None
         device = next(self.text.parameters()).device
         self.table = torch.zeros(self.shape.vocab, dtype=torch.long, device=device)
         self.table[family.vision_ids(model)] = int(Modality.VISION)
@@ -94,7 +98,7 @@ class Controller:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model does not take along what the last call left: training tensors cannot be copied."""
-        return {**self.__dict__, "trace": None, "aux": {}}
+        return {**self.__dict__, "trace": None, "aux": {}, "tokens": None}
 
     @property
     def routes(self) -> bool:
@@ -178,7 +182,7 @@ class Controller:
             if self.pruner is not None and self.pruner.cap is not None:
                 cache.trim(self.pruner)
             self.trace = cache.trace
-        self.aux = step.aux
+        self.aux, self.tokens = step.aux, step.tokens
         attentions = getattr(out, "attentions", None)
         if attentions and len(attentions) != self.shape.layers:
             out.attentions = ()  # packed or empty layers have no map; the others would not stand in their place
@@ -280,6 +284,7 @@ class Controller:
             single=single,
             drafts=drafts,
             before=before,
+            seen=None if self.tower is None else self.tower.take(),
         )
 
     def _next(self, x: Tensor, cache: RaggedCache, chunk: Chunk) -> Tokens:

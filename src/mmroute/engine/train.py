@@ -4,15 +4,14 @@ both executors put on a layer's update, and a cache that gradients flow through.
 Legend: B batch, N positions of this call.
 
 Source: DARE, straight-through selection with an additive mask in training.
-Deviates: the paper masks hidden states; here a key is gated by log(z + 1e-16), which is the derivative of the masked
-    softmax, and the update by z. Scaling hidden states instead would be undone by the next norm.
+Deviates: the paper masks hidden states; here keys are gated inside the softmax (`gated.py`), and the update by z.
+    Scaling hidden states instead would be undone by the next norm.
 """
 
 import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,14 +21,6 @@ from mmroute.prune.base import Keep
 from mmroute.tokens import Tokens
 
 __all__ = ["GrowingCache", "GrowingLayer", "grown", "key_gate", "update_gate"]
-
-EPSILON = 1e-16
-"""A true -inf gives pruned keys no gradient, so a little of them stays: a pruned key whose score is d above the kept
-ones weighs e^d of it. With 1e-8 the output is wrong by 2 at d = 19, with 1e-12 by 8e-4, with 1e-16 by rounding only (up
-to d = 25; positions that hold attention sinks are protected, so more is rare). Far smaller values make the products of
-the backward pass denormal, which costs a CPU 7 times the time: 1e-30 was tried."""
-UNSEEN = -1e4
-"""Logarithm of the gate of a key that nobody may see: 0 in every precision, and finite."""
 
 
 def update_gate(keep: Keep) -> Float[Tensor, "B N"] | None:
@@ -53,13 +44,8 @@ def key_gate(keep: Keep, tokens: Tokens) -> Gate:
     """
     assert keep.z is not None
     if keep.alive is None:
-        return Gate(_log(keep.z).masked_fill(~tokens.valid, UNSEEN)[:, None], None)
-    log = _log(keep.alive).masked_fill(~tokens.valid[:, None], UNSEEN)
-    return Gate(log, tokens.hop.clamp(max=log.shape[1] - 1))
-
-
-def _log(gate: Tensor) -> Tensor:
-    return torch.log(gate.float() + EPSILON)
+        return Gate(keep.z[:, None], tokens.valid)
+    return Gate(keep.alive, tokens.valid, tokens.hop.clamp(max=keep.alive.shape[1] - 1))
 
 
 class GrowingLayer(RaggedLayer):

@@ -34,6 +34,8 @@ class KeepRates(nn.Module):
     """(2, H): how positions of each modality spread over hops in training data."""
     deep_share: Tensor
     """(L,): share of vision that passed the threshold behind the cutoff."""
+    certain: Tensor
+    """(2, H): share that is protected, so that no smaller one can be met; under `lh`, of all that has entered so far."""
     realised: Tensor
     """(2, H, L): shares that coins kept, under `bernoulli`."""
     theta: nn.Parameter
@@ -67,6 +69,7 @@ class KeepRates(nn.Module):
         counts = torch.zeros(len(ROUTED), H)
         counts[:, 0] = 1
         self.register_buffer("hop_counts", counts)
+        self.register_buffer("certain", torch.zeros(len(ROUTED), H))
         self.register_buffer("deep_share", torch.full((layers,), self.deep_cap))
         self.register_buffer("realised", start[:, None].repeat(1, H, 1).float())
 
@@ -120,11 +123,14 @@ class KeepRates(nn.Module):
             left = self.target(modality) * L - c.first_layer - float(share[deep].sum())
             left = min(left, len(free))  # deep layers that turn out to need less than their cap
             counts = self.hop_counts[m].double()
-            counts = counts / counts.sum()
-            weight = counts[:, None].expand(-1, len(free)).reshape(1, -1)
-            k = torch.full((1, 1), left, dtype=torch.float64, device=device)
+            counts = (counts / counts.sum())[:, None].expand(-1, len(free))
+            # What is protected runs whatever the rate says: only the rest is shared out, or the mean is not met.
+            floor = self.certain[m].double()[:, None].clamp(max=left / len(free)).expand(-1, len(free))
+            weight = (counts * (1 - floor)).reshape(1, -1)
+            k = (left - (counts * floor).sum()).view(1, 1)
             everywhere = torch.ones_like(weight, dtype=torch.bool)
-            found = soft_topk(logits.reshape(1, -1), k, 1.0, everywhere, weight, margin=1e-6).view(H, -1)
+            soft = soft_topk(logits.reshape(1, -1), k, 1.0, everywhere, weight, margin=1e-6).view(H, -1)
+            found = floor + (1 - floor) * soft
         return out.index_copy(1, torch.tensor(free, device=device), found)
 
     def _feasible(self, modality: Modality) -> None:
@@ -177,6 +183,11 @@ class KeepRates(nn.Module):
             here = torch.stack([(of & (hop == h)).sum() for h in range(self.config.max_hops)]).float()
             if here.sum() > 0:
                 self.hop_counts[m].lerp_(here / here.sum(), 1 - _EMA)
+            if self.config.variant == "lh":
+                certain = torch.stack([(of & tokens.protected & (hop == h)).sum() for h in range(len(here))]).float()
+                if self.config.cache_policy != "append":  # later hops share out all that has entered
+                    here, certain = here.cumsum(0), certain.cumsum(0)
+                self.certain[m].lerp_(torch.where(here > 0, certain / here.clamp(min=1), 0), 1 - _EMA)
             given = of & ~tokens.generated
             for layer, mask in masks.items():
                 if self.is_deep(layer, m) and given.any():

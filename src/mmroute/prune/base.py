@@ -23,9 +23,11 @@ from mmroute.errors import ConfigError
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 
-__all__ = ["NEEDS", "Keep", "Pruner", "Site", "Slots", "keep_count"]
+__all__ = ["NEEDS", "Keep", "Look", "Pruner", "Site", "Slots", "keep_count"]
 
-NEEDS = frozenset({"embeddings", "normed", "final_normed", "keys", "qk", "row", "rows", "relevance", "scores_kept"})
+NEEDS = frozenset(
+    {"embeddings", "normed", "final_normed", "keys", "qk", "row", "rows", "relevance", "scores_kept", "tower"}
+)
 """What a pruner may ask the engine for; each costs something, so it is named and counted."""
 
 
@@ -81,6 +83,18 @@ class Keep:
     def counts(self) -> list[int]:
         """[row]: positions that run."""
         return [sum(row) for row in self.ran]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the vision tower looks at, by column of this call; zeros where there is no vision."""
+
+    score: Float[Tensor, "B N"]
+    """Attention of the tower's class position, or received from the whole picture."""
+    keys: Float[Tensor, "B N E"]
+    """The tower's keys, mean over heads; E is its own."""
+    flops: int
+    """What reading them cost."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,11 @@ class Site:
         Taken at the layer before; for `kv_only`, which chooses after a layer has run, at this one.
         """
         return self._ask("rows")
+
+    @property
+    def tower(self) -> Look:
+        """Attention and keys of the vision tower's last block but one, for pictures of this call."""
+        return self._ask("tower")
 
     @property
     def relevance(self) -> Float[Tensor, "B N"]:

@@ -1,15 +1,14 @@
-"""Which positions stay in the cache: those whose keys have a small norm, or point away from the common direction.
+"""Which positions stay in the cache: those whose keys have a small norm.
 
 Legend: B batch, N positions, D hidden, K key-value heads, E head dim.
-Source: Devoto et al. (EMNLP 2024, arXiv 2406.11430): keep the keys of smallest L2 norm; KeyDiff (arXiv 2504.15364):
-    keep the keys of least cosine to the mean normalised key.
+Source: Devoto et al. (EMNLP 2024, arXiv 2406.11430): keep the keys of smallest L2 norm.
 Deviates: one set for all key-value heads (scores are averaged over them); separate shares for vision and text; only
     positions that enter together compete, generated ones stay.
 Checked: twin (tests/unit/prune/test_twins.py; on five families the sets equal those from the stock model's own cache,
-    tests/conformance/test_prune_on_models.py); not run against the releases.
+    tests/conformance/test_prune_on_models.py); not run against the release.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from jaxtyping import Float
 from pydantic import Field
@@ -36,8 +35,6 @@ class KNorm(Pruner):
         """The same for text."""
         start_layer: Annotated[int, Field(ge=0)] = 0
         """First layer, counted from 0, whose cache is pruned."""
-        score: Literal["knorm", "keydiff"] = "knorm"
-        """Small norm stays, or small cosine to the mean normalised key."""
 
     action = "kv_only"
     needs = frozenset({"keys"})
@@ -57,10 +54,7 @@ class KNorm(Pruner):
         return self.config.vision_keep if modality is Modality.VISION else self.config.text_keep
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
-        keys = site.keys(site.layer)
-        if self.config.score == "knorm":
-            return -_rank.key_norm(keys)
-        return _rank.key_difference(keys, tokens.valid)
+        return -_rank.key_norm(site.keys(site.layer))
 
     def overhead(self, layer: int, shape: Shape, new: int) -> int:
         return 2 * shape.kv_heads * shape.head_dim * new if layer >= self.config.start_layer else 0

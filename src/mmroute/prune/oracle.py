@@ -15,7 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
+from mmroute.errors import ConfigError
 from mmroute.prune import _rank
+from mmroute.prune._borrowed import CountsOf, Rates, borrow
 from mmroute.prune._budget import constant
 from mmroute.prune.base import Pruner, Site
 from mmroute.tokens import Modality, Tokens
@@ -34,9 +36,21 @@ class Oracle(Pruner):
         """First layer, counted from 0, that prunes."""
         seed: int = 0
         """Breaks ties of equal relevance."""
+        counts_of: CountsOf | None = None
+        """As in `random`: as many vision positions as another method keeps; text stays whole."""
 
     needs = frozenset({"relevance"})
     config: Config
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        c = self.config
+        self._like: Rates | None = None
+        if c.counts_of is not None:
+            if (c.vision_keep, c.start_layer) != (0.5, 0):
+                raise ConfigError("prune.oracle: counts_of says how many run; leave out vision_keep and start_layer")
+            like = self.__dict__["_like"] = borrow(c.counts_of)  # no part of this module: nothing of it is learned
+            self.action = like.action  # type: ignore[misc]  # an option decides
 
     @classmethod
     def plan(cls, budget: float, num_layers: int, start_layer: int = 0) -> dict[str, Any]:
@@ -44,10 +58,16 @@ class Oracle(Pruner):
         return {"vision_keep": constant(budget, num_layers, start_layer), "start_layer": start_layer}
 
     def acts(self, layer: int, num_layers: int) -> bool:
+        if self._like is not None:
+            return self._like.acts(layer, num_layers)
         return layer >= self.config.start_layer
 
     def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
-        if layer < self.config.start_layer or modality is not Modality.VISION:
+        if modality is not Modality.VISION:
+            return None
+        if self._like is not None:
+            return self._like.rate(layer, num_layers, hop, modality)
+        if layer < self.config.start_layer:
             return None
         return self.config.vision_keep
 

@@ -1,4 +1,5 @@
-"""Which positions go on: random ones, a fresh set per layer or one set for good.
+"""Which positions go on: random ones, a fresh set per layer or one set for good; as many as are asked for, or as many
+as another method keeps in each layer and hop.
 
 Legend: B batch, N positions, D hidden.
 Source: the control every selection must beat at equal counts.
@@ -14,7 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
+from mmroute.errors import ConfigError
 from mmroute.prune import _rank
+from mmroute.prune._borrowed import CountsOf, Rates, borrow
 from mmroute.prune._budget import constant
 from mmroute.prune.base import Pruner, Site
 from mmroute.tokens import Modality, Tokens
@@ -37,13 +40,23 @@ class Random(Pruner):
         """Another seed, another set."""
         once: bool = False
         """One set that is dropped for good at `start_layer`, instead of a fresh set per layer."""
+        counts_of: CountsOf | None = None
+        """`@FOLDER` of trained routers, or name and options of a pruner: as many run, stay or are dropped in every
+        layer, hop and modality as with it, and the shares above have no say."""
 
     config: Config
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        if self.config.once:
+        c = self.config
+        self._like: Rates | None = None
+        if c.once:
             self.action = "drop"  # type: ignore[misc]  # an option decides; the class says the default
+        if c.counts_of is not None:
+            if (c.vision_keep, c.text_keep, c.start_layer, c.once) != (0.5, 1.0, 0, False):
+                raise ConfigError("prune.random: counts_of says how many run; leave out the other shares and `once`")
+            like = self.__dict__["_like"] = borrow(c.counts_of)  # no part of this module: nothing of it is learned
+            self.action = like.action  # type: ignore[misc]
 
     @classmethod
     def plan(cls, budget: float, num_layers: int, start_layer: int = 0) -> dict[str, Any]:
@@ -51,9 +64,13 @@ class Random(Pruner):
         return {"vision_keep": constant(budget, num_layers, start_layer), "start_layer": start_layer}
 
     def acts(self, layer: int, num_layers: int) -> bool:
+        if self._like is not None:
+            return self._like.acts(layer, num_layers)
         return layer >= self.config.start_layer
 
     def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
+        if self._like is not None:
+            return self._like.rate(layer, num_layers, hop, modality)
         if layer < self.config.start_layer or modality is Modality.LATENT:
             return None
         return self.config.vision_keep if modality is Modality.VISION else self.config.text_keep

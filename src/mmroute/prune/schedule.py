@@ -10,6 +10,7 @@ Deviates: DARE learns scores and rates, nothing is learned here; a table for ano
 Checked: twin (tests/unit/prune/test_twins.py).
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from jaxtyping import Float
@@ -71,8 +72,17 @@ class Schedule(Pruner):
                 )
 
     @classmethod
-    def plan(cls, budget: float, num_layers: int, cutoff_layer: int | None = None) -> dict[str, Any]:
-        """Options for a mean share of vision positions without calibration, or BudgetError: two levels of rates."""
+    def plan(
+        cls, budget: float, num_layers: int, cutoff_layer: int | None = None, scorer: str = "row", scope: str = "skip"
+    ) -> dict[str, Any]:
+        """Options for a mean share of vision positions without calibration, or BudgetError.
+
+        Two levels of rates; the control `cut` (scorer random, scope drop): whole layers, at most one with a share,
+        then none.
+        """
+        if (scorer, scope) == ("random", "drop"):
+            whole = math.ceil(budget * num_layers - 1e-6)
+            return {"vision": tuple(two_level(budget, num_layers, whole, first_layer=whole - 1, deep_keep=0.0))}
         cutoff = num_layers // 2 if cutoff_layer is None else cutoff_layer
         return {"vision": tuple(two_level(budget, num_layers, cutoff))}
 

@@ -295,7 +295,8 @@ class DareRun:
             relax = self.pruner.relax
             entry |= {"temperature": round(relax.temperature, 4), "noise": round(relax.noise, 4)}
             entry |= {"ramp": {"vision": round(relax.vision_ramp, 3), "text": round(relax.text_ramp, 3)}}
-            tokens = _tokens(batch)
+            tokens = self.routed.controller.tokens
+            assert tokens is not None
             self.pruner.observe(tokens, self.routed.controller.aux)
             if (step + 1) % 25 == 0:
                 entry |= self._report(batch, tokens)

@@ -23,7 +23,7 @@ def test_every_case_caches_exactly_what_it_keeps(case, tmp_path):
     raw = engine.measure_cases([small(case)], rounds=2, warmup=1)[case.name]
     result = engine.result_of(small(case), [raw], RUN)
     assert result.kv_bytes == result.kv_bytes_estimate
-    assert (result.kv_bytes < result.stock_kv_bytes) == (case.vision_keep < 1)
+    assert (result.kv_bytes < result.stock_kv_bytes) == (case.vision_keep < 1 and case.what != "train")
     assert result.ratio["n"] == 2
     schema.write_result(tmp_path / "case.json", result)
     assert schema.read_engine(tmp_path / "case.json") == result
@@ -40,6 +40,35 @@ def test_the_headline_flop_ratio_is_the_promised_one():
     assert engine.CASES[1].flop_ratio() == pytest.approx(0.432, abs=0.001)
 
 
+def test_a_padded_stock_batch_is_counted_as_the_mask_makes_it_run():
+    """Every pair of 768 columns in each row, padding included; the routed rows attend causally to what they keep."""
+    case, shape = engine.CASES[3], engine.CASES[3].stack.shape
+    D, KV, F = shape.hidden, shape.kv_heads * shape.head_dim, shape.mlp
+    position = 2 * D * D + 2 * D * KV + 3 * D * F
+    stock = 4 * (768 * position + 2 * D * 768 * 768)
+    kept = [79 + -(-(n - 196) * 7 // 10) for n in case.lengths]
+    ours = sum(n * position + 2 * D * n * (n + 1) // 2 for n in kept)
+    assert case.flop_ratio() == pytest.approx(ours / stock)
+    assert case.flop_ratio() < 0.34
+
+
+def test_a_goal_in_microseconds_is_over_the_stock_time():
+    case = next(c for c in engine.CASES if c.over_stock_us)
+    result = engine.result_of(case, [engine.Raw([1.0], [0.002], 1, 1, 1)], RUN)
+    assert result.goal == pytest.approx(1 + 12e-6 * 12 / 0.002)
+
+
+@pytest.mark.parametrize("executor", ["dense", "physical"])
+def test_training_routes_at_the_rates_of_its_name_in_every_layer(executor):
+    case = small(next(c for c in engine.CASES if c.executor == executor))
+    routed = engine._attached(engine.build(SMALL, "cpu"), case)
+    engine._Train(routed.model, case, "cpu")()
+    ((text, vision, _),) = case.new
+    for layer in routed.trace.calls[0].layers:
+        assert layer.ran == [[-(-text * 7 // 10), -(-vision * 4 // 10), 0]]
+    assert all(p.grad is not None for p in routed.parts.prune.router.parameters())
+
+
 def test_rounds_of_several_processes_are_pooled():
     raws = [engine.Raw([1.0, 2.0], [2.0, 2.0], 8, 16, 8), engine.Raw([3.0], [2.0], 8, 16, 8)]
     result = engine.result_of(engine.CASES[0], raws, RUN)
@@ -52,6 +81,8 @@ def test_cases_of_one_stock_model_are_timed_together():
         ["prefill-1024-keep-1-1", "prefill-1024-keep-.4-.7", "prefill-1024-keep-.4-.4"],
         ["batch-4-padded-keep-.4-.7"],
         ["decode-1024-keep-1-1", "decode-1024-keep-.4-.7"],
+        ["decode-64-small-keep-1-1"],
+        ["train-dense-keep-.4-.7", "train-physical-keep-.4-.7"],
     ]
 
 

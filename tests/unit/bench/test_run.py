@@ -8,7 +8,7 @@ from PIL import Image
 
 from mmroute import cost, hub
 from mmroute.backbones.load import load
-from mmroute.bench import run, schema
+from mmroute.bench import run, schema, timing
 from mmroute.cli.evaluate import evaluate
 from mmroute.errors import ConfigError, InputError
 from mmroute.recipe import read
@@ -195,13 +195,13 @@ def test_progress_is_told_per_batch(model):
 
 def test_a_recipe_that_only_thinks_is_timed_on_the_stock_cache(model, monkeypatch):
     caches = []
-    real = run.measure_generation
+    real = timing.measure_generation
 
     def spy(given, batch, tokens, **options):
         caches.append("_mmroute" in given.__dict__)
         return real(given, batch, tokens, **options)
 
-    monkeypatch.setattr(run, "measure_generation", spy)
+    monkeypatch.setattr(timing, "measure_generation", spy)
     recipes = [read("direct"), read("random")]
     run.measure_recipes(model, recipes, Colours(), list(Colours().samples("test", 2)), plan(rounds=1, warmup=0))
     assert caches == [False, True]
@@ -235,3 +235,11 @@ def test_the_command_ends_stdout_with_one_json_line_and_writes_both_sides(tiny_f
 def test_the_command_reports_a_wrong_task_before_it_loads_a_model():
     with pytest.raises(ConfigError, match="no task named 'colors'"):
         evaluate(task="colors", recipe="none", n=1, seed=0, against="", model="absent", batch=1, split="test", set_=[])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("task.hop_images=drawn", r"tasks\.maze\.hop_images"), ("context=markov2", "context is")]
+)
+def test_the_command_hands_settings_to_the_task_before_it_loads_a_model(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(task="maze", recipe="none", n=1, seed=0, model="absent", batch=1, split="test", set_=[setting])

@@ -16,6 +16,7 @@ FEASIBLE = [
         ("random", 0.0),
         ("oracle", 0.0),
         ("knorm", 0.0),
+        ("keydiff", 0.0),
         ("divprune", 0.0),
         ("snapkv", 0.0),
         ("streaming", 0.0),

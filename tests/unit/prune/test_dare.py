@@ -1,5 +1,6 @@
 """DARE's rates, losses and gates on made-up states: exact means, gradients where they should be and nowhere else."""
 
+import dataclasses
 import logging
 import math
 
@@ -10,7 +11,7 @@ from mmroute import checks, hub
 from mmroute.errors import BudgetError, ConfigError
 from mmroute.prune._gates import Relaxation
 from mmroute.prune.dare import Dare
-from mmroute.tokens import Modality
+from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 
 L = 6
@@ -26,6 +27,11 @@ OTHERS = [
     {"scorer": "random", "rates": "fixed"},
     {"scorer": "last_row", "rates": "fixed", "text_keep": 1.0},
     {"scorer": "knorm", "rates": "fixed"},
+    {"scorer": "received", "rates": "fixed"},
+    {"scorer": "diverse", "rates": "fixed"},
+    {"scope": "drop"},
+    {"decode": "threshold"},
+    {"cache_policy": "capped", "kv_positions": 16},
 ]
 
 
@@ -63,6 +69,58 @@ def test_learned_rates_have_the_mean_they_were_asked_for():
     torch.testing.assert_close(rates[Modality.VISION, :, 5], pruner.rates.deep_share[5].double().expand(8))
     rates[Modality.TEXT, 0, 3].backward()
     assert pruner.rates.theta.grad.any() and pruner.rates.beta.grad.any()
+
+
+def test_rates_leave_room_for_what_is_protected_and_keep_their_mean():
+    pruner = made()
+    rates = pruner.rates
+    rates.hop_counts.copy_(torch.tensor([[0.4, 0.2, 0.2, 0.2, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]))
+    rates.certain.copy_(torch.tensor([[0.2, 0.4, 0.45, 0.5, 0, 0, 0, 0], [0.02] + [0] * 7]))
+    with torch.no_grad():
+        rates.beta.copy_(torch.tensor([[-9.0] * 7, [0.0] * 7]))  # later hops would get nothing
+    table = rates.table()[Modality.TEXT]
+    assert (table[:4, 2:] >= rates.certain[Modality.TEXT, :4, None]).all()
+    assert float((rates.hop_counts[Modality.TEXT].double() @ table.double()).mean()) == pytest.approx(0.7, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"cache_policy": "capped"}, {"kv_positions": 64}, {"kv_bytes": 10, "cache_policy": "append"}], ids=str
+)
+def test_a_bound_and_its_policy_go_together(options):
+    with pytest.raises(ConfigError, match="cache_policy capped goes with"):
+        Dare(**options)
+
+
+def test_a_bound_too_small_for_anything_is_refused():
+    with pytest.raises(ConfigError, match="less than 8 positions"):
+        Dare(cache_policy="capped", kv_bytes=64).fit(checks.made_up_shape(L))
+
+
+def test_written_text_below_the_learned_floor_skips_the_layer():
+    pruner = made(decode="threshold").eval()
+    pruner.floors.fill_(0.3)
+    case = checks.made_up()
+    site = case.site(pruner, 3, L)
+    one = Tokens(*(getattr(case.tokens, f.name)[:, -1:] for f in dataclasses.fields(Tokens)))
+    one = dataclasses.replace(one, valid=torch.ones_like(one.valid), protected=torch.zeros_like(one.protected))
+    x = case.hidden(3)[:, -1:]
+    keep = pruner.decode(x, one, site)
+    assert torch.equal(keep.mask, keep.logits >= 0.3)
+    assert keep.ran == [[int(runs), 0, 0] for runs in keep.mask[:, 0].tolist()]
+    assert 0 < keep.mask.sum() < keep.mask.numel()
+    certain = pruner.decode(x, dataclasses.replace(one, protected=torch.ones_like(one.valid)), site)
+    assert certain.mask.all()
+
+
+def test_floors_are_the_quantile_that_training_text_leaves_out():
+    pruner = made(decode="threshold")
+    case = checks.made_up()
+    tokens = dataclasses.replace(case.tokens, generated=case.tokens.valid & (case.tokens.modality == Modality.TEXT))
+    keep = pruner.eval().keep(case.hidden(3), case.tokens, case.site(pruner, 3, L))
+    pruner.observe(tokens, {3: keep})
+    share = float((keep.logits[tokens.generated] >= pruner.floors[3]).float().mean())
+    assert share == pytest.approx(float(pruner.rates.table()[Modality.TEXT, -1, 3]), abs=0.1)
+    assert pruner.floors[2].item() == -math.inf
 
 
 def test_what_deep_layers_save_is_spent_before_the_cutoff():

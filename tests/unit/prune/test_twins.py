@@ -55,7 +55,7 @@ def test_knorm_keeps_the_shortest_keys_of_each_modality() -> None:
 
 
 def test_keydiff_keeps_the_keys_that_point_away_from_the_mean() -> None:
-    pruner = hub.load("prune", "knorm", score="keydiff", vision_keep=0.4)
+    pruner = hub.load("prune", "keydiff", vision_keep=0.4)
     for case in CASES:
 
         def score(b: int, layer: int, alive: list[int], case: Case = case) -> dict[int, float]:
