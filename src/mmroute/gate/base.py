@@ -31,6 +31,7 @@ __all__ = [
     "Policy",
     "Prefill",
     "Query",
+    "Question",
     "Rating",
     "Ratings",
     "Route",
@@ -86,6 +87,8 @@ class Continuation:
     stats: Mapping[str, float] = field(default_factory=dict)
     """`lp_mean`, `lp_sum`, `lp_min`, `lp_q90`, `ent_mean`, `ent_max`, `margin`, `lp_answer`, `lp_early_8`, ...;
     see `gate._statistics`."""
+    last: Float[np.ndarray, " D"] | None = None
+    """Hidden state behind the last layer at the last token."""
     tokens: int = 0
     finish_reason: str = "stop"
 
@@ -99,6 +102,19 @@ class Known:
 
 
 @dataclass(frozen=True)
+class Question:
+    """An extra question that a gate has put to the draft; the harness asks it, and charges the call."""
+
+    name: str
+    """Under which `Evidence.replies` holds the answer."""
+    text: str
+    options: tuple[str, ...] = ()
+    """Two single tokens: the reply is the probability of the first against the second. None: the number written."""
+    after_answer: bool = True
+    """Whether the draft's own answer comes before the question."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything known about one query; only what the gate's `needs` names is filled, and charged."""
 
@@ -108,7 +124,7 @@ class Evidence:
     answer: Continuation | None = None
     samples: Sequence[Continuation] = ()
     replies: Mapping[str, float] = field(default_factory=dict)
-    """What extra questions to the draft brought, by question: `p_true`, `verbalised`, `un_pre`, `un_post` ..."""
+    """What extra questions to the draft brought, by their names."""
     outcome: Known | None = None
 
 
@@ -195,8 +211,9 @@ class Gate(ABC):
     def __init__(self, **given: Any) -> None:
         self.config = parse(type(self).Config, given, f"gate.{type(self).__module__.rpartition('.')[2]}")
 
-    def ask(self, query: Query) -> list[str]:
-        """Names of extra questions the harness must put to the draft; answers come back as `Evidence.replies`."""
+    @property
+    def questions(self) -> list[Question]:
+        """What the harness must ask the draft besides; the answers come back as `Evidence.replies`."""
         return []
 
     @abstractmethod
