@@ -6,6 +6,7 @@ Legend: n queries, F features.
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
@@ -26,7 +27,7 @@ def _bucket(word: str, buckets: int) -> int:
 
 def _words(text: str) -> list[str]:
     words = text.lower().split()
-    return [*words, *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))]
+    return [*words, *(f"{a} {b}" for a, b in pairwise(words))]
 
 
 class Features:

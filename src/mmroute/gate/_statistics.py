@@ -46,7 +46,6 @@ def statistics(
         answer: which tokens are the answer rather than the thought; None, or none in a row, is the last token.
     """
     count = real.sum(1)
-    mean = lambda x, over: np.where(over, x, 0).sum(1) / np.maximum(over.sum(1), 1)
     place = np.arange(lp.shape[1])
     last = place == count[:, None] - 1
     spans = last if answer is None else np.where((answer & real).any(1)[:, None], answer & real, last)
@@ -57,19 +56,23 @@ def statistics(
     rows = np.arange(len(lp))
     q90 = loss[rows, low] + (at - low) * (loss[rows, high] - loss[rows, low])
     out = {
-        "lp_mean": mean(lp, real),
+        "lp_mean": _mean(lp, real),
         "lp_sum": np.where(real, lp, 0).sum(1),
         "lp_min": np.where(real, lp, np.inf).min(1),
         "lp_q90": -q90,
-        "ent_mean": mean(entropy, real),
+        "ent_mean": _mean(entropy, real),
         "ent_max": np.where(real, entropy, -np.inf).max(1),
-        "margin": mean(margin, real),
-        "lp_answer": mean(lp, spans),
+        "margin": _mean(margin, real),
+        "lp_answer": _mean(lp, spans),
     }
-    out |= {f"lp_early_{m}": mean(lp, real & (place < m)) for m in EARLY}
-    out["conf_tail"] = mean(lp, real & (place >= count[:, None] - _TAIL))
+    out |= {f"lp_early_{m}": _mean(lp, real & (place < m)) for m in EARLY}
+    out["conf_tail"] = _mean(lp, real & (place >= count[:, None] - _TAIL))
     out["conf_low"] = _lowest_window(lp, real, count)
     return out
+
+
+def _mean(x: Float[np.ndarray, "B T"], over: Bool[np.ndarray, "B T"]) -> Float[np.ndarray, " B"]:
+    return np.where(over, x, 0).sum(1) / np.maximum(over.sum(1), 1)
 
 
 def _lowest_window(

@@ -4,7 +4,7 @@ Source: none needed; always-target is what accuracy and cost are compared with.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ __all__ = ["Always"]
 class Always(Gate):
     """The same score for every query."""
 
-    needs: ClassVar[Needs] = "nothing"
+    needs: Needs = "nothing"
 
     @options
     class Config:

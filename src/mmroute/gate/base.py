@@ -204,7 +204,7 @@ class Gate(ABC):
         pass
 
     config: Any
-    needs: ClassVar[Needs]
+    needs: Needs
     trained: ClassVar[bool] = False
     """Whether `fit` must run before `rate`."""
 

@@ -20,7 +20,7 @@ __all__ = ["Difficulty"]
 class Difficulty(Gate):
     """P(draft wrong) from what is known before any model reads the query."""
 
-    needs: ClassVar[Needs] = "nothing"
+    needs: Needs = "nothing"
     trained: ClassVar[bool] = True
 
     @options

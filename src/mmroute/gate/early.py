@@ -4,7 +4,7 @@ Source: early-exit variants of cascades; ours.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 from mmroute.config import options
 from mmroute.gate.base import Evidence, Gate, Needs, Ratings
@@ -16,7 +16,7 @@ __all__ = ["Early"]
 class Early(Gate):
     """Minus the mean log-probability of the first tokens; a query that is sent pays those steps."""
 
-    needs: ClassVar[Needs] = "early"
+    needs: Needs = "early"
 
     @options
     class Config:

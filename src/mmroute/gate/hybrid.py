@@ -20,7 +20,7 @@ __all__ = ["Hybrid"]
 class Hybrid(Gate):
     """1 - P(q_d >= q_t - t)."""
 
-    needs: ClassVar[Needs] = "nothing"
+    needs: Needs = "nothing"
     trained: ClassVar[bool] = True
 
     @options

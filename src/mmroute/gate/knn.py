@@ -21,7 +21,7 @@ __all__ = ["Knn"]
 class Knn(Gate):
     """Mean of c_t - c_d over the neighbours."""
 
-    needs: ClassVar[Needs] = "nothing"
+    needs: Needs = "nothing"
     trained: ClassVar[bool] = True
 
     @options

@@ -4,7 +4,7 @@ Source: none needed; a control.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ __all__ = ["Length"]
 class Length(Gate):
     """Long prompts go to the target."""
 
-    needs: ClassVar[Needs] = "nothing"
+    needs: Needs = "nothing"
 
     @options
     class Config:

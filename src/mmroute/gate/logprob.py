@@ -6,7 +6,7 @@ Deviates: DeepConf's confidence is that of the token written, not of the k best.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -34,7 +34,7 @@ _READS = {
 class LogProb(Gate):
     """Unsure answers go to the target; the draft's whole answer is paid for on every query."""
 
-    needs: ClassVar[Needs] = "answer"
+    needs: Needs = "answer"
 
     @options
     class Config:

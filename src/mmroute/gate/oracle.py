@@ -4,7 +4,7 @@ Source: section 8 of this project's specification; the gap between the two is wh
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 from mmroute.config import options
 from mmroute.gate.base import Evidence, Gate, Needs, Ratings
@@ -15,13 +15,13 @@ __all__ = ["Oracle"]
 class Oracle(Gate):
     """Reads the outcomes."""
 
-    needs: ClassVar[Needs] = "outcome"
+    needs: Needs = "outcome"
 
     @options
     class Config:
-        kind: Literal["advantage", "difficulty"] = "advantage"
+        by: Literal["advantage", "difficulty"] = "advantage"
         """`advantage` is p_t - p_d, above every ranking at every share; `difficulty` is 1 - p_d."""
 
     def rate(self, evidence: Sequence[Evidence]) -> Ratings:
         draft, target = self._known(evidence)
-        return Ratings(target - draft if self.config.kind == "advantage" else 1 - draft, draft, target)
+        return Ratings(target - draft if self.config.by == "advantage" else 1 - draft, draft, target)

@@ -4,7 +4,6 @@ Source: P(True), Kadavath et al. (arXiv 2207.05221).
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from mmroute.gate.base import Evidence, Gate, Needs, Question, Ratings
 from mmroute.gate.verbalised import replies
@@ -17,7 +16,7 @@ _ASKED = Question("p_true", "Is this answer correct?\n(A) True\n(B) False\nThe a
 class PTrue(Gate):
     """1 - p(A) / (p(A) + p(B)); the answer and one more call are paid for on every query."""
 
-    needs: ClassVar[Needs] = "answer"
+    needs: Needs = "answer"
 
     @property
     def questions(self) -> list[Question]:

@@ -23,7 +23,7 @@ _RIDGES = (1.0, 10.0, 100.0)
 class Probe(Gate):
     """1 - sigmoid(w h + b), or the difference of two such heads."""
 
-    needs: ClassVar[Needs] = "prefill"
+    needs: Needs = "prefill"
     trained: ClassVar[bool] = True
 
     @options

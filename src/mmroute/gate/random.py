@@ -4,7 +4,6 @@ Source: every routing paper's baseline; its curve is the straight line between d
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 
@@ -18,7 +17,7 @@ __all__ = ["Random"]
 class Random(Gate):
     """A number that depends on the query's id and the seed alone."""
 
-    needs: ClassVar[Needs] = "nothing"
+    needs: Needs = "nothing"
 
     @options
     class Config:

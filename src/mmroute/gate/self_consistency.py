@@ -5,7 +5,7 @@ Source: self-consistency (Wang et al., arXiv 2203.11171) as a cascade's test (Yu
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ __all__ = ["SelfConsistency"]
 class SelfConsistency(Gate):
     """Answers that disagree go to the target; every sample is paid for on every query."""
 
-    needs: ClassVar[Needs] = "samples"
+    needs: Needs = "samples"
 
     @options
     class Config:

@@ -1,9 +1,9 @@
 """Two tokens, "confident" and "unsure", that the draft learns to tell right from wrong answers by.
 
 Source: Self-REF (Chuang et al., arXiv 2410.13284).
-Deviates: the draft stays frozen and the two tokens are two new rows of its output layer, so the choice between them is a
-logistic regression on the last hidden state; the paper fine-tunes the model too. `pre` is ours: the same before the first
-token, which sets supervised tuning apart from what is learned by reward.
+Deviates: the draft stays frozen and the two tokens are two new rows of its output layer, so the choice between them is
+a logistic regression on the last hidden state; the paper fine-tunes the model too. `pre` is ours: the same before the
+first token, which sets supervised tuning apart from what is learned by reward.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ __all__ = ["SelfRef"]
 class SelfRef(Gate):
     """p(unsure) / (p(unsure) + p(confident)) after the draft's own answer, or before it."""
 
-    needs: ClassVar[Needs] = "answer"
+    needs: Needs = "answer"
     trained: ClassVar[bool] = True
 
     @options
@@ -37,7 +37,7 @@ class SelfRef(Gate):
     def __init__(self, **given: object) -> None:
         super().__init__(**given)
         if self.config.when == "pre":
-            self.needs = "prefill"  # type: ignore[misc]
+            self.needs = "prefill"
 
     def fit(self, evidence: Sequence[Evidence]) -> None:
         draft, _ = self._known(evidence)

@@ -4,7 +4,7 @@ Source: verbalised confidence, Lin et al. (arXiv 2205.14334), zero-shot.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -27,7 +27,7 @@ _POST = Question(
 class Verbalised(Gate):
     """1 - number / 100; the answer and one more call are paid for on every query."""
 
-    needs: ClassVar[Needs] = "answer"
+    needs: Needs = "answer"
 
     @options
     class Config:
@@ -37,7 +37,7 @@ class Verbalised(Gate):
     def __init__(self, **given: object) -> None:
         super().__init__(**given)
         if self.config.when == "pre":
-            self.needs = "prefill"  # type: ignore[misc]
+            self.needs = "prefill"
 
     @property
     def questions(self) -> list[Question]:
