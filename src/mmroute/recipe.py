@@ -27,6 +27,8 @@ class Recipe:
     """`name` and options of the deepener; None is the stock depth."""
     think: dict[str, Any] | None = None
     """`name` and options of the way to think; written text unless named."""
+    gate: dict[str, Any] | None = None
+    """A draft, a target, what they are asked and who answers; see `train.prp.GateConfig`."""
     prefix_tokens: int = 2
     """Positions at the start of each hop that are never pruned."""
     trained: str | None = None

@@ -13,6 +13,7 @@ from mmroute.gate.base import Continuation, Evidence, Known, Prefill, Query
 
 HARD = "which of these many doors opens"
 EASY = "what colour is this"
+ASKED = ("verbalised_pre", "verbalised_post")
 
 
 def made(n: int = 400, seed: int = 0) -> list[Evidence]:
@@ -48,7 +49,7 @@ def made(n: int = 400, seed: int = 0) -> list[Evidence]:
                 early=answer,
                 answer=answer,
                 samples=[Continuation(label=label) for label in labels],
-                replies={"p_true": 0.9 if right else 0.3} | {f"verbalised_{w}": 40 + 20 * right for w in ("pre", "post")},
+                replies={"p_true": 0.9 if right else 0.3} | dict.fromkeys(ASKED, 40 + 20 * right),
                 outcome=Known(float(right), 0.9),
             )
         )  # fmt: skip

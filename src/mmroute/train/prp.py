@@ -1,0 +1,376 @@
+"""Trains the rater of a draft: `mmroute train prp --recipe prp-small --draft DIR --target DIR`.
+
+Both models answer questions that neither was trained on; what they get right are the labels. The draft is frozen: its
+prompts are read once, and each step runs one position on those caches. Labels limit it, not steps.
+
+Legend: n queries, B batch, N columns, K levels.
+
+Source: PRP (arXiv 2606.30217), draft and joint rating learning.
+Deviates: see `train.rating`; calibration on a split of its own is ours.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+from transformers import DynamicCache
+
+from mmroute import backbones, hub
+from mmroute.backbones.images import prepare
+from mmroute.bench import reliability
+from mmroute.bench.outcomes.base import Outcomes, content_hash, pair_up, split_of_group, write_parquet
+from mmroute.bench.run import _messages
+from mmroute.bench.schema import commit_of_source
+from mmroute.config import options, parse, resolved
+from mmroute.engine.attach import attach
+from mmroute.errors import ConfigError, InputError, MissingExtra
+from mmroute.gate.base import Ratings
+from mmroute.gate.prp import Prp, fingerprint
+from mmroute.recipe import Recipe
+from mmroute.tasks._mixture import Drawn, Part, draw_mixture
+from mmroute.train import rating
+from mmroute.train.rollouts import collect
+
+__all__ = ["GateConfig", "Prompts", "PrpConfig", "fit", "train_prp"]
+
+log = logging.getLogger(__name__)
+
+_SPLITS = (("train", 0.65), ("validation", 0.1), ("calibration", 0.25))
+_READ_AT_ONCE = 64
+
+
+@options
+class PrpConfig:
+    """The `train` section of a recipe."""
+
+    objective: Literal["all_action", "grpo", "ce"] = "all_action"
+    eta: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the entropy in `all_action`; 0 ends in one level."""
+    rank: Literal["soft_pair", "pair", "none"] = "soft_pair"
+    """Loss on differences of advantages; with one rating, on differences of difficulty."""
+    rank_weight: Annotated[float, Field(ge=0)] = 0.5
+    rank_temperature: Annotated[float, Field(gt=0)] = 0.2
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Samples per query in `grpo`."""
+    replace: Literal["dynamic", "none"] = "dynamic"
+    """Whether groups whose samples agree get two of them replaced, with a probability that falls to 0."""
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    batch: Annotated[int, Field(ge=2)] = 128
+    warmup: Annotated[int, Field(ge=1)] = 30
+    max_epochs: Annotated[int, Field(ge=1)] = 60
+    patience: Annotated[int, Field(ge=1)] = 5
+    """Epochs without a better validation error after which training ends."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    n: Annotated[int, Field(ge=8)] = 4000
+    """Labelled questions."""
+    samples_draft: Annotated[int, Field(ge=1)] = 1
+    samples_target: Annotated[int, Field(ge=1)] = 1
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Of the answers; collect with the settings you serve with."""
+
+
+@options
+class GateConfig:
+    """The `gate` section of a recipe."""
+
+    draft: str = "small-draft"
+    """Bundled name, folder or Hub id of the small model."""
+    target: str = "small-target"
+    """Of the large one."""
+    rater: str = ""
+    """Folder, or bundled name, of a trained rater."""
+    method: dict[str, Any] = field(default_factory=dict)
+    """Options of the gate `prp`."""
+    policy: dict[str, Any] = field(default_factory=lambda: {"name": "budget"})
+    """Name and options of the policy."""
+    mix: list[Part]
+    """What is asked."""
+
+
+# ---------------------------------------------------------------------- prompts, read once
+
+
+@dataclass
+class Prompts:
+    """The draft's caches after n prompts, all padded on the left to one length."""
+
+    keys: list[Float[Tensor, "n H N E"]]
+    """By layer."""
+    values: list[Float[Tensor, "n H N E"]]
+    mask: Tensor
+    """(n, N)."""
+    after: Tensor
+    """(n,): the position behind each prompt."""
+    axes: int
+    """Numbers that make a position."""
+
+    @classmethod
+    @torch.no_grad()
+    def read(cls, model: Any, chats: Sequence[list[dict[str, Any]]], batch: int = _READ_AT_ONCE) -> "Prompts":
+        """Runs the stock draft over every prompt.
+
+        Args:
+            model: the draft with its processor, not attached.
+            chats: conversations.
+            batch: prompts at once.
+        """
+        family = backbones.of(model)
+        base, config = family.base_model(model), family.text_model(model).config
+        parts: list[tuple[list[Tensor], list[Tensor], Tensor]] = []
+        ends, axes = [], 1
+        for start in range(0, len(chats), batch):
+            given = dict(prepare(model, model.processor, list(chats[start : start + batch])))
+            positions = family.positions(
+                model, given["input_ids"], given["attention_mask"], given.get("image_grid_thw")
+            )
+            cache = DynamicCache(config=config)
+            base(**given, position_ids=positions, past_key_values=cache, use_cache=True)
+            axes = positions.shape[0] if positions.ndim == 3 else 1
+            top = positions.amax(0) if positions.ndim == 3 else positions
+            ends.append(top.masked_fill(given["attention_mask"] == 0, -1).amax(1) + 1)
+            parts.append(([x.keys for x in cache.layers], [x.values for x in cache.layers], given["attention_mask"]))
+        longest = max(mask.shape[1] for *_, mask in parts)
+        pad = lambda x, width: torch.nn.functional.pad(x, (0, 0, longest - width, 0))  # noqa: E731
+        layers = range(len(parts[0][0]))
+        return cls(
+            keys=[torch.cat([pad(k[i], m.shape[1]) for k, _, m in parts]) for i in layers],
+            values=[torch.cat([pad(v[i], m.shape[1]) for _, v, m in parts]) for i in layers],
+            mask=torch.cat([torch.nn.functional.pad(m, (longest - m.shape[1], 0)) for *_, m in parts]),
+            after=torch.cat(ends),
+            axes=axes,
+        )
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def rate(self, gate: Prp, index: Tensor) -> Float[Tensor, "B R K"]:
+        """Log-probabilities of the levels of some prompts, with gradients."""
+        assert gate.rater is not None
+        config = backbones.of(gate.model).text_model(gate.model).config
+        cache = DynamicCache(config=config)
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(k[index], v[index], layer)
+        mask = torch.cat([self.mask[index], self.mask.new_ones(len(index), 1)], 1)
+        positions = self.after[index][:, None]
+        if self.axes == 3:
+            positions = positions.expand(3, -1, -1)
+        return gate.rater(gate.model, cache, mask, positions)
+
+    @torch.no_grad()
+    def probs(self, gate: Prp, batch: int = 256) -> Float[Tensor, "n R K"]:
+        """The levels' probabilities of every prompt."""
+        parts = torch.arange(len(self), device=self.mask.device).split(batch)
+        return torch.cat([self.rate(gate, part).exp() for part in parts])
+
+
+# ---------------------------------------------------------------------- learning
+
+
+def fit(
+    gate: Prp,
+    prompts: Prompts,
+    success: Float[np.ndarray, "n R"],
+    ranked: Float[np.ndarray, "n R"],
+    train: np.ndarray,
+    validation: np.ndarray,
+    config: PrpConfig,
+) -> list[float]:
+    """Trains the gate's rater; the draft's weights are not touched. Ends with the weights of the best epoch.
+
+    Args:
+        gate: bound to the draft.
+        prompts: what the draft has read.
+        success: of draft and target (or of the draft alone), unsmoothed.
+        ranked: the same, drawn towards the mean of their cell; for the loss on differences.
+        train: which prompts.
+        validation: which to stop by.
+        config: how.
+
+    Returns:
+        The validation error after each epoch: mean squared distance of the score to the advantage.
+    """
+    if not train.any() or not validation.any():
+        raise InputError(f"{train.sum()} questions to train on, {validation.sum()} to stop by; collect more")
+    assert gate.rater is not None
+    rater, device = gate.rater, prompts.mask.device
+    R = gate.config.num_ratings
+    y = torch.tensor(success[:, :R], dtype=torch.float32, device=device)
+    a = _gain(torch.tensor(ranked[:, :R], dtype=torch.float32, device=device))
+    held = torch.tensor(np.flatnonzero(validation), device=device)
+    order = np.flatnonzero(train)
+    optimiser = torch.optim.AdamW(rater.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    steps = math.ceil(len(order) / config.batch)
+    total, step = steps * config.max_epochs, 0
+    shuffle, draw = np.random.default_rng(config.seed), torch.Generator().manual_seed(config.seed)
+    frozen = [p for p in gate.model.parameters() if p.requires_grad]
+    best, best_state, errors = math.inf, copy.deepcopy(rater.state_dict()), list[float]()
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        for epoch in range(config.max_epochs):
+            for part in np.array_split(shuffle.permutation(order), steps):
+                index = torch.tensor(part, device=device)
+                for group in optimiser.param_groups:
+                    group["lr"] = config.lr * _rate(step, total, config.warmup)
+                logp = prompts.rate(gate, index)
+                loss = _objective(logp, y[index], config, step / total, draw)
+                if config.rank != "none" and config.rank_weight:
+                    ranking = rating.soft_pair if config.rank == "soft_pair" else rating.pair_loss
+                    u = _gain(_read(logp.exp()))
+                    loss = loss + config.rank_weight * ranking(u, a[index], config.rank_temperature)
+                optimiser.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(rater.parameters(), 1.0)
+                optimiser.step()
+                step += 1
+            with torch.no_grad():
+                said = torch.cat([_read(prompts.rate(gate, part).exp()) for part in held.split(256)])
+            errors.append(float(((_gain(said) - _gain(y[held])) ** 2).mean()))
+            log.info("epoch %d: validation error %.4f", epoch + 1, errors[-1])
+            if errors[-1] < best:
+                best, best_state = errors[-1], copy.deepcopy(rater.state_dict())
+            elif epoch - int(np.argmin(errors)) >= config.patience:
+                break
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+    rater.load_state_dict(best_state)
+    return errors
+
+
+def _read(probs: Float[Tensor, "B R K"]) -> Float[Tensor, "B R"]:
+    return probs @ rating.levels(probs.shape[-1], probs)
+
+
+def _gain(rated: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
+    """What is ranked: the advantage, or with one rating the difficulty."""
+    return rated[:, 1] - rated[:, 0] if rated.shape[1] == 2 else 1 - rated[:, 0]
+
+
+def _objective(logp: Tensor, y: Tensor, config: PrpConfig, done: float, draw: torch.Generator) -> Tensor:
+    if config.objective == "all_action":
+        return rating.all_action(logp, y, config.eta)
+    if config.objective == "ce":
+        return rating.cross_entropy(logp, y)
+    replace = 1 - done if config.replace == "dynamic" else 0.0
+    return rating.grpo(logp, y, config.group_size, replace, draw)[0]
+
+
+def _rate(step: int, total: int, warmup: int) -> float:
+    """Up in a line, then a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+# ---------------------------------------------------------------------- the whole way
+
+
+def train_prp(recipe: Recipe, draft: Any, target: Any, out: Path, resume: bool = False) -> Path:
+    """Collects, trains, calibrates and writes `out/rater`; outcomes lie in `out/outcomes`.
+
+    Args:
+        recipe: with sections `gate` and `train`.
+        draft: a loaded model with its processor.
+        target: likewise.
+        out: folder of the run.
+        resume: go on collecting where the run in `out` stands.
+
+    Raises:
+        ConfigError: the recipe has no gate, or an option that is not allowed.
+        InputError: the folder holds a run and `resume` is off, or there are too few questions.
+    """
+    gated, config = sections(recipe)
+    gate = Prp(**gated.method).bind(draft, config.seed)
+    files = {role: out / "outcomes" / f"{role}.jsonl" for role in ("draft", "target")}
+    if any(file.exists() for file in files.values()) and not resume:
+        raise InputError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
+    files["draft"].parent.mkdir(parents=True, exist_ok=True)
+    items = draw_mixture(gated.mix, config.n, "val", config.seed)
+    rows = []
+    for role, model, name, samples in (
+        ("draft", draft, gated.draft, config.samples_draft),
+        ("target", target, gated.target, config.samples_target),
+    ):
+        with attach(model) as routed:
+            found = collect(
+                routed, role, name, items, file=files[role], samples=samples, temperature=config.temperature,
+                progress=partial(log.info, "%s: %d of %d answers", role),
+            )  # fmt: skip
+        rows += found.rows
+    outcomes = pair_up(rows)
+    try:
+        write_parquet(rows, out / "outcomes.parquet")
+    except MissingExtra as error:
+        log.info("%s; the outcomes stay in JSONL", error)
+    prompts = Prompts.read(draft, _chats(draft, items))
+    splits = np.array([split_of_group(group, _SPLITS) for group in outcomes.groups])
+    success = np.stack([outcomes.draft, outcomes.target], 1)
+    cells = [f"{task} {level}" for task, level in zip(outcomes.tasks, outcomes.levels, strict=True)]
+    counts = (config.samples_draft, config.samples_target)
+    ranked = np.stack([rating.shrunk(success[:, i], cells, counts[i]) for i in range(2)], 1)
+    errors = fit(gate, prompts, success, ranked, splits == "train", splits == "validation", config)
+    gate.facts = _facts(gate, prompts, outcomes, splits == "calibration") | {
+        "pair": {"draft": gated.draft, "target": gated.target, "target_weights": fingerprint(target)},
+        "generation": rows[0].generation,
+        "mix": [resolved(part) for part in gated.mix],
+        "train": resolved(config),
+        "epochs": len(errors),
+        "validation_error": min(errors),
+        "outcomes_sha256": content_hash(rows),
+        "commit": commit_of_source()[0],
+    }
+    gate.save(out / "rater")
+    return out / "rater"
+
+
+def sections(recipe: Recipe) -> tuple[GateConfig, PrpConfig]:
+    """The parsed `gate` and `train` sections.
+
+    Raises:
+        ConfigError: there is no gate, or an option that is not allowed.
+    """
+    if recipe.gate is None:
+        raise ConfigError(f"recipe {recipe.name} has no gate; use prp-small, or a file with a `gate` section")
+    return parse(GateConfig, recipe.gate, "gate"), parse(PrpConfig, recipe.train or {}, "train")
+
+
+def _chats(model: Any, items: Sequence[Drawn]) -> list[list[dict[str, Any]]]:
+    think = hub.load("think", "text")
+    with attach(model) as routed:
+        return [_messages(routed, item.task, item.sample, think) for item in items]
+
+
+def _facts(gate: Prp, prompts: Prompts, outcomes: Outcomes, calibration: np.ndarray) -> dict[str, Any]:
+    """Fits the calibration maps; quantiles of the score for thresholds, mean costs, and figures on that split."""
+    probs = prompts.probs(gate)
+    context = int(prompts.mask.sum(1).float().mean())
+    raw = gate.ratings(probs, context)
+    sides = [(raw.draft, outcomes.draft), (raw.target, outcomes.target)][: gate.config.num_ratings]
+    gate.calibrate([r[calibration] for r, _ in sides if r is not None], [y[calibration] for _, y in sides])
+    rated: Ratings = gate.ratings(probs, context)
+    score = rated.score[calibration]
+    figures = {
+        name: reliability.reliability(r[calibration], y[calibration]).to_dict()
+        for name, r, y in (("draft", rated.draft, outcomes.draft), ("target", rated.target, outcomes.target))
+        if r is not None
+    }
+    unit = float(outcomes.target_cost.mean())
+    return {
+        "quantiles": np.quantile(score, np.linspace(0, 1, 101)).tolist(),
+        "costs": [float(outcomes.draft_cost.mean()) / unit, 1.0],
+        "n": {"all": len(outcomes), "calibration": int(calibration.sum())},
+        "calibration": figures,
+        "collapse": asdict(reliability.collapse(probs[:, 0].cpu().numpy())),
+    }
