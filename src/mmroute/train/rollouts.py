@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmroute import cost, hub
+from mmroute import cost
 from mmroute.backbones.images import prepare
 from mmroute.bench.outcomes.base import UNKNOWN, Row, read_rows
 from mmroute.bench.run import _messages, _tower_flops
@@ -32,6 +32,7 @@ from mmroute.gate.base import Prefill, Ratings
 from mmroute.gate.prp import Prp, fingerprint
 from mmroute.reason import Session, _end_ids, _sample
 from mmroute.tasks._mixture import Drawn
+from mmroute.think.base import Thinker
 from mmroute.tokens import NUM_MODALITIES, Modality
 from mmroute.trace import Shape
 
@@ -54,8 +55,8 @@ class Rollout:
     prefill_flops: float
     prefill: Prefill
     last: np.ndarray
-    seconds: tuple[float, float]
-    """Of prefill and decode; the batch's, divided by its rows."""
+    seconds: tuple[float, float, float]
+    """Of prefill, rating and decode; the batch's, divided by its rows."""
 
 
 @dataclass
@@ -153,7 +154,7 @@ def roll_out(
                 prefill_flops=flops[0] + per_row,
                 prefill=Prefill(states["last"][b], states["mean"][b]),
                 last=last[b],
-                seconds=((read - began) / B, (done - started) / B),
+                seconds=((read - began) / B, (started - read) / B, (done - started) / B),
             )
         )
     return out, ratings
@@ -225,6 +226,7 @@ def collect(
     name: str,
     items: Sequence[Drawn],
     *,
+    think: Thinker,
     file: Path | None = None,
     samples: int = 1,
     temperature: float = 0.0,
@@ -239,6 +241,7 @@ def collect(
         role: `draft` or `target`.
         name: what rows call the model.
         items: the questions.
+        think: what a hop is, and how long an answer may be.
         file: JSONL to append to; what it holds already is not asked again, a torn last line is cut off.
         samples: answers per item; more than one needs a temperature.
         temperature: 0 is greedy.
@@ -249,7 +252,6 @@ def collect(
     Returns:
         Rows in the order of items and samples; hidden states and ratings of what was asked now, from the first sample.
     """
-    think = hub.load("think", "text")
     revision = fingerprint(routed.model)[:16]
     settings = {"temperature": temperature, "max_new_tokens": think.max_new_tokens}
     generation = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -289,8 +291,12 @@ def collect(
                 stream.write("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in fresh))
         if progress is not None:
             progress(min(start + batch, len(todo)), len(todo))
-    keys = [(prompt_hash(item), name, revision, generation, s) for item in items for s in range(samples)]
-    out.rows = [known[key] for key in keys]
+    for item in items:
+        digest = prompt_hash(item)
+        # Two questions may have the same picture and words: they share an answer, not an id.
+        own: dict[str, Any] = {"query_id": item.sample.id, "level": item.part.label, "group": item.group}
+        for sample in range(samples):
+            out.rows.append(dataclasses.replace(known[digest, name, revision, generation, sample], **own))
     return out
 
 
@@ -336,7 +342,7 @@ def _row(
         prefill_flops=wrote.prefill_flops,
         usd=UNKNOWN,
         prefill_s=wrote.seconds[0],
-        decode_s=wrote.seconds[1],
+        decode_s=wrote.seconds[2],
         finish_reason="stop" if wrote.finished else "length",
         stats=wrote.stats,
         text=_prompt_text(item),
