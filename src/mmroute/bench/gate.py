@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from mmroute import hub
 from mmroute import recipe as recipes
 from mmroute.bench import gate_report, schema
 from mmroute.bench.gate_judge import Case, Scored, judge, score_gates
@@ -97,10 +98,11 @@ def run(
         progress(f"{recipe.train} questions to fit on")
         # Beyond what the rater was trained on, by the seed: its calibration and these fits share no question.
         train = gather(chosen, draft, target, recipe.train, 1000, "val")
+    questions = [q for case in recipe.gates for q in hub.load("gate", case.name, **case.options).questions]
     seeds: dict[str, Any] = {}
     for seed in recipe.seeds:
         progress(f"seed {seed}: {recipe.n} questions")
-        test = gather(chosen, draft, target, recipe.n, seed, "test", rater, recipe.samples)
+        test = gather(chosen, draft, target, recipe.n, seed, "test", rater, recipe.samples, questions)
         scored = score_gates(recipe.gates, train.evidence if train else [], test.evidence)
         assert test.rated is not None
         ours = _prp_scores(test.rated)

@@ -60,6 +60,8 @@ class Scored:
     score: Array
     ratings: Ratings | None = None
     samples: int = 1
+    asked: float = 0.0
+    """Mean cost of questions besides, per query."""
     skipped: str = ""
     """Why there is no score."""
 
@@ -69,6 +71,7 @@ def evidence_of(
     prefill: dict[str, Prefill] | None = None,
     last: dict[str, np.ndarray] | None = None,
     sampled: dict[str, list[str]] | None = None,
+    replies: dict[str, dict[str, float]] | None = None,
 ) -> list[Evidence]:
     """What gates may look at, from a table and from what was kept beside it.
 
@@ -77,6 +80,7 @@ def evidence_of(
         prefill: the draft's states after the prompt, by query id.
         last: its state after the answer.
         sampled: labels of its sampled answers.
+        replies: to questions besides, by query id; `NAME.flops` is what the reply to NAME took.
     """
     out = []
     for i, name in enumerate(outcomes.ids):
@@ -100,6 +104,7 @@ def evidence_of(
                 early=answer,
                 answer=answer,
                 samples=[Continuation(label=label) for label in labels],
+                replies=(replies or {}).get(name, {}),
                 outcome=Known(float(outcomes.draft[i]), float(outcomes.target[i])),
             )
         )
@@ -120,7 +125,8 @@ def score_gates(cases: Iterable[Case], train: Sequence[Evidence], test: Sequence
             log.info("%s is skipped: %s", case.title, error)
             out.append(Scored(case.title, gate.needs, np.zeros(0), skipped=str(error)))
             continue
-        out.append(Scored(case.title, gate.needs, rated.score, rated, max(samples, 1)))
+        asked = sum(float(np.mean([e.replies.get(f"{q.name}.flops", 0.0) for e in test])) for q in gate.questions)
+        out.append(Scored(case.title, gate.needs, rated.score, rated, max(samples, 1), asked))
     return out
 
 
@@ -216,7 +222,7 @@ def _costs(scored: Scored, outcomes: Outcomes) -> dict[str, Array]:
     n = len(outcomes)
     overhead = 0.0
     if scored.ratings is not None and outcomes.unit == "flops":
-        overhead = scored.ratings.overhead.flops or 0.0
+        overhead = (scored.ratings.overhead.flops or 0.0) + scored.asked
     if scored.needs in ("prefill", "early", "samples") and np.isnan(outcomes.prefill_cost).any():
         raise InputError(
             f"{scored.title} is charged the draft's prefill, whose {outcomes.unit} the table does not know"

@@ -5,7 +5,7 @@ Legend: n queries.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -18,16 +18,17 @@ from mmroute.bench import deferral, schema
 from mmroute.bench.deferral import curve
 from mmroute.bench.gate_judge import evidence_of
 from mmroute.bench.outcomes.base import Outcomes, pair_up
+from mmroute.bench.run import _messages
 from mmroute.bench.stats import wilson
 from mmroute.engine.attach import attach
 from mmroute.errors import ConfigError
 from mmroute.gate._policy import policy
-from mmroute.gate.base import Evidence, Ratings, charge
+from mmroute.gate.base import Evidence, Question, Ratings, charge
 from mmroute.gate.prp import Prp
 from mmroute.recipe import Recipe
 from mmroute.tasks._mixture import draw_mixture
 from mmroute.train.prp import GateConfig, chats_of, sections
-from mmroute.train.rollouts import collect, roll_out
+from mmroute.train.rollouts import ask, collect, roll_out
 
 __all__ = ["GateSummary", "Gathered", "evaluate", "gather", "open_pair"]
 
@@ -53,6 +54,7 @@ def gather(
     split: Literal["val", "test"],
     rater: Prp | None = None,
     samples: int = 0,
+    questions: Sequence[Question] = (),
 ) -> Gathered:
     """Asks both models.
 
@@ -65,6 +67,7 @@ def gather(
         split: `val` or `test`.
         rater: a `Prp` on this draft.
         samples: sampled draft answers besides.
+        questions: what gates ask the draft besides; those its vocabulary cannot write are left out.
     """
     (gated, _), think = sections(recipe), recipe.build("think")
     items = draw_mixture(gated.mix, n, split, seed)
@@ -74,6 +77,15 @@ def gather(
         if samples:
             drawn: dict[str, Any] = {"samples": samples, "temperature": 1.0, "progress": _told("samples")}
             more = collect(routed, "draft", gated.draft, items, think=think, **drawn)
+        replies: dict[str, dict[str, float]] = {item.sample.id: {} for item in items}
+        for question in questions:
+            chats = [_messages(routed, item.task, item.sample, think) for item in items]
+            said = ask(routed, question, chats, [first.texts[item.sample.id] for item in items])
+            if said is None:
+                log.info("%s is not asked: the draft's vocabulary cannot write it", question.name)
+                continue
+            for item, (reply, flops) in zip(items, said, strict=True):
+                replies[item.sample.id] |= {question.name: reply, f"{question.name}.flops": flops}
     with attach(target) as routed:
         second = collect(routed, "target", gated.target, items, think=think, progress=_told("target"))
     outcomes = pair_up([*first.rows, *second.rows])
@@ -81,9 +93,8 @@ def gather(
     sampled: dict[str, list[str]] = {}
     for row in more.rows if more is not None else []:
         sampled.setdefault(row.query_id, []).append(row.prediction)
-    return Gathered(
-        outcomes, evidence_of(outcomes, first.prefill, first.last, sampled), _joined(first.ratings, outcomes.ids)
-    )
+    evidence = evidence_of(outcomes, first.prefill, first.last, sampled, replies)
+    return Gathered(outcomes, evidence, _joined(first.ratings, outcomes.ids))
 
 
 def _told(role: str) -> Callable[[int, int], None]:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from mmroute.bench.outcomes.base import UNKNOWN, Row, read_rows
 from mmroute.bench.run import _messages, _tower_flops
 from mmroute.engine.attach import Routed
 from mmroute.gate._statistics import statistics
-from mmroute.gate.base import Prefill, Ratings
+from mmroute.gate.base import Prefill, Question, Ratings
 from mmroute.gate.prp import Prp, fingerprint
 from mmroute.reason import Session, _end_ids, _sample
 from mmroute.tasks._mixture import Drawn
@@ -36,9 +37,12 @@ from mmroute.think.base import Thinker
 from mmroute.tokens import NUM_MODALITIES, Modality
 from mmroute.trace import Shape
 
-__all__ = ["Collected", "Rollout", "collect", "prompt_hash", "roll_out"]
+__all__ = ["Collected", "Rollout", "ask", "collect", "prompt_hash", "roll_out"]
 
 log = logging.getLogger(__name__)
+
+_NUMBER_TOKENS = 6
+"""Longest reply to a question for a number."""
 
 
 @dataclass
@@ -68,6 +72,8 @@ class Collected:
     """By query id."""
     last: dict[str, np.ndarray] = field(default_factory=dict)
     """State at the end of the answer."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """The answers themselves."""
     ratings: list[tuple[list[str], Ratings]] = field(default_factory=list)
     """Query ids of a batch and what the rater said of them."""
 
@@ -217,6 +223,62 @@ def _flops(shape: Shape, text: int, vision: int, steps: int) -> tuple[float, flo
     return _flops_cached(tuple(sorted(dataclasses.asdict(shape).items())), text, vision, steps)
 
 
+# ---------------------------------------------------------------------- questions besides
+
+
+@torch.no_grad()
+def ask(
+    routed: Routed, question: Question, chats: Sequence[list[dict[str, Any]]], answers: Sequence[str], batch: int = 32
+) -> list[tuple[float, float]] | None:
+    """What a model replies to a gate's question about each of its answers, and the FLOPs that took.
+
+    Args:
+        routed: the model.
+        question: of a gate.
+        chats: the conversations so far.
+        answers: what it answered to each.
+        batch: conversations at once.
+
+    Returns:
+        Per conversation the reply and its FLOPs; None where the model's vocabulary cannot write the question. A reply
+        without a number counts as 50.
+    """
+    tokenizer, shape = routed.processor.tokenizer, routed.controller.shape
+    words = tokenizer(question.text, add_special_tokens=False)["input_ids"]
+    options = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in question.options]
+    if tokenizer.unk_token_id in (*words, *(i for ids in options for i in ids)) or any(
+        len(ids) != 1 for ids in options
+    ):
+        return None
+    out: list[tuple[float, float]] = []
+    for start in range(0, len(chats), batch):
+        asked = [
+            _followed(chat, answer if question.after_answer else None, question.text)
+            for chat, answer in zip(chats[start : start + batch], answers[start : start + batch], strict=True)
+        ]
+        if not options:
+            rolled, _ = roll_out(routed, asked, max_new_tokens=_NUMBER_TOKENS)
+            numbers = [re.search(r"\d+(\.\d+)?", each.text) for each in rolled]
+            out += [(float(n[0]) if n else 50.0, each.flops) for n, each in zip(numbers, rolled, strict=True)]
+            continue
+        given = prepare(routed.model, routed.processor, asked)
+        logp = Session(routed).append(given).float().log_softmax(-1)
+        first, second = (logp[:, ids[0]] for ids in options)
+        vision = (routed.controller.table[given["input_ids"]] == int(Modality.VISION)).sum(1).tolist()
+        length = given["attention_mask"].sum(1).tolist()
+        tower = (_tower_flops(routed, asked) or 0) / len(asked)
+        out += [
+            (reply, _flops(shape, n - v, v, 0)[0] + tower)
+            for reply, n, v in zip((first - second).sigmoid().tolist(), length, vision, strict=True)
+        ]
+    return out
+
+
+def _followed(chat: list[dict[str, Any]], answer: str | None, question: str) -> list[dict[str, Any]]:
+    said = [] if answer is None else [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    return [*chat, *said, {"role": "user", "content": [{"type": "text", "text": question}]}]
+
+
 # ---------------------------------------------------------------------- a whole role
 
 
@@ -284,6 +346,7 @@ def collect(
                 fresh.append(row)
             if sample == 0:
                 out.prefill[item.sample.id], out.last[item.sample.id] = wrote.prefill, wrote.last
+                out.texts[item.sample.id] = wrote.text
         if ratings is not None:
             out.ratings.append(([item.sample.id for item, *_ in part], ratings))
         if file is not None and fresh:

@@ -10,12 +10,13 @@ from mmroute import cost, hub
 from mmroute.backbones.images import prepare
 from mmroute.backbones.load import load
 from mmroute.engine.attach import attach
+from mmroute.gate.base import Question
 from mmroute.reason import answer_many
 from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.train.folder import write_folder
 from mmroute.train.prp import chats_of
-from mmroute.train.rollouts import _answer_from, collect, prompt_hash, roll_out
+from mmroute.train.rollouts import _answer_from, ask, collect, prompt_hash, roll_out
 from mmroute.train.small_model import Shape, build
 
 SMALL = Shape(hidden=64, layers=2, heads=2, kv_heads=1, mlp=64, vision_hidden=32, vision_heads=2, vision_mlp=32)
@@ -107,3 +108,18 @@ def test_samples_are_rows_of_their_own_and_prompts_are_told_apart(model: Any) ->
     assert [(row.query_id, row.sample) for row in found.rows] == [(i.sample.id, s) for i in items for s in range(3)]
     assert [row.stats for row in found.rows] == [pytest.approx(row.stats, abs=1e-4) for row in again.rows]
     assert len(found.prefill) == len(found.last) == 4
+
+
+def test_a_question_besides_is_answered_by_the_options_probabilities_and_charged(model: Any, chats: list) -> None:
+    with attach(model) as routed:
+        said = ask(routed, Question("p", "free wall", ("A", "B")), chats, ["start"] * 6, batch=4)
+        alone = ask(routed, Question("p", "free wall", ("A", "B")), chats[5:], ["start"])
+        other = ask(routed, Question("p", "free wall", ("B", "A")), chats[5:], ["start"])
+        before = ask(routed, Question("p", "free wall", ("A", "B"), after_answer=False), chats[5:], ["start"])
+        assert ask(routed, Question("p", "Is this right?", ("A", "B")), chats, ["start"] * 6) is None
+        number = ask(routed, Question("n", "free wall"), chats[:2], ["start"] * 2)
+    assert said is not None and alone is not None and other is not None and before is not None and number is not None
+    assert said[5] == pytest.approx(alone[0], abs=1e-5)
+    assert alone[0][0] + other[0][0] == pytest.approx(1)
+    assert before[0][1] < alone[0][1]  # the answer was not read
+    assert all(0 <= reply <= 100 for reply, _ in number)
