@@ -123,7 +123,8 @@ class GateSummary:
     recipe: str
     n: int
     seed: int
-    budget: float
+    budget: float | None
+    """Asked share of target calls; None for a policy that has none."""
     accuracy: float
     """Under the policy, in the order of arrival."""
     ci95: tuple[float, float]
@@ -200,7 +201,7 @@ def evaluate(
         recipe=recipe.name,
         n=n,
         seed=seed,
-        budget=budget if budget is not None else float(gated.policy.get("budget", math.nan)),
+        budget=budget if budget is not None else gated.policy.get("budget"),
         accuracy=float(right.mean()),
         ci95=wilson(round(float(right.sum())), n),
         accuracy_draft=float(outcomes.draft.mean()),
@@ -258,8 +259,8 @@ def open_pair(
         ConfigError: the recipe names no rater.
         CheckpointMismatch: one of them is not there, or they do not fit.
     """
-    draft = load(gated.draft) if draft is None else draft
-    target = load(gated.target) if target is None else target
+    draft = load(gated.draft, dtype=gated.dtype) if draft is None else draft
+    target = load(gated.target, dtype=gated.dtype) if target is None else target
     if rater is None:
         if not gated.rater:
             raise ConfigError(

@@ -90,5 +90,6 @@ def prp(
         chosen.append(f"train.seed={seed}")
     read = recipes.read(recipe, chosen)
     gated, _ = sections(read)
-    small, large = load(draft or gated.draft, device=device), load(target or gated.target, device=device)
+    small = load(draft or gated.draft, dtype=gated.dtype, device=device)
+    large = load(target or gated.target, dtype=gated.dtype, device=device)
     typer.echo(str(train_prp(read, small, large, out, resume)))

@@ -91,6 +91,8 @@ class GateConfig:
     """Of the large one."""
     rater: str = ""
     """Folder, or bundled name, of a trained rater."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What both models compute in; None is their checkpoints' own."""
     method: dict[str, Any] = field(default_factory=dict)
     """Options of the gate `prp`."""
     policy: dict[str, Any] = field(default_factory=lambda: {"name": "budget"})
