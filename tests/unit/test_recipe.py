@@ -10,7 +10,7 @@ from mmroute.errors import ConfigError
 def test_every_shipped_recipe_builds(name):
     found = recipe.read(name)
     assert found.name == name
-    assert (found.build("prune") is None) == (name in ("none", "direct", "cot"))
+    assert (found.build("prune") is None) == (name in ("none", "direct", "cot", "prp-small"))
     assert found.build("deepen") is None
     assert found.build("think").style == ("direct" if name == "direct" else "cot")
 

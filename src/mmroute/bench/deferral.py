@@ -343,5 +343,6 @@ def resampled(
         times = np.bincount(rng.integers(0, len(code), len(code)), minlength=len(code)).astype(float)
         found[r] = measure([curve(s, pair, weights=times[member]) for s in scores])
     value = measure([curve(s, pair) for s in scores])
-    low, high = np.nanquantile(found, [0.025, 0.975])
+    known = found[~np.isnan(found)]  # a drawn set may hold no query on which the models differ
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
     return Difference(value, float(low), float(high))

@@ -1,10 +1,12 @@
-"""`mmroute eval`: accuracy and cost of a recipe on a task, against another recipe on the same items."""
+"""`mmroute eval`: accuracy and cost of a recipe on a task, against another recipe on the same items; of a recipe with a
+gate, on its own mixture; or of every ranking that a table of outcomes allows."""
 
+import dataclasses
 import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +14,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    task: Annotated[str, typer.Option(help="Name, or name:preset; see `mmroute list tasks`.")],
+    task: Annotated[str, typer.Option(help="Name, or name:preset; see `mmroute list tasks`. A gate has its own.")] = "",
     recipe: Annotated[str, typer.Option(help="Name or .yaml file; see `mmroute list recipes`.")] = "none",
     n: Annotated[int, typer.Option(help="Items.")] = 100,
     seed: Annotated[int, typer.Option(help="Which items: another seed, other items.")] = 0,
@@ -27,17 +29,41 @@ def evaluate(
         typer.Option("--set", help="path=value for --recipe; task.OPTION=value for the task."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+    budget: Annotated[
+        float | None, typer.Option(help="With a gate: share of questions the target answers.", min=0, max=1)
+    ] = None,
+    outcomes: Annotated[
+        Path | None, typer.Option(help="Judge rankings on this table of answers; no model runs.")
+    ] = None,
+    from_: Annotated[
+        str, typer.Option("--from", help="Its format: mmr-bench, vl-routerbench, routerbench, routellm, table.")
+    ] = "",
+    draft: Annotated[str, typer.Option(help="The small model: a gate's, or by its name in the table.")] = "",
+    target: Annotated[str, typer.Option(help="The large one, likewise.")] = "",
 ) -> None:
     """Score a recipe on a task, with its FLOPs, KV bytes and seconds."""
+    from mmroute.errors import ConfigError
+
+    if outcomes is not None:
+        _judge_table(outcomes, from_, draft, target, out, json_)
+        return
     from mmroute import recipe as recipes  # torch costs seconds; --help must not pay them
     from mmroute.backbones.load import load
-    from mmroute.bench import run, schema
     from mmroute.config import overrides
 
     about = [text for text in set_ or [] if text.startswith(("task.", "context="))]
     asked = overrides(about)
-    ours = recipes.read(recipe, [text for text in set_ or [] if text not in about])
-    theirs = recipes.read(against) if against else None
+    chosen = recipes.read(recipe, [text for text in set_ or [] if text not in about])
+    if chosen.gate is not None:
+        _score_gate(chosen, draft, target, n, seed, budget, out, json_)
+        return
+    if not task:
+        raise ConfigError("--task is missing; `mmroute list tasks` shows what there is")
+    if budget is not None:
+        raise ConfigError(f"--budget is a gate's share of target calls; {chosen.name} has no gate, prp-small has one")
+    from mmroute.bench import run, schema
+
+    ours, theirs = chosen, recipes.read(against) if against else None
     plan = run.Plan(
         task=task,
         n=n,
@@ -71,3 +97,50 @@ def evaluate(
         typer.echo(line, err=json_)
     if json_:
         typer.echo(json.dumps(found.summary.to_dict()))
+
+
+def _score_gate(
+    recipe: Any, draft: str, target: str, n: int, seed: int, budget: float | None, out: Path | None, as_json: bool
+) -> None:
+    """One policy on the recipe's own mixture."""
+    from mmroute.bench import schema
+    from mmroute.bench.gate_pair import evaluate, open_pair
+    from mmroute.train.prp import sections
+
+    gated, _ = sections(recipe)
+    named = dataclasses.replace(gated, draft=draft or gated.draft, target=target or gated.target)
+    found = evaluate(recipe, *open_pair(named), n=n, seed=seed, budget=budget)
+    if out is not None:
+        schema.write_json(
+            out, {"schema": "gate-eval/1", "command": shlex.join(["mmroute", *sys.argv[1:]]), **found.to_dict()}
+        )
+    for name, value in found.to_dict().items():
+        typer.echo(f"{name}: {value}", err=as_json)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+
+
+def _judge_table(path: Path, source: str, draft: str, target: str, out: Path | None, as_json: bool) -> None:
+    """Every ranking that a table of outcomes has evidence for; needs no model and no torch."""
+    from mmroute.bench import gate_report, schema
+    from mmroute.bench.gate_judge import judge_table
+    from mmroute.bench.outcomes.load import load_outcomes
+
+    table = load_outcomes(path, source, draft, target)
+    judged = {each.title: dataclasses.asdict(each) for each in judge_table(table)}
+    found = {
+        "schema": "gate-table/1",
+        "draft": table.draft_model,
+        "target": table.target_model,
+        "unit": table.unit,
+        "n": len(table),
+        "accuracy_draft": float(table.draft.mean()),
+        "accuracy_target": float(table.target.mean()),
+        "gates": judged,
+    }
+    if out is not None:
+        schema.write_json(out, found)
+    for line in gate_report.lines([judged]):
+        typer.echo(line, err=as_json)
+    if as_json:
+        typer.echo(json.dumps(found))

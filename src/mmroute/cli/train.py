@@ -63,3 +63,33 @@ def dare(
     if seed is not None:
         chosen.append(f"train.seed={seed}")
     typer.echo(str(train_dare(recipes.read(recipe, chosen), load(model), out, resume)))
+
+
+@app.command()
+def prp(
+    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe with a gate (prp-small), or a YAML file.")] = (
+        "prp-small"
+    ),
+    draft: Annotated[str, typer.Option(help="The small model; the recipe's own if not given.")] = "",
+    target: Annotated[str, typer.Option(help="The large model; the recipe's own if not given.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the run; the rater comes to lie in its folder `rater`.")] = Path(
+        "runs/prp-small"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stands.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int | None, typer.Option(help="Of questions and weights; the recipe's own if not given.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Recipe option, path=value; repeatable.")] = None,
+) -> None:
+    """Train a draft to rate itself and the target before it answers; its own answers stay what they are."""
+    from mmroute import recipe as recipes
+    from mmroute.backbones.load import load
+    from mmroute.train.prp import sections, train_prp
+
+    chosen = list(changes or [])
+    if seed is not None:
+        chosen.append(f"train.seed={seed}")
+    read = recipes.read(recipe, chosen)
+    gated, _ = sections(read)
+    small = load(draft or gated.draft, dtype=gated.dtype, device=device)
+    large = load(target or gated.target, dtype=gated.dtype, device=device)
+    typer.echo(str(train_prp(read, small, large, out, resume)))

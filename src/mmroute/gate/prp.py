@@ -35,6 +35,7 @@ from mmroute.cost import pairs, position_macs
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError, MmrouteError
 from mmroute.gate._calibrate import Calibration, calibration
 from mmroute.gate.base import Cost, Evidence, Gate, Needs, Rating, Ratings, score_of
+from mmroute.train import delta
 
 if TYPE_CHECKING:
     from mmroute.reason import Session
@@ -352,9 +353,5 @@ class Prp(Gate):
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256 of the text model's weights, whatever device they are on."""
-    digest = hashlib.sha256()
-    for name, value in sorted(backbones.of(model).text_model(model).state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """SHA-256 of the text model's weights: what a draft must be for a rater to fit it."""
+    return delta.fingerprint(backbones.of(model).text_model(model).state_dict())

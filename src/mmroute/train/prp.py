@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import DynamicCache
 
-from mmroute import backbones, hub
+from mmroute import backbones
 from mmroute.backbones.images import prepare
 from mmroute.bench import reliability
 from mmroute.bench.outcomes.base import Outcomes, content_hash, pair_up, split_of_group, write_parquet
@@ -38,10 +38,11 @@ from mmroute.gate.base import Ratings
 from mmroute.gate.prp import Prp, fingerprint
 from mmroute.recipe import Recipe
 from mmroute.tasks._mixture import Drawn, Part, draw_mixture
+from mmroute.think.base import Thinker
 from mmroute.train import rating
 from mmroute.train.rollouts import collect
 
-__all__ = ["GateConfig", "Prompts", "PrpConfig", "fit", "train_prp"]
+__all__ = ["GateConfig", "Prompts", "PrpConfig", "chats_of", "fit", "sections", "train_prp"]
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class GateConfig:
     """Of the large one."""
     rater: str = ""
     """Folder, or bundled name, of a trained rater."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What both models compute in; None is their checkpoints' own."""
     method: dict[str, Any] = field(default_factory=dict)
     """Options of the gate `prp`."""
     policy: dict[str, Any] = field(default_factory=lambda: {"name": "budget"})
@@ -297,24 +300,23 @@ def train_prp(recipe: Recipe, draft: Any, target: Any, out: Path, resume: bool =
     if any(file.exists() for file in files.values()) and not resume:
         raise InputError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
     files["draft"].parent.mkdir(parents=True, exist_ok=True)
-    items = draw_mixture(gated.mix, config.n, "val", config.seed)
+    items, think = draw_mixture(gated.mix, config.n, "val", config.seed), recipe.build("think")
     rows = []
     for role, model, name, samples in (
         ("draft", draft, gated.draft, config.samples_draft),
         ("target", target, gated.target, config.samples_target),
     ):
         with attach(model) as routed:
-            found = collect(
-                routed, role, name, items, file=files[role], samples=samples, temperature=config.temperature,
-                progress=partial(log.info, "%s: %d of %d answers", role),
-            )  # fmt: skip
+            told = partial(log.info, "%s: %d of %d answers", role)
+            drawn: dict[str, Any] = {"samples": samples, "temperature": config.temperature, "progress": told}
+            found = collect(routed, role, name, items, think=think, file=files[role], **drawn)
         rows += found.rows
     outcomes = pair_up(rows)
     try:
         write_parquet(rows, out / "outcomes.parquet")
     except MissingExtra as error:
         log.info("%s; the outcomes stay in JSONL", error)
-    prompts = Prompts.read(draft, _chats(draft, items))
+    prompts = Prompts.read(draft, chats_of(draft, items, think))
     splits = np.array([split_of_group(group, _SPLITS) for group in outcomes.groups])
     success = np.stack([outcomes.draft, outcomes.target], 1)
     cells = [f"{task} {level}" for task, level in zip(outcomes.tasks, outcomes.levels, strict=True)]
@@ -346,8 +348,8 @@ def sections(recipe: Recipe) -> tuple[GateConfig, PrpConfig]:
     return parse(GateConfig, recipe.gate, "gate"), parse(PrpConfig, recipe.train or {}, "train")
 
 
-def _chats(model: Any, items: Sequence[Drawn]) -> list[list[dict[str, Any]]]:
-    think = hub.load("think", "text")
+def chats_of(model: Any, items: Sequence[Drawn], think: Thinker) -> list[list[dict[str, Any]]]:
+    """The questions as this model is asked them."""
     with attach(model) as routed:
         return [_messages(routed, item.task, item.sample, think) for item in items]
 

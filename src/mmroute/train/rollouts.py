@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,22 +23,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmroute import cost, hub
+from mmroute import cost
 from mmroute.backbones.images import prepare
 from mmroute.bench.outcomes.base import UNKNOWN, Row, read_rows
 from mmroute.bench.run import _messages, _tower_flops
 from mmroute.engine.attach import Routed
 from mmroute.gate._statistics import statistics
-from mmroute.gate.base import Prefill, Ratings
+from mmroute.gate.base import Prefill, Question, Ratings
 from mmroute.gate.prp import Prp, fingerprint
 from mmroute.reason import Session, _end_ids, _sample
 from mmroute.tasks._mixture import Drawn
+from mmroute.think.base import Thinker
 from mmroute.tokens import NUM_MODALITIES, Modality
 from mmroute.trace import Shape
 
-__all__ = ["Collected", "Rollout", "collect", "prompt_hash", "roll_out"]
+__all__ = ["Collected", "Rollout", "ask", "collect", "prompt_hash", "roll_out"]
 
 log = logging.getLogger(__name__)
+
+_NUMBER_TOKENS = 6
+"""Longest reply to a question for a number."""
 
 
 @dataclass
@@ -54,8 +59,8 @@ class Rollout:
     prefill_flops: float
     prefill: Prefill
     last: np.ndarray
-    seconds: tuple[float, float]
-    """Of prefill and decode; the batch's, divided by its rows."""
+    seconds: tuple[float, float, float]
+    """Of prefill, rating and decode; the batch's, divided by its rows."""
 
 
 @dataclass
@@ -67,6 +72,8 @@ class Collected:
     """By query id."""
     last: dict[str, np.ndarray] = field(default_factory=dict)
     """State at the end of the answer."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """The answers themselves."""
     ratings: list[tuple[list[str], Ratings]] = field(default_factory=list)
     """Query ids of a batch and what the rater said of them."""
 
@@ -153,7 +160,7 @@ def roll_out(
                 prefill_flops=flops[0] + per_row,
                 prefill=Prefill(states["last"][b], states["mean"][b]),
                 last=last[b],
-                seconds=((read - began) / B, (done - started) / B),
+                seconds=((read - began) / B, (started - read) / B, (done - started) / B),
             )
         )
     return out, ratings
@@ -216,6 +223,62 @@ def _flops(shape: Shape, text: int, vision: int, steps: int) -> tuple[float, flo
     return _flops_cached(tuple(sorted(dataclasses.asdict(shape).items())), text, vision, steps)
 
 
+# ---------------------------------------------------------------------- questions besides
+
+
+@torch.no_grad()
+def ask(
+    routed: Routed, question: Question, chats: Sequence[list[dict[str, Any]]], answers: Sequence[str], batch: int = 32
+) -> list[tuple[float, float]] | None:
+    """What a model replies to a gate's question about each of its answers, and the FLOPs that took.
+
+    Args:
+        routed: the model.
+        question: of a gate.
+        chats: the conversations so far.
+        answers: what it answered to each.
+        batch: conversations at once.
+
+    Returns:
+        Per conversation the reply and its FLOPs; None where the model's vocabulary cannot write the question. A reply
+        without a number counts as 50.
+    """
+    tokenizer, shape = routed.processor.tokenizer, routed.controller.shape
+    words = tokenizer(question.text, add_special_tokens=False)["input_ids"]
+    options = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in question.options]
+    if tokenizer.unk_token_id in (*words, *(i for ids in options for i in ids)) or any(
+        len(ids) != 1 for ids in options
+    ):
+        return None
+    out: list[tuple[float, float]] = []
+    for start in range(0, len(chats), batch):
+        asked = [
+            _followed(chat, answer if question.after_answer else None, question.text)
+            for chat, answer in zip(chats[start : start + batch], answers[start : start + batch], strict=True)
+        ]
+        if not options:
+            rolled, _ = roll_out(routed, asked, max_new_tokens=_NUMBER_TOKENS)
+            numbers = [re.search(r"\d+(\.\d+)?", each.text) for each in rolled]
+            out += [(float(n[0]) if n else 50.0, each.flops) for n, each in zip(numbers, rolled, strict=True)]
+            continue
+        given = prepare(routed.model, routed.processor, asked)
+        logp = Session(routed).append(given).float().log_softmax(-1)
+        first, second = (logp[:, ids[0]] for ids in options)
+        vision = (routed.controller.table[given["input_ids"]] == int(Modality.VISION)).sum(1).tolist()
+        length = given["attention_mask"].sum(1).tolist()
+        tower = (_tower_flops(routed, asked) or 0) / len(asked)
+        out += [
+            (reply, _flops(shape, n - v, v, 0)[0] + tower)
+            for reply, n, v in zip((first - second).sigmoid().tolist(), length, vision, strict=True)
+        ]
+    return out
+
+
+def _followed(chat: list[dict[str, Any]], answer: str | None, question: str) -> list[dict[str, Any]]:
+    said = [] if answer is None else [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    return [*chat, *said, {"role": "user", "content": [{"type": "text", "text": question}]}]
+
+
 # ---------------------------------------------------------------------- a whole role
 
 
@@ -225,6 +288,7 @@ def collect(
     name: str,
     items: Sequence[Drawn],
     *,
+    think: Thinker,
     file: Path | None = None,
     samples: int = 1,
     temperature: float = 0.0,
@@ -239,6 +303,7 @@ def collect(
         role: `draft` or `target`.
         name: what rows call the model.
         items: the questions.
+        think: what a hop is, and how long an answer may be.
         file: JSONL to append to; what it holds already is not asked again, a torn last line is cut off.
         samples: answers per item; more than one needs a temperature.
         temperature: 0 is greedy.
@@ -249,7 +314,6 @@ def collect(
     Returns:
         Rows in the order of items and samples; hidden states and ratings of what was asked now, from the first sample.
     """
-    think = hub.load("think", "text")
     revision = fingerprint(routed.model)[:16]
     settings = {"temperature": temperature, "max_new_tokens": think.max_new_tokens}
     generation = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -282,6 +346,7 @@ def collect(
                 fresh.append(row)
             if sample == 0:
                 out.prefill[item.sample.id], out.last[item.sample.id] = wrote.prefill, wrote.last
+                out.texts[item.sample.id] = wrote.text
         if ratings is not None:
             out.ratings.append(([item.sample.id for item, *_ in part], ratings))
         if file is not None and fresh:
@@ -289,8 +354,12 @@ def collect(
                 stream.write("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in fresh))
         if progress is not None:
             progress(min(start + batch, len(todo)), len(todo))
-    keys = [(prompt_hash(item), name, revision, generation, s) for item in items for s in range(samples)]
-    out.rows = [known[key] for key in keys]
+    for item in items:
+        digest = prompt_hash(item)
+        # Two questions may have the same picture and words: they share an answer, not an id.
+        own: dict[str, Any] = {"query_id": item.sample.id, "level": item.part.label, "group": item.group}
+        for sample in range(samples):
+            out.rows.append(dataclasses.replace(known[digest, name, revision, generation, sample], **own))
     return out
 
 
@@ -336,7 +405,7 @@ def _row(
         prefill_flops=wrote.prefill_flops,
         usd=UNKNOWN,
         prefill_s=wrote.seconds[0],
-        decode_s=wrote.seconds[1],
+        decode_s=wrote.seconds[2],
         finish_reason="stop" if wrote.finished else "length",
         stats=wrote.stats,
         text=_prompt_text(item),

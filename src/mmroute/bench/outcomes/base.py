@@ -161,7 +161,7 @@ def read_rows(path: Path) -> list[Row]:
     rows: dict[tuple, Row] = {}
     for file in files:
         for row in _parquet(file) if file.suffix == ".parquet" else _jsonl(file):
-            rows.setdefault(row.key, row)
+            rows.setdefault((row.query_id, row.role, *row.key), row)
     return list(rows.values())
 
 

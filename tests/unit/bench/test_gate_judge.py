@@ -1,0 +1,132 @@
+"""Judging gates: each pays for what it looked at, the oracle stays on top, and skipped gates say why."""
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mmroute import hub
+from mmroute.bench import gate_report
+from mmroute.bench.gate import read
+from mmroute.bench.gate_judge import Case, Scored, evidence_of, judge, judge_table, score_gates
+from mmroute.bench.outcomes.base import Outcomes, Row, pair_up
+from mmroute.cli import app
+from mmroute.errors import ConfigError, InputError
+
+
+def outcomes(n: int = 400, seed: int = 0) -> Outcomes:
+    """Half of the questions name a maze, which the draft cannot do; the log-probability knows a little of it."""
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(n):
+        maze = i % 2 == 0
+        right = float(rng.random() < (0.1 if maze else 0.9))
+        shared = {
+            "query_id": f"q{i}",
+            "group": f"g{i // 4}",
+            "task": "maze" if maze else "lake",
+            "text": "maze" if maze else "lake",
+        }
+        stats = {"lp_mean": -1 + right + rng.normal(0, 0.7), "lp_q90": -1.0 + right}
+        rows.append(Row(**shared, role="draft", model="d", correct=right, flops=2.0, prefill_flops=1.0, stats=stats))
+        rows.append(Row(**shared, role="target", model="t", correct=0.9, flops=10.0))
+    return pair_up(rows)
+
+
+CASES = [
+    Case(name="random"),
+    Case(name="difficulty"),
+    Case(name="logprob"),
+    Case(name="p_true"),
+    Case(name="probe"),
+    Case(name="oracle"),
+]
+
+
+def test_gates_are_fitted_on_other_queries_and_skipped_where_evidence_is_missing() -> None:
+    train, test = outcomes(seed=1), outcomes(seed=2)
+    scored = {each.title: each for each in score_gates(CASES, evidence_of(train), evidence_of(test))}
+    assert "no reply to 'p_true'" in scored["p_true"].skipped
+    assert "no hidden states" in scored["probe"].skipped
+    judged = {name: judge(each, test, resamples=0) for name, each in scored.items()}
+    gain = {name: each.figures.get("ong") for name, each in judged.items()}
+    assert judged["p_true"].figures == {}
+    assert gain["oracle"] == pytest.approx(1)
+    assert gain["oracle"] > gain["difficulty"] > gain["logprob"] > gain["random"] + 0.1
+    assert judged["difficulty"].ratings["draft"]["auroc"] > 0.85
+
+
+def test_who_reads_the_answer_pays_for_it_on_every_query() -> None:
+    made = outcomes()
+    score = made.pair.advantage
+    at = {
+        needs: judge(Scored("x", needs, score), made, resamples=0).curve["cost"]
+        for needs in ("nothing", "prefill", "answer")
+    }
+    # a draft's answer costs 2, its prefill 1, the target's answer 10
+    assert [at["nothing"][0], at["nothing"][-1]] == [2, 10]
+    assert [at["prefill"][0], at["prefill"][-1]] == [2, 11]
+    assert [at["answer"][0], at["answer"][-1]] == [2, 12]
+    assert judge(Scored("x", "samples", score, samples=4), made, resamples=0).curve["cost"][0] == 5
+    assert judge(Scored("x", "nothing", score), made, resamples=0).figures["cost_ratio_at_40"] == pytest.approx(0.52)
+
+
+def test_a_rival_is_compared_on_the_same_drawn_groups() -> None:
+    made = outcomes()
+    found = judge(Scored("random", "nothing", np.zeros(400)), made, made.pair.advantage, resamples=100)
+    low, high = found.intervals["rival_area_lead"]
+    assert 0 < low < high
+    assert found.intervals["ong"] == pytest.approx((0, 0), abs=1e-12)
+    assert found.figures["realised_share"] == pytest.approx(0.4, abs=0.03)
+
+
+def test_a_table_is_judged_by_what_it_holds(tmp_path: Path) -> None:
+    made = outcomes()
+    path = tmp_path / "t.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["id", "text", "group", "draft_correct", "target_correct", "draft_cost", "target_cost", "score_mine"]
+        )
+        for i in range(len(made)):
+            writer.writerow(
+                [i, made.texts[i], made.groups[i], made.draft[i], made.target[i], 2, 10, made.pair.advantage[i]]
+            )
+    done = CliRunner().invoke(app, ["eval", "--outcomes", str(path), "--json", "--out", str(tmp_path / "o.json")])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    gates = found["gates"]
+    assert gates["mine"]["figures"]["ong"] == pytest.approx(1)
+    assert gates["oracle advantage"]["figures"]["ong"] >= gates["oracle difficulty"]["figures"]["ong"]
+    assert gates["difficulty"]["figures"]["ong"] > 0.5
+    assert json.loads((tmp_path / "o.json").read_text()) == found
+
+
+def test_a_table_of_one_group_cannot_be_judged() -> None:
+    made = outcomes(8)
+    same = Outcomes(**{**made.__dict__, "groups": ["g"] * 8})
+    with pytest.raises(InputError, match="of one group"):
+        judge_table(same)
+
+
+def test_the_report_sorts_by_gain_and_names_what_was_skipped(tmp_path: Path) -> None:
+    scored = score_gates(CASES, evidence_of(outcomes(seed=1)), evidence_of(outcomes()))
+    judged = {each.title: asdict(judge(each, outcomes(), resamples=10)) for each in scored}
+    text = gate_report.lines([judged, judged])
+    assert text[2].startswith("| oracle |")
+    assert any(line.strip().startswith("Skipped: p_true") for line in text)
+    result = {"seeds": {"0": {"gates": judged}, "1": {"gates": judged}}}
+    gate_report.write(result, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gate.json", "gate.md", "gate.svg"]
+
+
+def test_the_shipped_bench_names_gates_that_exist() -> None:
+    made = read("bench-gate", ["n=50"])
+    assert made.n == 50
+    for case in made.gates:
+        hub.load("gate", case.name, **case.options)
+    with pytest.raises(ConfigError, match="no bench recipe"):
+        read("bench-gates")
