@@ -96,7 +96,7 @@ def browser():
 @pytest.mark.browser
 @pytest.mark.skipif(executable() is None, reason=f"no Chromium here ({', '.join(NAMES)}); apt-get install chromium")
 class TestInABrowser:
-    def until(self, shown, expression, seconds=60):
+    def until(self, shown, expression, seconds=180):
         """Waits for the page."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
