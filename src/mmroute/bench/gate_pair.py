@@ -17,8 +17,8 @@ from mmroute.backbones.load import load
 from mmroute.bench import deferral, schema
 from mmroute.bench.deferral import curve
 from mmroute.bench.gate_judge import evidence_of
+from mmroute.bench.items import messages
 from mmroute.bench.outcomes.base import Outcomes, pair_up
-from mmroute.bench.run import _messages
 from mmroute.bench.stats import wilson
 from mmroute.engine.attach import attach
 from mmroute.errors import ConfigError
@@ -79,7 +79,7 @@ def gather(
             more = collect(routed, "draft", gated.draft, items, think=think, **drawn)
         replies: dict[str, dict[str, float]] = {item.sample.id: {} for item in items}
         for question in questions:
-            chats = [_messages(routed, item.task, item.sample, think) for item in items]
+            chats = [messages(routed, item.task, item.sample, think) for item in items]
             said = ask(routed, question, chats, [first.texts[item.sample.id] for item in items])
             if said is None:
                 log.info("%s is not asked: the draft's vocabulary cannot write it", question.name)

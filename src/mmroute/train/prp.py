@@ -28,8 +28,8 @@ from transformers import DynamicCache
 from mmroute import backbones
 from mmroute.backbones.images import prepare
 from mmroute.bench import reliability
+from mmroute.bench.items import messages
 from mmroute.bench.outcomes.base import Outcomes, content_hash, pair_up, split_of_group, write_parquet
-from mmroute.bench.run import _messages
 from mmroute.bench.schema import commit_of_source
 from mmroute.config import options, parse, resolved
 from mmroute.engine.attach import attach
@@ -351,7 +351,7 @@ def sections(recipe: Recipe) -> tuple[GateConfig, PrpConfig]:
 def chats_of(model: Any, items: Sequence[Drawn], think: Thinker) -> list[list[dict[str, Any]]]:
     """The questions as this model is asked them."""
     with attach(model) as routed:
-        return [_messages(routed, item.task, item.sample, think) for item in items]
+        return [messages(routed, item.task, item.sample, think) for item in items]
 
 
 def _facts(gate: Prp, prompts: Prompts, outcomes: Outcomes, calibration: np.ndarray) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from mmroute import cost
 from mmroute.backbones.images import prepare
+from mmroute.bench.items import _tower_flops, messages
 from mmroute.bench.outcomes.base import UNKNOWN, Row, read_rows
-from mmroute.bench.run import _messages, _tower_flops
 from mmroute.engine.attach import Routed
 from mmroute.gate._statistics import statistics
 from mmroute.gate.base import Prefill, Question, Ratings
@@ -143,7 +143,7 @@ def roll_out(
     stats = statistics(lp, entropy, margin, real, answer & real)
     vision = (routed.controller.table[batch["input_ids"]] == int(Modality.VISION)).sum(1).tolist()
     prompt = batch["attention_mask"].sum(1).tolist()
-    tower = _tower_flops(routed, list(chats))
+    tower = _tower_flops(routed, batch)
     per_row = (tower or 0) / B
     out = []
     for b in range(B):
@@ -266,7 +266,7 @@ def ask(
         first, second = (logp[:, ids[0]] for ids in options)
         vision = (routed.controller.table[given["input_ids"]] == int(Modality.VISION)).sum(1).tolist()
         length = given["attention_mask"].sum(1).tolist()
-        tower = (_tower_flops(routed, asked) or 0) / len(asked)
+        tower = (_tower_flops(routed, given) or 0) / len(asked)
         out += [
             (reply, _flops(shape, n - v, v, 0)[0] + tower)
             for reply, n, v in zip((first - second).sigmoid().tolist(), length, vision, strict=True)
@@ -321,7 +321,7 @@ def collect(
     out = Collected([])
     todo: list[tuple[Drawn, int, str, list[dict[str, Any]]]] = []
     for item in items:
-        chat = _messages(routed, item.task, item.sample, think)
+        chat = messages(routed, item.task, item.sample, think)
         digest = prompt_hash(item)
         todo += [
             (item, sample, digest, chat)
