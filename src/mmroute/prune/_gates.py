@@ -86,6 +86,8 @@ class Gates:
             m = Modality(g.modality)
             deep = self.rates.is_deep(site.layer, m)
             among = self._members(g, tokens)
+            if "dare open" in site.memo:
+                among = among & (site.memo["dare open"].detach() > 0.5)
             if coin and not deep:
                 hard, soft = noisy.detach() > 0, torch.sigmoid(noisy / relax.temperature)
             else:
@@ -110,7 +112,7 @@ class Gates:
             if deep:
                 above = (torch.sigmoid(logits) - c.hard_threshold).clamp(min=0)
                 losses["hard"] = losses.get("hard", 0.0) + (above * among).sum() / among.sum().clamp(min=1)
-        if c.scope == "drop":
+        if c.scope == "drop":  # who was left out before stays out, and that gate goes on acting
             z = site.memo["dare open"] = z * site.memo.get("dare open", 1.0)
         mask = z.detach() > 0.5
         if coin or c.scope == "drop" or any(self.rates.is_deep(site.layer, Modality(g.modality)) for g in given):

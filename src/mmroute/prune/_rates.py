@@ -35,7 +35,7 @@ class KeepRates(nn.Module):
     deep_share: Tensor
     """(L,): share of vision that passed the threshold behind the cutoff."""
     certain: Tensor
-    """(2, H): share that is protected, so that no smaller one can be met; under `lh`, of all that has entered so far."""
+    """(2, H): share that is protected, so that no smaller one can be met; under `lh`, of all that entered so far."""
     realised: Tensor
     """(2, H, L): shares that coins kept, under `bernoulli`."""
     theta: nn.Parameter

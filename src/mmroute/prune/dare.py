@@ -203,10 +203,10 @@ class Dare(Pruner):
         written = tokens.valid & tokens.generated & (tokens.modality == Modality.TEXT)
         if not written.any() or self.config.text_keep == 1:
             return
-        table = self.rates.table()[Modality.TEXT, -1]
+        table = self.rates.table()[Modality.TEXT, -1].tolist()
         for layer, keep in keeps.items():
             if keep.logits is not None:
-                floor = keep.logits[written].float().quantile(1 - float(table[layer]))
+                floor = keep.logits[written].float().quantile(1 - table[layer])
                 old = self.floors[layer]
                 self.floors[layer] = torch.where(old.isfinite(), old.lerp(floor, 0.05), floor)
 
