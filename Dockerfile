@@ -1,11 +1,14 @@
-# CPU image: the bundled model answers from it; no network is needed after the build.
+# CPU image: the bundled model answers from it; no network is needed after the build. The gateway:
+#   docker run -p 127.0.0.1:8000:8000 IMAGE serve --host 0.0.0.0 --insecure
 FROM python:3.11-slim
 RUN useradd --create-home mmroute
 WORKDIR /home/mmroute/app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src ./src
-RUN python -m pip install --no-cache-dir -c constraints.txt .
+RUN python -m pip install --no-cache-dir -c constraints.txt ".[serve]"
 USER mmroute
-HEALTHCHECK --interval=60s --timeout=20s CMD mmroute env >/dev/null || exit 1
+HEALTHCHECK --interval=60s --timeout=20s CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health')" \
+    2>/dev/null || mmroute env >/dev/null || exit 1
 ENTRYPOINT ["mmroute"]
+EXPOSE 8000
 CMD ["demo", "--out", "/tmp"]

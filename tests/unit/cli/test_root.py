@@ -48,7 +48,7 @@ def test_help_names_every_verb_and_imports_no_torch() -> None:
     code += "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("ask", "eval", "demo", "data", "train", "calibrate", "list", "env", "check"):
+    for verb in ("ask", "eval", "demo", "data", "train", "calibrate", "serve", "replay", "list", "env", "check"):
         assert f" {verb} " in done.stdout
 
 

@@ -1,0 +1,111 @@
+"""How a draft behind HTTP is asked for its rating: at the head of the stream that may become the answer, or by a call.
+
+Source: PRP (arXiv 2606.30217), one or two rating tokens before any reasoning.
+Deviates: how a rating travels over a chat API is ours: the template's switch `mmroute_rating`, or a continued turn.
+"""
+
+from typing import Any
+
+from mmroute.gate.base import Rating
+from mmroute.serve.peek import Rated, expected
+from mmroute.serve.schema import Asked
+from mmroute.serve.settings import Settings
+
+__all__ = ["call_body", "must_call", "peek_body", "rating", "read_call", "with_usage"]
+
+TOP_LOGPROBS = 20  # vLLM's cap; ten levels fit
+_SHAPES_OUTPUT = (
+    "response_format",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "grammar",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "continue_final_message",
+    "echo",
+    "prompt_logprobs",
+)
+
+
+def must_call(asked: Asked) -> bool:
+    """Whether the head of the answer's own stream cannot hold a rating: the request shapes what may be written."""
+    body = asked.body
+    if (body.get("n") or 1) > 1 or any(body.get(name) for name in _SHAPES_OUTPUT):
+        return True
+    if body.get("tool_choice") not in (None, "auto", "none"):
+        return True
+    stops = body.get("stop") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    return any(isinstance(s, str) and set(s) <= set("0123456789\n \t") for s in stops)
+
+
+def _asking(body: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    out = {**body}
+    if settings.rating_prefix == "template":
+        out["chat_template_kwargs"] = {**(body.get("chat_template_kwargs") or {}), "mmroute_rating": True}
+    else:
+        out["messages"] = [*body["messages"], {"role": "assistant", "content": "<rate>"}]
+        out.update(add_generation_prompt=False, continue_final_message=True)
+    if settings.peek_logprobs:
+        out.update(logprobs=True, top_logprobs=TOP_LOGPROBS)
+    return out
+
+
+def peek_body(asked: Asked, settings: Settings) -> dict[str, Any]:
+    """The request to the draft whose first tokens are the rating; token limits make room for them."""
+    out = _asking(asked.body, settings)
+    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+        if isinstance(out.get(name), int):
+            out[name] += settings.num_ratings + 1
+    return with_usage({**out, "stream": True})
+
+
+def with_usage(body: dict[str, Any]) -> dict[str, Any]:
+    """Usage is always asked for; who did not want it does not see it."""
+    return {**body, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
+
+
+def call_body(asked: Asked, settings: Settings) -> dict[str, Any]:
+    """The request that asks for nothing but the rating, greedily; what would shape the output is taken out."""
+    dropped = (
+        *_SHAPES_OUTPUT,
+        "stop",
+        "n",
+        "tools",
+        "tool_choice",
+        "min_tokens",
+        "stream_options",
+        "max_completion_tokens",
+    )
+    kept = {k: v for k, v in asked.body.items() if k not in dropped}
+    return _asking({**kept, "max_tokens": settings.num_ratings, "temperature": 0, "stream": False}, settings)
+
+
+def read_call(answer: dict[str, Any], num_ratings: int) -> Rated | None:
+    """The rating in the answer to `call_body`; None where there is none."""
+    choice = (answer.get("choices") or [{}])[0]
+    message = choice.get("message") or {}
+    text = next((message[k] for k in ("content", "reasoning_content", "reasoning") if message.get(k)), "").strip()
+    digits = text[:num_ratings]
+    if len(digits) != num_ratings or not set(digits) <= set("0123456789"):
+        return None
+    entries = (choice.get("logprobs") or {}).get("content") or []
+    spoken = [e for e in entries if str(e.get("token", "")).strip() in tuple("0123456789")]
+    fits = [e["token"].strip() for e in spoken[:num_ratings]] == list(digits)
+    return Rated(*(expected(d, spoken[i] if fits else None) for i, d in enumerate(digits)))
+
+
+def rating(rated: Rated | None, settings: Settings) -> Rating | None:
+    """As a policy sees it; costs in units of the target's, from the prices of an answer token where both are known."""
+    if rated is None:
+        return None
+    ours, theirs = settings.draft.price_out, settings.target.price_out
+    ratio = ours / theirs if ours is not None and theirs else 0.0
+    return Rating(rated.score, rated.draft, rated.target, draft_cost=ratio, target_cost=1.0)
