@@ -26,25 +26,20 @@ class _HiddenError(Exception):
     """A tile that had to be read is fogged, or nowhere in sight."""
 
 
-def solve(task: str, question: list[str], codes: Int[np.ndarray, "C C"], board: list[int] | None = None) -> str | None:
-    """The answer word that the visible tiles give; None if fog hides what decides.
+def solve(task: str, question: list[str], codes: Int[np.ndarray, "C C"]) -> str | None:
+    """The answer word that the visible cells give; None if fog hides what decides.
 
     Args:
         task: name of the world.
         question: the question in words of the vocabulary, as it stands behind the picture.
-        codes: atlas codes of the canvas in the state of the question.
-        board: tile ids of the board; with them fog beyond the edge is known to be ground.
+        codes: atlas codes of the board in the state of the question, one per cell (`Generated.cells`). A whole canvas
+            will do where a cell is one tile; fog beside the board then counts as hidden.
 
     Raises:
         ConfigError: no such world.
     """
     if task not in _RULES:
         raise ConfigError(f"no solver for {task!r}; one of {', '.join(_RULES)}")
-    if board is not None:
-        codes = codes.copy()
-        outside = np.ones(codes.size, dtype=bool)
-        outside[board] = False
-        codes.reshape(-1)[outside] = _skins.BACKGROUND
     try:
         return _RULES[task](question, codes)
     except _HiddenError:
