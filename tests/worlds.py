@@ -4,13 +4,19 @@ import hashlib
 
 from mmroute.tasks.base import Generated, Spec
 
-WORLDS = ("maze", "frozenlake", "arrows", "gridspatial")
+WORLDS = ("maze", "frozenlake", "arrows", "gridspatial", "minibehavior", "needle")
 WITHOUT = {
     ("arrows", "mvot"),
     ("arrows", "mvot-xl"),
     ("gridspatial", "mvot"),
     ("gridspatial", "mvot-xl"),
     ("gridspatial", "ood-hops"),
+    ("minibehavior", "nano"),
+    ("minibehavior", "mvot"),
+    ("minibehavior", "mvot-xl"),
+    ("needle", "mvot"),
+    ("needle", "mvot-xl"),
+    ("needle", "ood-hops"),
 }
 """What has no items: a preset that asks for a variant or for more hops than the world has."""
 

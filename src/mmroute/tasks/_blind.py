@@ -86,6 +86,10 @@ def features(task: Generated, specs: Sequence[Spec], kind: str) -> Float[np.ndar
         ("arrows", "image"): _arrow_chain,
         ("gridspatial", "image"): _objects,
         ("gridspatial", "text"): _names,
+        ("minibehavior", "text"): _errand,
+        ("minibehavior", "image"): _room,
+        ("needle", "text"): _asked,
+        ("needle", "image"): _glyphs,
         ("arrows", "text"): lambda s: _hot(s.n, 10) + _hot(s.world["k"], _MAX_STEPS + 1),
     }.get((task.name, kind), _moves)
     return np.array([make(s) for s in specs], dtype=np.float32)
@@ -249,3 +253,39 @@ def _names(s: Spec) -> _Row:
     relation = ("left_of", "right_of", "above", "below", "nearest", "between").index(w["relation"])
     named = [w["objects"][o] for o in (*w["targets"], *w["candidates"])]
     return [*_hot(s.n, 10), *_hot(relation, 6), *(x for c, f, _, _ in named[:2] for x in (*_hot(c, 6), *_hot(f, 4)))]
+
+
+def _errand(s: Spec) -> _Row:
+    """A list of moves and errands: length, counts, order, bigrams, displacement between the errands."""
+    acts = s.world["actions"]
+    counts = [acts.count(a) for a in range(7)]
+    pairs = list(pairwise(acts))
+    bigrams = [pairs.count((a, b)) / 4 for a in range(7) for b in range(7)]
+    firsts = [x for a in (4, 5, 6) for x in _hot(acts.index(a) if a in acts else 20, 21)]
+    order = [float(a in acts and b in acts and acts.index(a) < acts.index(b)) for a, b in ((4, 5), (5, 6), (4, 6))]
+    ends = _hot(acts[-1], 7) + _hot(acts[0], 7)
+    return [*_hot(s.n, 11), *_hot(len(acts), _MAX_STEPS + 1), *counts, *bigrams, *firsts, *order, *ends]
+
+
+def _room(s: Spec) -> _Row:
+    """A room without its list: how far start, printer and table are from each other, and what is around them."""
+    w = s.world
+    places = [tuple(w[what]) for what in ("start", "printer", "table")]
+    far = [distance(a, b) for i, a in enumerate(places) for b in places[i + 1 :]]
+    walls = [sum(w["walls"][r][c] for _, (r, c) in neighbours(p, s.n)) for p in places]
+    sides = [float(np.sign(a[i] - b[i])) for a, b in (places[:2], places[1:]) for i in (0, 1)]
+    return [*_hot(s.n, 11), *(x for d in far for x in _hot(d, 16)), *(x for k in walls for x in _hot(k, 5)), *sides]
+
+
+def _asked(s: Spec) -> _Row:
+    """The question of a needle: relation, shape of the target, the four colours in their order."""
+    w = s.world
+    relation = ("", "above", "below", "left_of", "right_of").index(w["relation"])
+    shape = w["glyphs"][0][1]
+    return [*_hot(relation, 5), *_hot(shape, 4), *(x for c in w["options"] for x in _hot(c, 6))]
+
+
+def _glyphs(s: Spec) -> _Row:
+    """The picture of a needle: how many glyphs of which colour and shape."""
+    counts = Counter((c, f) for c, f, _, _ in s.world["glyphs"])
+    return [*_hot(len(s.world["glyphs"]), 11), *(float(counts[c, f]) for c in range(6) for f in range(4))]

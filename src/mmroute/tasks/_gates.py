@@ -23,7 +23,7 @@ from mmroute.tasks.base import Generated, Sample, Score, Spec
 
 __all__ = ["Gate", "answer_prior", "oracle", "run", "shuffled", "shuffled_image", "wall_blind"]
 
-_QUAD_LIMIT = {"frozenlake": 0.42, "maze": 0.35}
+_QUAD_LIMIT = {"frozenlake": 0.42, "maze": 0.35, "minibehavior": 0.35}
 """What a picture may tell where answers are balanced in quads only: the rest after balancing, measured."""
 
 
@@ -73,7 +73,7 @@ def _gates(task: Generated, specs: Sequence[Spec]) -> list[Gate]:
         limit = _chance_limit(num_choices, num)
         if kind == "image":
             limit = _QUAD_LIMIT.get(task.name, limit)
-            if task.name == "frozenlake" and quads:
+            if task.name in ("frozenlake", "minibehavior") and quads:
                 gates.append(_within_quad(scores, [s for s, held in zip(specs, test, strict=True) if held]))
         gates.append(Gate(f"blind_{kind}", _accuracy(scores, answers[test]), limit, num))
     if task.name == "maze":

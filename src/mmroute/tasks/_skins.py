@@ -21,6 +21,7 @@ __all__ = [
     "ARROWS",
     "BACKGROUND",
     "FOG",
+    "GLYPHS",
     "LAKE",
     "LETTERS",
     "MAZE",
@@ -28,6 +29,8 @@ __all__ = [
     "NUM_BACKGROUNDS",
     "NUM_CODES",
     "OBJECTS",
+    "QUARTERS",
+    "ROOM",
     "VARIANTS",
     "atlas",
     "background",
@@ -53,7 +56,12 @@ ARROWS = MAZE + 16 * 8
 """+ 12 * direction + 2 * colour + 1 if the star stands there."""
 OBJECTS = ARROWS + 4 * 6 * 2
 """Empty, then + 1 + 2 * (4 * colour + shape) + 1 if marked."""
-NUM_CODES = OBJECTS + 1 + 6 * 4 * 2
+_FIRST = OBJECTS + 1 + 6 * 4 * 2
+ROOM = _FIRST
+"""floor, wall, printer, table, printer on the table, the same switched on, agent, agent with printer, empty start."""
+GLYPHS = ROOM + 9
+"""+ 2 * (4 * colour + shape) + 1 if marked."""
+NUM_CODES = GLYPHS + 6 * 4 * 2
 QUARTERS = NUM_CODES
 """+ 4 * code + quarter (0 top left, 1 top right, 2 bottom left, 3 bottom right)."""
 
@@ -213,6 +221,39 @@ def _object(px: int, what: int, hollow: bool) -> Float[np.ndarray, "px px 3"]:
     return t.done()
 
 
+def _room(px: int, what: int, other: bool) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, (232, 240, 226) if other else (236, 228, 212))
+    t.fill(t.frame(0.02), (206, 198, 180))
+    if what == 1:
+        t.fill(t.box(0, 0, 1, 1), (70, 76, 96)).fill(t.box(0.1, 0.1, 0.9, 0.46), (104, 112, 138))
+        t.fill(t.box(0.1, 0.54, 0.9, 0.9), (104, 112, 138))
+    if what in (3, 4, 5):
+        t.fill(t.box(0.08, 0.5, 0.92, 0.64), (132, 84, 44))
+        t.fill(t.box(0.14, 0.64, 0.24, 0.94) | t.box(0.76, 0.64, 0.86, 0.94), (104, 64, 30))
+    if what in (6, 7):
+        t.fill(t.disc(0.2, 0.36, 0.5), (250, 210, 170)).fill(t.box(0.52, 0.32, 0.9, 0.68), (60, 120, 240))
+    if what == 8:
+        t.fill(t.disc(0.24), (220, 20, 20)).fill(t.disc(0.15), (236, 228, 212))
+    top, left = {2: (0.3, 0.2), 4: (0.12, 0.25), 5: (0.12, 0.25), 7: (0.56, 0.5)}.get(what, (2.0, 2.0))
+    t.fill(t.box(top, left, top + 0.36, left + 0.5), (60, 60, 66))
+    t.fill(t.box(top + 0.06, left + 0.1, top + 0.16, left + 0.4), (235, 235, 235))
+    if what == 5:
+        t.fill(t.box(top + 0.2, left + 0.06, top + 0.32, left + 0.44), (70, 230, 90))
+    return t.done()
+
+
+def _glyph(px: int, kind: int, marked: bool, hollow: bool) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, (112, 110, 104))
+    colour, shape = divmod(kind, 4)
+    masks = (t.disc(0.27), t.box(0.26, 0.26, 0.74, 0.74), t.cone(0.2, 0.76, 0.32), t.diamond(0.34))
+    t.fill(masks[shape], PALETTE[colour])
+    if hollow:
+        t.fill(t.disc(0.09, 0.56), (112, 110, 104))
+    if marked:
+        t.fill(t.frame(0.09), (250, 250, 250))
+    return t.done()
+
+
 def _clean(px: int, look: str) -> Float[np.ndarray, "T px px 3"]:
     # Permuted: hues in other roles and other glyphs. What was learnt by plate colour or by one outline alone fails;
     # what the answer names (the six colours, the four shapes) stays what it is.
@@ -225,6 +266,8 @@ def _clean(px: int, look: str) -> Float[np.ndarray, "T px px 3"]:
     tiles += [_maze(px, walls, what, plates) for walls in range(16) for what in range(8)]
     tiles += [_arrow(px, a, c, bool(s), other) for a in range(4) for c in range(6) for s in range(2)]
     tiles += [_object(px, what, other) for what in range(1 + 6 * 4 * 2)]
+    tiles += [_room(px, what, other) for what in range(9)]
+    tiles += [_glyph(px, kind, bool(m), other) for kind in range(6 * 4) for m in range(2)]
     assert len(tiles) == NUM_CODES
     return np.stack(tiles)
 
@@ -238,12 +281,10 @@ def atlas(tile_px: int = 28, noise: float = 0.02, look: str = "plain") -> UInt8[
         noise: standard deviation in units of full scale; with any, brightness varies by 6 % too.
         look: `plain`, or `permuted` (out-of-distribution plates).
     """
-    rng = np.random.default_rng(0)
     clean = _clean(tile_px, look)[:, None].repeat(VARIANTS, axis=1)
     if noise:
-        clean = clean * (1 + rng.uniform(-0.06, 0.06, (NUM_CODES, VARIANTS, 1, 1, 1))) + rng.normal(
-            0, noise, clean.shape
-        )
+        # Two draws: tiles that came later must not change what models were trained on.
+        clean = np.concatenate([_noisy(part, noise, i) for i, part in enumerate((clean[:_FIRST], clean[_FIRST:]))])
     out = np.round(np.clip(clean, 0, 1) * 255).astype(np.uint8)
     out.setflags(write=False)
     return out
@@ -276,6 +317,12 @@ def gathered(tiles: Int[np.ndarray, "tiles tiles"], cell_side: int) -> Int[np.nd
     blocks = tiles.reshape(n, 2, n, 2).transpose(0, 2, 1, 3).reshape(n, n, 4)
     cells = (blocks[..., 0] - QUARTERS) // 4
     return np.where((blocks == FOG).any(2), FOG, cells).astype(tiles.dtype)
+
+
+def _noisy(clean: Float[np.ndarray, "T V px px 3"], noise: float, seed: int) -> Float[np.ndarray, "T V px px 3"]:
+    rng = np.random.default_rng(seed)
+    brightness = 1 + rng.uniform(-0.06, 0.06, (len(clean), VARIANTS, 1, 1, 1))
+    return clean * brightness + rng.normal(0, noise, clean.shape)
 
 
 def background(seed: int, canvas: int) -> Int[np.ndarray, "C C"]:
