@@ -68,18 +68,27 @@ def export(
 @app.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(help="The other tool's folder.")],
-    source: Annotated[str, typer.Option("--from", help="mvot, or mvot-dare (same tree, labels not trusted).")],
+    source: Annotated[
+        str,
+        typer.Option("--from", help="mvot, mvot-dare (labels not trusted), vocot, m3cot, scienceqa, gqa, onethinker."),
+    ],
     out: _Out,
     format: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
     as_json: _Json = False,
 ) -> None:
     """Read another tool's data into an mmhop folder."""
-    from mmroute.tasks import _io, _mvot
+    from mmroute.tasks import _import, _io
 
-    if source not in ("mvot", "mvot-dare"):
-        raise ConfigError(f"--from is one of mvot, mvot-dare (given {source!r})")
-    count = _io.write(_mvot.from_mvot(folder, trusted=source == "mvot"), out, format)
+    count = _io.write(_import.import_samples(folder, source), out, format)
     _done(out, count, as_json, source=source, format=format)
+
+
+@app.command("lmms-path")
+def lmms_path() -> None:
+    """Print the folder of our lmms-eval tasks, for its --include_path."""
+    from mmroute.bench.lmms_eval_entry import TASKS
+
+    typer.echo(TASKS)
 
 
 @app.command()

@@ -125,7 +125,8 @@ class MiniBehavior(Listed):
     # ------------------------------------------------------------------ drawing items
 
     def _draw(self, rng: np.random.Generator, preset: Preset, size: int, length: int, split: Split) -> Spec:
-        answer = int(rng.integers(len(_CLASSES)))  # once: re-drawing the class on rejection would skew the classes
+        # Once: re-drawing the class on rejection would skew the classes. Success takes three actions.
+        answer = int(rng.integers(0 if length >= 3 else 1, len(_CLASSES)))
         while True:
             walls, start = _room(rng, size)
             cells = _within(walls, start, length - 1)

@@ -88,23 +88,28 @@ class Public(Task):
         if split not in self.card.splits:
             raise ConfigError(f"{self.name} has the splits {', '.join(self.card.splits)} (given {split!r})")
         stop = None if n is None else offset + n
-        return islice(self._all(split), offset, stop)
+        return islice(self.samples_in(self.folder, split), offset, stop)
 
-    def _all(self, split: str) -> Iterator[Sample]:
-        for number, row in enumerate(self.rows(split)):
+    @property
+    def folder(self) -> Path:
+        """Where this benchmark's files are looked for."""
+        return Path(self.config.data_root) / self.name
+
+    def samples_in(self, folder: Path, split: str) -> Iterator[Sample]:
+        """All samples of a split whose files lie in this folder."""
+        for number, row in enumerate(self.rows(folder, split)):
             try:
                 made = self.expand(row, split, number)
             except InputError as error:
                 raise InputError(f"{self.name} {split}, row {number}: {error}") from None
             yield from made
 
-    def rows(self, split: str) -> Iterator[Row]:
-        """Rows of the first source that is there; else of the Hub.
+    def rows(self, root: Path, split: str) -> Iterator[Row]:
+        """Rows of the first source that is in the folder; else of the Hub.
 
         Raises:
             InputError: nothing is there; the message says what to fetch.
         """
-        root = Path(self.config.data_root) / self.name
         for source in self.sources:
             if source.found(root, split):
                 return source.rows(root, split)
