@@ -129,7 +129,7 @@ class MiniBehavior(Listed):
         answer = int(rng.integers(0 if length >= 3 else 1, len(_CLASSES)))
         while True:
             walls, start = _room(rng, size)
-            cells = _within(walls, start, length - 1)
+            cells = _within(walls, start, max(length - 1, 2))
             if len(cells) < 2:
                 continue
             printer, table = (cells[int(i)] for i in rng.permutation(len(cells))[:2])

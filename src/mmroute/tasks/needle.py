@@ -172,10 +172,8 @@ class Needle(Generated):
 
     def ask(self, spec: Spec) -> Question:
         shape, relation = self._name(spec, 0)[1], spec.world["relation"]
-        told = {"above": "directly above", "below": "directly below", "left_of": "directly left of"}
-        what = (
-            f"the shape {told.get(relation, 'directly right of')} the only {shape}" if relation else f"the only {shape}"
-        )
+        told = relation.replace("_", " ")
+        what = f"the shape directly {told} the only {shape}" if relation else f"the only {shape}"
         return Question(
             scene="Somewhere in the picture are a few small shapes.",
             rules="",

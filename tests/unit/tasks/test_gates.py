@@ -25,7 +25,7 @@ def made(name: str, num: int, split: str = "train", **given: Any) -> tuple[Gener
     return task, [s for s in specs if name != "maze" or s.n >= 4]
 
 
-@pytest.mark.parametrize("name", ["maze", "frozenlake", "arrows", "gridspatial"])
+@pytest.mark.parametrize("name", ["maze", "frozenlake", "arrows", "gridspatial", "needle"])
 def test_no_shortcut_solves_the_counterbalanced_items(name: str) -> None:
     task, specs = made(name, 1800, variant="auto" if name == "arrows" else "quad")
     assert [g for g in _gates.run(task, specs) if not g.passed] == []
@@ -33,7 +33,7 @@ def test_no_shortcut_solves_the_counterbalanced_items(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["val", "test"])
-@pytest.mark.parametrize("name", ["maze", "frozenlake", "arrows", "gridspatial"])
+@pytest.mark.parametrize("name", ["maze", "frozenlake", "arrows", "gridspatial", "minibehavior", "needle"])
 def test_no_shortcut_solves_six_thousand_held_out_items(name: str, split: str) -> None:
     task, specs = made(name, 6000, split)
     assert [g for g in _gates.run(task, specs) if not g.passed] == []
@@ -156,6 +156,19 @@ def test_shuffled_pictures_come_from_other_quads_of_the_same_size() -> None:
         assert sample.question == task.question(spec)
     with pytest.raises(InputError, match="give more items"):
         _gates.shuffled(task, specs[:4])
+
+
+def test_errands_drawn_by_class_are_told_by_their_list() -> None:
+    found = gates(*made("minibehavior", 900, variant="stream"))
+    assert not found["blind_text"].passed
+    assert found["oracle"].passed
+
+
+def test_needles_with_one_right_letter_fail_the_prior_and_the_text() -> None:
+    task, specs = made("needle", 400)
+    found = gates(task, [task._coloured(s, 2) for s in specs])
+    assert not found["answer_prior"].passed
+    assert not found["blind_text"].passed
 
 
 def test_mislabelled_items_fail_the_oracle() -> None:
