@@ -190,6 +190,10 @@ class GridSpatial(Generated):
                 steps.append([*name, coordinate(*here), "."])
         return steps
 
+    def _on_canvas(self, spec: Spec, which: int) -> Cell:
+        """Where an object is, counted as coordinates are written."""
+        return position(self.at(spec, self._cell(spec, which)))
+
     def ask(self, spec: Spec) -> Question:
         relation = spec.world["relation"]
         names = [" ".join(self._name(spec, o)) for o in spec.world["targets"]]
