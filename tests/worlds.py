@@ -5,6 +5,8 @@ import hashlib
 from mmroute.tasks.base import Generated, Spec
 
 WORLDS = ("maze", "frozenlake", "arrows", "gridspatial", "minibehavior", "needle")
+ON_GROUND = WORLDS[:-1]
+"""Worlds with a board on a canvas of 10 x 10 tiles; the needle's board is the canvas."""
 WITHOUT = {
     ("arrows", "mvot"),
     ("arrows", "mvot-xl"),

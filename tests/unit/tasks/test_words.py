@@ -83,7 +83,9 @@ def test_messages_printed_in_order_are_the_words(name: str, order: str) -> None:
         printed = ["<|im_start|>"]
         for block in message["content"]:
             is_image = block["type"] == "image"
-            printed += ["<|vision_start|>", *[IMAGE] * 100, "<|vision_end|>"] if is_image else block["text"].split()
+            printed += (
+                ["<|vision_start|>", *[IMAGE] * spec.canvas**2, "<|vision_end|>"] if is_image else block["text"].split()
+            )
         assert printed == task.words(spec, mode).prompt
 
 
