@@ -1,6 +1,7 @@
 """The folders are the registry: `prune/fastv.py` is the pruner `fastv` everywhere.
 
 A folder's methods are its files except `base` and those with a leading underscore; each exports one class in `__all__`.
+Public benchmarks are tasks too and have a folder of their own, `tasks/hub`.
 Outsiders add methods by the entry point groups `mmroute.prune`, `mmroute.deepen`, `mmroute.think`, `mmroute.gate`,
 `mmroute.tasks`.
 """
@@ -32,6 +33,8 @@ __all__ = [
 
 KINDS = ("prune", "deepen", "think", "gate", "tasks")
 _ROOT = Path(__file__).parent
+_FOLDERS = {"tasks": ("tasks", "tasks/hub")}
+"""Where the files of a kind lie, if not in the folder of its name alone."""
 _NOUN = {"prune": "pruner", "deepen": "deepener", "think": "way to think", "gate": "gate", "tasks": "task"}
 
 
@@ -50,7 +53,7 @@ def find(kind: str, name: str) -> type:
     if name in _files(kind):
         if name in outsiders:
             raise ConfigError(f"entry point mmroute.{kind}: {name!r} is the name of a built-in file; rename it")
-        module = importlib.import_module(f"mmroute.{kind}.{name}")
+        module = importlib.import_module(_module(kind, name))
         (public,) = module.__all__
         return getattr(module, public)
     if name in outsiders:
@@ -73,7 +76,7 @@ def by_class(kind: str, name: str) -> type:
         AttributeError: no file of the folder exports it.
     """
     for file in _files(kind):
-        tree = ast.parse((_ROOT / kind / f"{file}.py").read_text())
+        tree = ast.parse(_files(kind)[file].read_text(encoding="utf-8"))
         if any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body):
             return find(kind, file)
     raise AttributeError(f"no method in mmroute.{kind} has the class {name!r}; files: {', '.join(_files(kind))}")
@@ -81,16 +84,21 @@ def by_class(kind: str, name: str) -> type:
 
 def name_of(kind: str, cls: type) -> str | None:
     """The name by which `find` gives this class; None for a class the registry does not know."""
-    package, _, file = cls.__module__.rpartition(".")
-    if package == f"mmroute.{kind}" and file in _files(kind):
+    file = cls.__module__.rpartition(".")[2]
+    if file in _files(kind) and cls.__module__ == _module(kind, file):
         return file
     return next((name for name, point in _outsiders(kind).items() if point.load() is cls), None)
 
 
-def _files(kind: str) -> list[str]:
+def _files(kind: str) -> dict[str, Path]:
     if kind not in KINDS:
         raise ConfigError(f"no kind of method named {kind!r}; one of {', '.join(KINDS)}")
-    return [p.stem for p in (_ROOT / kind).glob("*.py") if p.stem != "base" and not p.stem.startswith("_")]
+    paths = (path for folder in _FOLDERS.get(kind, (kind,)) for path in (_ROOT / folder).glob("*.py"))
+    return {p.stem: p for p in paths if p.stem != "base" and not p.stem.startswith("_")}
+
+
+def _module(kind: str, name: str) -> str:
+    return ".".join(["mmroute", *_files(kind)[name].relative_to(_ROOT).with_suffix("").parts])
 
 
 def _outsiders(kind: str) -> dict[str, Any]:
@@ -153,7 +161,7 @@ def recipes() -> dict[str, Path]:
 
 def _source_file(kind: str, name: str) -> Path:
     if name in _files(kind):
-        return _ROOT / kind / f"{name}.py"
+        return _files(kind)[name]
     spec = importlib.util.find_spec(_outsiders(kind)[name].module)
     if spec is None or spec.origin is None:
         raise ConfigError(f"entry point mmroute.{kind}: the file of {name!r} is not found; reinstall its package")

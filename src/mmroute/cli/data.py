@@ -10,7 +10,9 @@ import typer
 from mmroute.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from mmroute.tasks.base import Task
+    from collections.abc import Callable, Sequence
+
+    from mmroute.tasks.base import Sample, Score, Task
 
 __all__ = ["app"]
 
@@ -66,25 +68,42 @@ def export(
 @app.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(help="The other tool's folder.")],
-    source: Annotated[str, typer.Option("--from", help="mvot, or mvot-dare (same tree, labels not trusted).")],
+    source: Annotated[
+        str,
+        typer.Option("--from", help="mvot, mvot-dare (labels not trusted), vocot, m3cot, scienceqa, gqa, onethinker."),
+    ],
     out: _Out,
     format: Annotated[str, typer.Option("--format", help="parquet or jsonl.")] = "parquet",
     as_json: _Json = False,
 ) -> None:
     """Read another tool's data into an mmhop folder."""
-    from mmroute.tasks import _io, _mvot
+    from mmroute.tasks import _import, _io
 
-    if source not in ("mvot", "mvot-dare"):
-        raise ConfigError(f"--from is one of mvot, mvot-dare (given {source!r})")
-    count = _io.write(_mvot.from_mvot(folder, trusted=source == "mvot"), out, format)
+    count = _io.write(_import.import_samples(folder, source), out, format)
     _done(out, count, as_json, source=source, format=format)
 
 
+@app.command("lmms-path")
+def lmms_path() -> None:
+    """Print the folder of our lmms-eval tasks, for its --include_path."""
+    from mmroute.bench.lmms_eval_entry import TASKS
+
+    typer.echo(TASKS)
+
+
 @app.command()
-def gates(folder: _Folder, as_json: _Json = False) -> None:
+def gates(
+    folder: _Folder,
+    model: Annotated[
+        str,
+        typer.Option("--model", help="Also: does this model fall to chance with another item's picture?"),
+    ] = "",
+    as_json: _Json = False,
+) -> None:
     """Check what solvers that do not look or do not read can guess; exit 1 if a gate fails."""
     from mmroute.tasks import _gates, _io
 
+    answering = _answering(model) if model else None
     rows: list[dict[str, Any]] = []
     for task, split, specs in _io.read_worlds(folder):
         seen = [s for s in specs if not s.fog]  # what fog hides is there to be guessed
@@ -95,19 +114,32 @@ def gates(folder: _Folder, as_json: _Json = False) -> None:
             )
         rows += [
             {"task": task.name, "preset": task.preset.name, "split": split, **asdict(g), "passed": g.passed}
-            for g in _gates.run(task, seen)
+            for g in [
+                *_gates.run(task, seen),
+                *(_gates.shuffled_image(task, seen, answering(task)) if answering else []),
+            ]
         ]
     failed = [r for r in rows if not r["passed"]]
     for r in rows:
         sign = ">=" if r["is_floor"] else "<="
         word = "ok  " if r["passed"] else "FAIL"
-        where = f"{r['task']}:{r['preset']} {r['split']}"
-        typer.echo(f"{word} {where:<28} {r['name']:<18} {r['value']:.3f} {sign} {r['limit']:.3f}  n={r['num_items']}")
+        place = f"{r['task']}:{r['preset']} {r['split']}"
+        typer.echo(f"{word} {place:<28} {r['name']:<18} {r['value']:.3f} {sign} {r['limit']:.3f}  n={r['num_items']}")
     if as_json:
         typer.echo(json.dumps({"passed": not failed, "gates": rows}))
     if failed:
         typer.echo(f"mmroute: {len(failed)} of {len(rows)} gates failed", err=True)
         raise typer.Exit(1)
+
+
+def _answering(name: str) -> "Callable[[Task], Callable[[Sequence[Sample]], Sequence[Score]]]":
+    """For a task, what a loaded model scores on samples with written hops."""
+    from mmroute import recipe
+    from mmroute.backbones.load import load
+    from mmroute.bench.run import answer_items
+
+    loaded, cot = load(name), recipe.read("cot")
+    return lambda task: lambda samples: answer_items(loaded, cot, task, samples, batch=16).scores
 
 
 def _task(name: str, preset: str | None, assignments: list[str]) -> "Task":

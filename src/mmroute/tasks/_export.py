@@ -29,8 +29,8 @@ from mmroute.errors import ConfigError, InputError
 from mmroute.tasks._io import new_folder
 from mmroute.tasks._mvot import to_mvot
 from mmroute.tasks._parquet import write_parquet
-from mmroute.tasks._parse import strict
 from mmroute.tasks._pictures import png_bytes
+from mmroute.tasks._rows import sample_of
 from mmroute.tasks.base import Choice, Sample
 
 __all__ = ["EXPORTERS", "export", "lmms_process", "lmms_text", "lmms_visual", "turns"]
@@ -46,9 +46,10 @@ def export(samples: Iterable[Sample], to: str, out: Path) -> int:
         InputError: no samples, one the format cannot hold, or a place that cannot be written.
         MissingExtra: `lmms` without pyarrow.
     """
-    if to not in EXPORTERS:
+    name = _OTHER_NAMES.get(to, to)
+    if name not in EXPORTERS:
         raise ConfigError(f"no export format named {to!r}; one of {', '.join(EXPORTERS)}")
-    return EXPORTERS[to](samples, out)
+    return EXPORTERS[name](samples, out)
 
 
 # ---------------------------------------------------------------------- conversations
@@ -280,20 +281,32 @@ def lmms_visual(doc: dict[str, Any]) -> list[Any]:
 
 
 def lmms_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:
-    """The text of an item's question, between the harness's `pre_prompt` and `post_prompt`."""
+    """The text of an item's question as its task asks it, between the harness's `pre_prompt` and `post_prompt`."""
+    from mmroute import hub
+    from mmroute.tasks.base import Generated
+
     given = lmms_eval_specific_kwargs or {}
-    question = question_text(doc["question"], _choices(doc))
+    task = hub.load("tasks", doc["task"])
+    if isinstance(task, Generated):
+        question = question_text(doc["question"], [Choice(c["label"], c["text"]) for c in doc["choices"]])
+    else:
+        (message,) = task.messages(_lmms_sample(doc))
+        question = "\n".join(b["text"] for b in message["content"] if b["type"] == "text")
     return given.get("pre_prompt", "") + question + given.get("post_prompt", "")
 
 
 def lmms_process(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Accuracy of one item by the rule `strict`."""
-    return {"acc": float(strict(results[0], _choices(doc)) == doc["answer"])}
+    """Accuracy of one item by its task's own rule."""
+    from mmroute import hub
+
+    return {"acc": hub.load("tasks", doc["task"]).score(_lmms_sample(doc), results[0]).correct or 0.0}
 
 
-def _choices(doc: dict[str, Any]) -> list[Choice]:
-    return [Choice(c["label"], c["text"]) for c in doc["choices"]]
+def _lmms_sample(doc: dict[str, Any]) -> Sample:
+    return sample_of(doc, str(doc["id"]))
 
+
+_OTHER_NAMES = {"lmms-eval": "lmms", "vlmevalkit": "vlmeval"}
 
 EXPORTERS: dict[str, Callable[[Iterable[Sample], Path], int]] = {
     "trl": _trl,

@@ -1,32 +1,30 @@
 """Can a solver that does not look, or does not read, do better than chance? Each shortcut gate is one such solver.
 
 A gate is a figure with a limit. All are run on every change of a generator: closing one leak tends to open another
-(balancing the lists of a lake over maps moves the leak into the picture). Quads are held together: the blind solvers
-learn from some quads and are tested on others.
+(balancing the lists of a lake over maps moves the leak into the picture). The solvers that learn are in `_blind`.
 
 Source: our measurements of MVoT-like generators (lake roll-outs .65 blind to the picture, mazes 1.00 blind to walls).
 
-Legend: N items, K choices, F features of one choice.
+Legend: K choices, T items held back.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from mmroute.tasks._grid import DELTA, Cell, neighbours
+from mmroute.errors import InputError
+from mmroute.tasks._blind import blind_scores, clamped, distance, features, held_back
 from mmroute.tasks._solver import solve
-from mmroute.tasks.base import Generated, Spec
+from mmroute.tasks.base import Generated, Sample, Score, Spec
 
-__all__ = ["Gate", "answer_prior", "conditional_logit", "features", "oracle", "run", "wall_blind"]
+__all__ = ["Gate", "answer_prior", "oracle", "run", "shuffled", "shuffled_image", "wall_blind"]
 
-_MAX_STEPS = 24
-_Row = list[float | int]
+_QUAD_LIMIT = {"frozenlake": 0.42, "maze": 0.35, "minibehavior": 0.35}
+"""What a picture may tell where answers are balanced in quads only: the rest after balancing, measured."""
 
 
 @dataclass(frozen=True)
@@ -52,31 +50,91 @@ def run(task: Generated, specs: Sequence[Spec]) -> list[Gate]:
         task: what the specs came from.
         specs: whole quads, of one split; some thousands for tight limits.
     """
-    if task.name == "gridspatial":  # two kinds of question with their own number of choices
-        yes_no = [s for s in specs if len(task.choices(s)) == 2]
-        letters = [s for s in specs if len(task.choices(s)) == 4]
-        return [g for part in (yes_no, letters) if part for g in _gates(task, part)]
-    return _gates(task, specs)
+    return [gate for part in _alike(task, specs) for gate in _gates(task, part)]
+
+
+def _alike(task: Generated, specs: Sequence[Spec]) -> list[list[Spec]]:
+    """The items by number of choices, which is the chance of guessing."""
+    parts: dict[int, list[Spec]] = {}
+    for spec in specs:
+        parts.setdefault(len(task.choices(spec)), []).append(spec)
+    return [parts[num] for num in sorted(parts)]
 
 
 def _gates(task: Generated, specs: Sequence[Spec]) -> list[Gate]:
     num_choices = len(task.choices(specs[0]))
-    chance = 1 / num_choices
     gates = [answer_prior(specs, num_choices), oracle(task, specs)]
-    test = _held_back(specs)
+    test = held_back(specs)
     num = int(test.sum())
-    slack = max(3 * math.sqrt(chance * (1 - chance) / num), 0.05)
     answers = np.array([s.answer for s in specs])
+    quads = bool(specs[0].group)
     for kind in ("text", "image"):
-        right = _learnt(features(task, specs, kind), answers, test, num_choices)
-        limit = chance + slack
-        if kind == "image" and task.name in ("frozenlake", "maze"):
-            limit = {"frozenlake": 0.42, "maze": 0.35}[task.name]  # quads: what is left after balancing (measured)
-        gates.append(Gate(f"blind_{kind}", float(right.mean()), limit, num))
+        scores = blind_scores(features(task, specs, kind), answers, test, num_choices)
+        limit = _chance_limit(num_choices, num)
+        if kind == "image":
+            limit = _QUAD_LIMIT.get(task.name, limit)
+            if task.name in ("frozenlake", "minibehavior") and quads:
+                gates.append(_within_quad(scores, [s for s, held in zip(specs, test, strict=True) if held]))
+        gates.append(Gate(f"blind_{kind}", _accuracy(scores, answers[test]), limit, num))
     if task.name == "maze":
         gates.append(Gate("wall_blind", wall_blind(specs), 0.30, len(specs)))
-        right = _learnt(features(task, specs, "plates"), answers, test, num_choices)
-        gates.append(Gate("wall_blind_linear", float(right.mean()), 0.35, num))
+        scores = blind_scores(features(task, specs, "plates"), answers, test, num_choices)
+        gates.append(Gate("wall_blind_linear", _accuracy(scores, answers[test]), 0.35, num))
+    return gates
+
+
+def _chance_limit(num_choices: int, num_items: int) -> float:
+    chance = 1 / num_choices
+    return chance + max(3 * math.sqrt(chance * (1 - chance) / num_items), 0.05)
+
+
+def _accuracy(scores: Float[np.ndarray, "T K"], answers: Int[np.ndarray, " T"]) -> float:
+    return float((scores.argmax(1) == answers).mean())
+
+
+# ---------------------------------------------------------------- a trained model
+
+
+def shuffled(task: Generated, specs: Sequence[Spec]) -> list[Sample]:
+    """Every question with the picture of another item: same size of board and canvas, another quad.
+
+    Raises:
+        InputError: an item has no such partner.
+    """
+    pools: dict[tuple[int, int], list[Spec]] = defaultdict(list)
+    for spec in specs:
+        pools[spec.n, spec.canvas].append(spec)
+    out = []
+    for spec in specs:
+        pool = pools[spec.n, spec.canvas]
+        at = next(i for i, s in enumerate(pool) if s is spec)
+        turned = (pool[(at + len(pool) // 2 + i) % len(pool)] for i in range(len(pool)))
+        other = next((s for s in turned if s is not spec and (not s.group or s.group != spec.group)), None)
+        if other is None:
+            raise InputError(
+                f"no second picture of {spec.n} x {spec.n} cells to show with item {spec.index} of {task.name}; "
+                "give more items"
+            )
+        sample = task.sample(spec)
+        out.append(replace(sample, images=[task.draw(other), *sample.images[1:]]))
+    return out
+
+
+def shuffled_image(
+    task: Generated, specs: Sequence[Spec], answer: Callable[[Sequence[Sample]], Sequence[Score]]
+) -> list[Gate]:
+    """Does a model that answers well do so with the wrong picture too? One gate per number of choices.
+
+    Args:
+        task: what the specs came from.
+        specs: held-out items.
+        answer: the model under test: samples in, scores out.
+    """
+    gates = []
+    for part in _alike(task, specs):
+        scores = answer(shuffled(task, part))
+        right = sum(score.correct or 0.0 for score in scores) / len(part)
+        gates.append(Gate("shuffled_image", right, _chance_limit(len(task.choices(part[0])), len(part)), len(part)))
     return gates
 
 
@@ -111,7 +169,7 @@ def oracle(task: Generated, specs: Sequence[Spec]) -> Gate:
     """A solver that reads the tiles answers every item."""
     words = [task.words(s, "direct").response[1] for s in specs]
     right = [
-        solve(task.name, task.question_words(s), task.codes(s), task.board(s)) == w
+        solve(task.name, task.question_words(s), task.cells(s, task.codes(s))) == w
         for s, w in zip(specs, words, strict=True)
     ]
     return Gate("oracle", float(np.mean(right)), 1.0, len(specs), is_floor=True)
@@ -121,240 +179,18 @@ def wall_blind(specs: Sequence[Spec]) -> float:
     """Accuracy of walking through walls, clamped to the board, and taking the nearest plate; ties count in parts."""
     total = 0.0
     for s in specs:
-        here = _clamped(s)
-        far = [_distance(here, p) for p in s.world["plates"]]
+        here = clamped(s)
+        far = [distance(here, p) for p in s.world["plates"]]
         best = [i for i, d in enumerate(far) if d == min(far)]
         total += (s.answer in best) / len(best)
     return total / len(specs)
 
 
-# ---------------------------------------------------------------- blind solvers that learn
-
-
-def _held_back(specs: Sequence[Spec]) -> Bool[np.ndarray, " N"]:
-    """The last third of the units; the items of a quad stay together."""
-    order: dict[str, int] = {}
-    unit = np.array([order.setdefault(s.group or f"#{i}", len(order)) for i, s in enumerate(specs)])
-    return unit >= len(order) * 2 // 3
-
-
-def _learnt(
-    x: Float[np.ndarray, "N *K F"], answers: Int[np.ndarray, " N"], test: Bool[np.ndarray, " N"], num_choices: int
-) -> Bool[np.ndarray, " T"]:
-    """Which of the items held back a solver gets right that was fitted on the others."""
-    known = x[~test]
-    axes = tuple(range(x.ndim - 1))
-    mean, scale = known.mean(axes), known.std(axes) + 1e-3
-    x = ((x - mean) / scale).astype(np.float32)
-    if x.ndim == 2:  # classes may differ in frequency; plates are exchangeable and have no such term
-        x = np.concatenate([x, np.ones((len(x), 1), dtype=np.float32)], axis=1)
-    weights = conditional_logit(x[~test], answers[~test], num_choices)
-    return np.argmax(x[test] @ weights, axis=1) == answers[test]
-
-
-def conditional_logit(
-    x: Float[np.ndarray, "N *K F"], y: Int[np.ndarray, " N"], num_choices: int, steps: int = 150
-) -> Float[np.ndarray, "F ..."]:
-    """Weights of linear scores of the choices, fitted by softmax (Adam, ridge 1e-3).
-
-    Args:
-        x: features of every choice, which share their weights; or of the item, then each choice has its own.
-        y: index of the right choice.
-        num_choices: K.
-        steps: of full-batch Adam at rate .05.
-    """
-    rows = np.arange(len(y))
-    shared = x.ndim == 3
-    w = np.zeros(x.shape[-1:] if shared else (x.shape[1], num_choices), dtype=np.float32)
-    m, v = np.zeros_like(w), np.zeros_like(w)
-    for t in range(1, steps + 1):
-        z = x @ w
-        p = np.exp(z - z.max(1, keepdims=True))
-        p /= p.sum(1, keepdims=True)
-        p[rows, y] -= 1
-        g = (np.tensordot(p, x, axes=2) if shared else x.T @ p) / len(y) + 1e-3 * w
-        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
-        w = w - 0.05 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
-    return w
-
-
-def features(task: Generated, specs: Sequence[Spec], kind: str) -> Float[np.ndarray, "N *K F"]:
-    """What a blind solver sees: of each plate of a maze, else of the item.
-
-    Args:
-        task: what the specs came from.
-        specs: items with the same number of choices.
-        kind: `text` (the question alone), `image` (the picture alone), or `plates` (maze: the list and where start and
-            plates are, without walls).
-    """
-    if task.name == "maze" and kind in ("image", "plates"):
-        rows = [_plates_by_picture(s) if kind == "image" else _plates_by_list(s) for s in specs]
-        return np.array(rows, dtype=np.float32)
-    make = {
-        ("frozenlake", "image"): _lake,
-        ("arrows", "image"): _arrow_chain,
-        ("gridspatial", "image"): _objects,
-        ("gridspatial", "text"): _names,
-        ("arrows", "text"): lambda s: _hot(s.n, 10) + _hot(s.world["k"], _MAX_STEPS + 1),
-    }.get((task.name, kind), _moves)
-    return np.array([make(s) for s in specs], dtype=np.float32)
-
-
-def _hot(value: int, size: int) -> _Row:
-    """One-hot; beyond the last place counts as the last."""
-    return [float(i == min(max(value, 0), size - 1)) for i in range(size)]
-
-
-def _distance(a: Sequence[int], b: Sequence[int]) -> int:
-    return abs(a[0] - b[0]) + abs(a[1] - b[1])
-
-
-def _displaced(s: Spec) -> Cell:
-    moves = [DELTA[a] for a in s.world["actions"]]
-    return s.world["start"][0] + sum(d for d, _ in moves), s.world["start"][1] + sum(r for _, r in moves)
-
-
-def _clamped(s: Spec) -> Cell:
-    row, col = s.world["start"]
-    for a in s.world["actions"]:
-        row, col = min(max(row + DELTA[a][0], 0), s.n - 1), min(max(col + DELTA[a][1], 0), s.n - 1)
-    return row, col
-
-
-def _moves(s: Spec) -> _Row:
-    """A list of moves: length, counts, displacement, bigrams, reversals."""
-    moves = s.world["actions"]
-    counts = [moves.count(a) for a in range(4)]
-    down, right = abs(counts[2] - counts[0]), abs(counts[3] - counts[1])
-    pairs = list(pairwise(moves))
-    back = sum((a - b) % 4 == 2 for a, b in pairs)
-    bigrams = [pairs.count((a, b)) / 4 for a in range(4) for b in range(4)]
-    straight = float(down + right == len(moves))
-    ends = _hot(moves[-1], 4) + _hot(moves[0], 4)
-    by_size = [x * (s.n == n) for n in range(3, 9) for x in (1.0, len(moves) / 12, (down + right) / 6, back / 4)]
-    return [*_hot(len(moves), _MAX_STEPS + 1), *counts, down, right, straight, back, *bigrams, *ends, *by_size]
-
-
-def _lake(s: Spec) -> _Row:
-    """A lake without its list: sizes, holes, what lies next to start and goal, how far they are apart."""
-    w = s.world
-    grid, start, goal = w["grid"], tuple(w["start"]), tuple(w["goal"])
-    holes = sum(map(sum, grid))
-    beside = [sum(grid[r][c] for _, (r, c) in neighbours(x, s.n)) for x in (start, goal)]
-    ways = [len(neighbours(x, s.n)) for x in (start, goal)]
-    walked = _walks(s.n, start, lambda x: not grid[x[0]][x[1]]).get(goal, 0)
-    direct = _distance(start, goal)
-    local = [x for b, v in zip(beside, ways, strict=True) for x in (*_hot(b, 5), *_hot(v, 5), *_hot(v - b, 5))]
-    near = [grid[r][c] for r in range(s.n) for c in range(s.n) if _distance((r, c), start) == 2]
-    return [
-        *_hot(s.n, 9),
-        holes,
-        holes / s.n**2,
-        *local,
-        *_hot(direct, 12),
-        *_hot(walked, 16),
-        walked - direct,
-        sum(near),
-    ]
-
-
-def _walks(n: int, start: Cell, is_free: Any) -> dict[Cell, int]:
-    """Length of the shortest walk to each cell that can be reached."""
-    far, todo = {start: 0}, [start]
-    for cell in todo:
-        for _, q in neighbours(cell, n):
-            if q not in far and is_free(q):
-                far[q] = far[cell] + 1
-                todo.append(q)
-    return far
-
-
-def _maze_walks(s: Spec) -> dict[Cell, int]:
-    board, start = s.world["board"], tuple(s.world["start"])
-    if s.world["walls"] == "tiles":
-        return _walks(s.n, start, lambda x: not board[x[0]][x[1]])
-    far, todo = {start: 0}, [start]
-    for cell in todo:
-        for a, q in neighbours(cell, s.n):
-            if q not in far and not board[cell[0]][cell[1]] >> a & 1:
-                far[q] = far[cell] + 1
-                todo.append(q)
-    return far
-
-
-def _ranked(values: Sequence[float | int], size: int) -> list[_Row]:
-    """For each choice, one-hot of how many others are smaller, and of how many are equal."""
-    return [_hot(sum(o < v for o in values), size) + _hot(sum(o == v for o in values) - 1, size) for v in values]
-
-
-def _plates_by_picture(s: Spec) -> list[_Row]:
-    """Each plate: distance and walk from the start, walls around it, other plates near it, and its rank in all."""
-    start, plates = tuple(s.world["start"]), [tuple(p) for p in s.world["plates"]]
-    far = _maze_walks(s)
-    walked = [far.get(p, 0) for p in plates]
-    direct = [_distance(start, p) for p in plates]
-    others = [[_distance(p, q) for q in plates if q != p] for p in plates]
-    close = [float(sum(o)) for o in others]
-    touching = [sum(d == 1 for d in o) for o in others]
-    if s.world["walls"] == "tiles":
-        degree = [sum(not s.world["board"][r][c] for _, (r, c) in neighbours(p, s.n)) for p in plates]
-    else:
-        degree = [4 - s.world["board"][p[0]][p[1]].bit_count() for p in plates]
-    ranks = [_ranked(x, 4) for x in (walked, direct, close, degree)]
-    rows = []
-    for i in range(4):
-        own = [*_hot(walked[i], 14), *_hot(direct[i], 12), *_hot(degree[i], 5), *_hot(touching[i], 4), close[i] / 10]
-        parity = [(direct[i] % 2) * 1.0, (walked[i] - direct[i]) / 4]
-        rows.append(own + parity + [x for r in ranks for x in r[i]])
-    return rows
-
-
-def _plates_by_list(s: Spec) -> list[_Row]:
-    """Each plate: how far from where the list would end without walls, on its line, of its parity, and its ranks."""
-    plates = [tuple(p) for p in s.world["plates"]]
-    end, free_end = _clamped(s), _displaced(s)
-    start, moves = s.world["start"], s.world["actions"]
-    near = [float(_distance(end, p)) for p in plates]
-    loose = [float(_distance(free_end, p)) for p in plates]
-    ranks = [_ranked(x, 4) for x in (near, loose)]
-    rows = []
-    for i, p in enumerate(plates):
-        from_start = _distance(start, p)
-        parity = float((len(moves) - from_start) % 2)
-        along = [float((p[0] - start[0]) * (end[0] - start[0]) > 0), float((p[1] - start[1]) * (end[1] - start[1]) > 0)]
-        last = [
-            float(p[0] in (0, s.n - 1) and moves[-1] in (0, 2)),
-            float(p[1] in (0, s.n - 1) and moves[-1] in (1, 3)),
-        ]
-        own = [*_hot(int(near[i]), 12), *_hot(int(loose[i]), 12), *_hot(from_start, 12), parity, *along, *last]
-        rows.append(own + [(from_start - len(moves)) / 6] + [x for r in ranks for x in r[i]])
-    return rows
-
-
-def _arrow_chain(s: Spec) -> _Row:
-    """The colours along the arrows, as far as the chain goes, and how often each colour occurs."""
-    w = s.world
-    (row, col), colours = w["start"], []
-    for _ in range(w["kmax"]):
-        down, right = DELTA[w["arrows"][row][col]]
-        row, col = row + down, col + right
-        colours.append(w["colours"][row][col])
-    count = Counter(c for line in w["colours"] for c in line)
-    return [*_hot(s.n, 10), *(x for c in colours for x in _hot(c, 6)), *(count[c] / s.n**2 for c in range(6))]
-
-
-def _objects(s: Spec) -> _Row:
-    """Which kinds are where, by row and column means, without the question."""
-    objects = s.world["objects"]
-    kinds = [float(any(4 * c + f == k for c, f, _, _ in objects)) for k in range(24)]
-    rows = [sum(r for c, f, r, _ in objects if 4 * c + f == k) / s.n for k in range(24)]
-    cols = [sum(q for c, f, _, q in objects if 4 * c + f == k) / s.n for k in range(24)]
-    return [*_hot(s.n, 10), *_hot(len(objects), 8), *kinds, *rows, *cols]
-
-
-def _names(s: Spec) -> _Row:
-    """The question: relation, what it names in which place."""
-    w = s.world
-    relation = ("left_of", "right_of", "above", "below", "nearest", "between").index(w["relation"])
-    named = [w["objects"][o] for o in (*w["targets"], *w["candidates"])]
-    return [*_hot(s.n, 10), *_hot(relation, 6), *(x for c, f, _, _ in named[:2] for x in (*_hot(c, 6), *_hot(f, 4)))]
+def _within_quad(scores: Float[np.ndarray, "T K"], specs: Sequence[Spec]) -> Gate:
+    """Of the two answers of its quad, which does the picture point to? A coin, if both items of a map look alike."""
+    answers: dict[str, set[int]] = defaultdict(set)
+    for spec in specs:
+        answers[spec.group].add(spec.answer)
+    right = [max(answers[s.group], key=lambda a: row[a]) == s.answer for row, s in zip(scores, specs, strict=True)]
+    limit = 0.5 + 3 * math.sqrt(0.25 / len(specs))
+    return Gate("blind_image_in_quad", float(np.mean(right)), limit, len(specs))

@@ -4,11 +4,12 @@ Legend: n cells of one side, S = n * n cells, G symmetries (8).
 """
 
 import hashlib
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 __all__ = [
     "DELTA",
@@ -19,7 +20,9 @@ __all__ = [
     "inside",
     "layout_hash",
     "neighbours",
+    "only",
     "reachable",
+    "replay",
     "reverse",
     "spanning_tree",
     "split_of",
@@ -52,6 +55,31 @@ def reverse(move: int) -> int:
 def neighbours(cell: Cell, n: int) -> list[tuple[int, Cell]]:
     """(move, cell) of all neighbours on the board."""
     return [(a, q) for a in range(4) if inside(q := step(cell, a), n)]
+
+
+def replay(
+    start: Cell, actions: Iterable[int], go: Callable[[Cell, int], Cell], ends: Callable[[Cell], bool] | None = None
+) -> list[Cell]:
+    """The cells visited, the start first.
+
+    Args:
+        start: where the walk begins.
+        actions: moves in their order.
+        go: the cell that a move leads to; the same cell where it leads nowhere.
+        ends: cells at which the walk stops, whatever is still listed.
+    """
+    path = [start]
+    for action in actions:
+        path.append(go(path[-1], action))
+        if ends is not None and ends(path[-1]):
+            break
+    return path
+
+
+def only(found: Bool[np.ndarray, "n n"]) -> Cell | None:
+    """The one cell that is true; None if there is none or more."""
+    cells = np.argwhere(found)
+    return (int(cells[0][0]), int(cells[0][1])) if len(cells) == 1 else None
 
 
 def reachable(start: Cell, blocked: list[list[int]] | np.ndarray, n: int) -> set[Cell]:

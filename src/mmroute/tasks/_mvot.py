@@ -24,6 +24,7 @@ from mmroute.errors import InputError
 from mmroute.tasks import frozenlake, maze
 from mmroute.tasks._grid import Cell, inside, reverse, split_of, step
 from mmroute.tasks._io import new_folder
+from mmroute.tasks._listed import Listed
 from mmroute.tasks._pictures import open_image, png_bytes
 from mmroute.tasks._presets import level_of
 from mmroute.tasks._texts import MOVES, coordinate
@@ -362,8 +363,8 @@ def _frame(root: Path, name: str, where: str) -> Path:
 def _sample(walk: _Walk, where: str, trusted: bool) -> Sample:
     if len(walk.cells) != len(walk.moves) + 1:
         raise InputError(f"{where}: {len(walk.moves)} moves need {len(walk.moves) + 1} states, given {len(walk.cells)}")
-    task: Generated = hub.load("tasks", walk.task, preset="mvot")
-    key = _layout_key(walk.task, walk.world)
+    task: Listed = hub.load("tasks", walk.task, preset="mvot")
+    key = task.layout_key(walk.world)
     spec = Spec(
         task=walk.task,
         version=task.version,
@@ -387,7 +388,7 @@ def _sample(walk: _Walk, where: str, trusted: bool) -> Sample:
                 "to read trees with wrong labels use: --from mvot-dare"
             )
         known["cells"] = [list(cell) for cell in walk.cells]
-    if trusted and walk.task == "frozenlake" and (fate := _fate(walk.world, walk.cells[-1])) != walk.answer:
+    if trusted and walk.task == "frozenlake" and (fate := _fate(walk)) != walk.answer:
         raise InputError(f"{where}: on this board the run ends in {FATES[fate]}, not {FATES[walk.answer]}")
     hops = [
         Hop(f"Go {move}.", image=i, state=coordinate(*cell))
@@ -433,9 +434,5 @@ def _sample(walk: _Walk, where: str, trusted: bool) -> Sample:
     )
 
 
-def _layout_key(task: str, world: dict[str, Any]) -> str:
-    return maze._key(world["walls"], world["board"]) if task == "maze" else frozenlake._key(world)
-
-
-def _fate(world: dict[str, Any], end: Cell) -> int:
-    return 0 if list(end) == world["goal"] else 1 if world["grid"][end[0]][end[1]] else 2
+def _fate(walk: _Walk) -> int:
+    return frozenlake.outcome(walk.world["grid"], tuple(walk.world["goal"]), walk.cells[-1])

@@ -30,6 +30,7 @@ __all__ = [
     "normalise",
     "number",
     "short_answer",
+    "stated",
     "strict",
     "vedas_lenient",
     "yes_no",
@@ -189,6 +190,20 @@ def _only_number(text: str) -> float | None:
     return found.pop() if len(found) == 1 else None
 
 
+def stated(text: str) -> str | None:
+    """What stands behind the last answer phrase, as it is, to the end of its sentence; a lone line is its own answer.
+
+    Example:
+        >>> stated("Thus the answer is x + 1. Done."), stated("two\nlines")
+        ('x + 1', None)
+    """
+    phrases = list(_PHRASE.finditer(text))
+    if phrases:
+        text = re.split(r"\n|[.!?](?:\s|$)", text[phrases[-1].end() :])[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if len(lines) == 1 else None
+
+
 def short_answer(text: str, max_words: int = 5) -> str | None:
     """Which word or short phrase is answered, normalised by `normalise`?
 
@@ -196,13 +211,8 @@ def short_answer(text: str, max_words: int = 5) -> str | None:
         text: the completion.
         max_words: a longer text without an answer phrase is a sentence, not a short answer: None.
     """
-    phrases = list(_PHRASE.finditer(text))
-    if phrases:
-        text = re.split(r"\n|[.!?](?:\s|$)", text[phrases[-1].end() :])[0]
-    lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) != 1:
-        return None
-    answer = normalise(lines[0])
+    line = stated(text)
+    answer = normalise(line) if line else ""
     return answer if answer and len(answer.split()) <= max_words else None
 
 

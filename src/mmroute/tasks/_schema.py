@@ -132,3 +132,5 @@ class State:
     step: int = field(default=0, compare=False)
     event: str = field(default="", compare=False)
     """What the step met, as the word of the written chain: `ice`, `wall`, `right` ..."""
+    shows: str = ""
+    """What else the picture says, where there is more: `carrying`, `on` ..."""

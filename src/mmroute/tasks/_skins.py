@@ -4,7 +4,9 @@ One tile is one vision token of the model. The board lies somewhere on a canvas 
 token would be needed and nothing could be routed. Four noise variants of each tile are stored; a picture picks one for
 each tile, so it is a gather from the atlas, and `read` finds the codes again exactly.
 
-Legend: C tiles of one side, T atlas codes, V variants (4), px side of a tile in pixels.
+A cell may also lie over 2 x 2 tiles; its four quarters then have codes of their own, behind those of whole tiles.
+
+Legend: C tiles of one side, T atlas codes, V variants (4), px side of a tile in pixels, n cells of one side of a board.
 """
 
 from functools import lru_cache
@@ -19,6 +21,7 @@ __all__ = [
     "ARROWS",
     "BACKGROUND",
     "FOG",
+    "GLYPHS",
     "LAKE",
     "LETTERS",
     "MAZE",
@@ -26,13 +29,17 @@ __all__ = [
     "NUM_BACKGROUNDS",
     "NUM_CODES",
     "OBJECTS",
+    "QUARTERS",
+    "ROOM",
     "VARIANTS",
     "atlas",
     "background",
     "encode",
+    "gathered",
     "image",
     "picture",
     "read",
+    "spread",
     "variants",
 ]
 
@@ -49,7 +56,14 @@ ARROWS = MAZE + 16 * 8
 """+ 12 * direction + 2 * colour + 1 if the star stands there."""
 OBJECTS = ARROWS + 4 * 6 * 2
 """Empty, then + 1 + 2 * (4 * colour + shape) + 1 if marked."""
-NUM_CODES = OBJECTS + 1 + 6 * 4 * 2
+_FIRST = OBJECTS + 1 + 6 * 4 * 2
+ROOM = _FIRST
+"""floor, wall, printer, table, printer on the table, the same switched on, agent, agent with printer, empty start."""
+GLYPHS = ROOM + 9
+"""+ 2 * (4 * colour + shape) + 1 if marked."""
+NUM_CODES = GLYPHS + 6 * 4 * 2
+QUARTERS = NUM_CODES
+"""+ 4 * code + quarter (0 top left, 1 top right, 2 bottom left, 3 bottom right)."""
 
 PALETTE = ((214, 48, 49), (46, 160, 67), (52, 104, 214), (238, 200, 40), (138, 70, 190), (240, 134, 40))
 """In the order of `_texts.COLOURS`."""
@@ -129,8 +143,8 @@ def _ground(px: int, which: int) -> Float[np.ndarray, "px px 3"]:
     return np.clip(tile, 0, 255) / 255
 
 
-def _lake(px: int, what: int) -> Float[np.ndarray, "px px 3"]:
-    t = _Tile(px, (215, 236, 250))
+def _lake(px: int, what: int, dusk: bool) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, (236, 222, 240) if dusk else (215, 236, 250))
     t.fill(t.frame(0.03), (150, 180, 205))
     if what in (1, 5):
         t.fill(t.disc(0.38), (20, 50, 90)).fill(t.disc(0.34), (40, 90, 150))
@@ -178,11 +192,11 @@ def _brick(px: int) -> Float[np.ndarray, "px px 3"]:
     return t.done()
 
 
-def _arrow(
-    px: int, direction: int, colour: int, star: bool, palette: tuple[tuple[int, int, int], ...]
-) -> Float[np.ndarray, "px px 3"]:
-    t = _Tile(px, palette[colour])
+def _arrow(px: int, direction: int, colour: int, star: bool, slim: bool) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, PALETTE[colour])
     up = t.cone(0.08, 0.5, 0.34) | t.box(0.5, 0.38, 0.92, 0.62)
+    if slim:
+        up = t.cone(0.14, 0.44, 0.24) | t.box(0.44, 0.43, 0.86, 0.57)
     t.fill(np.rot90(up, direction), (16, 16, 16))
     if star:
         for y, x in ((0.17, 0.17), (0.17, 0.83), (0.83, 0.17), (0.83, 0.83)):
@@ -191,30 +205,69 @@ def _arrow(
     return t.done()
 
 
-def _object(px: int, what: int, palette: tuple[tuple[int, int, int], ...]) -> Float[np.ndarray, "px px 3"]:
+def _object(px: int, what: int, hollow: bool) -> Float[np.ndarray, "px px 3"]:
     t = _Tile(px, (240, 236, 226))
     t.fill(t.frame(0.02), (214, 208, 196))
     if what:
         kind, marked = divmod(what - 1, 2)
         colour, shape = divmod(kind, 4)
         masks = (t.disc(0.34), t.box(0.2, 0.2, 0.8, 0.8), t.cone(0.14, 0.82, 0.4), t.diamond(0.42))
-        t.fill(masks[shape], palette[colour])
+        t.fill(masks[shape], PALETTE[colour])
+        if hollow:
+            cores = (t.disc(0.2), t.box(0.33, 0.33, 0.67, 0.67), t.cone(0.4, 0.7, 0.2), t.diamond(0.24))
+            t.fill(cores[shape], (240, 236, 226))
         if marked:
             t.fill(t.frame(0.1), (20, 20, 20))
     return t.done()
 
 
+def _room(px: int, what: int, other: bool) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, (232, 240, 226) if other else (236, 228, 212))
+    t.fill(t.frame(0.02), (206, 198, 180))
+    if what == 1:
+        t.fill(t.box(0, 0, 1, 1), (70, 76, 96)).fill(t.box(0.1, 0.1, 0.9, 0.46), (104, 112, 138))
+        t.fill(t.box(0.1, 0.54, 0.9, 0.9), (104, 112, 138))
+    if what in (3, 4, 5):
+        t.fill(t.box(0.08, 0.5, 0.92, 0.64), (132, 84, 44))
+        t.fill(t.box(0.14, 0.64, 0.24, 0.94) | t.box(0.76, 0.64, 0.86, 0.94), (104, 64, 30))
+    if what in (6, 7):
+        t.fill(t.disc(0.2, 0.36, 0.5), (250, 210, 170)).fill(t.box(0.52, 0.32, 0.9, 0.68), (60, 120, 240))
+    if what == 8:
+        t.fill(t.disc(0.24), (220, 20, 20)).fill(t.disc(0.15), (236, 228, 212))
+    top, left = {2: (0.3, 0.2), 4: (0.12, 0.25), 5: (0.12, 0.25), 7: (0.56, 0.5)}.get(what, (2.0, 2.0))
+    t.fill(t.box(top, left, top + 0.36, left + 0.5), (60, 60, 66))
+    t.fill(t.box(top + 0.06, left + 0.1, top + 0.16, left + 0.4), (235, 235, 235))
+    if what == 5:
+        t.fill(t.box(top + 0.2, left + 0.06, top + 0.32, left + 0.44), (70, 230, 90))
+    return t.done()
+
+
+def _glyph(px: int, kind: int, marked: bool, hollow: bool) -> Float[np.ndarray, "px px 3"]:
+    t = _Tile(px, (112, 110, 104))
+    colour, shape = divmod(kind, 4)
+    masks = (t.disc(0.27), t.box(0.26, 0.26, 0.74, 0.74), t.cone(0.2, 0.76, 0.32), t.diamond(0.34))
+    t.fill(masks[shape], PALETTE[colour])
+    if hollow:
+        t.fill(t.disc(0.09, 0.56), (112, 110, 104))
+    if marked:
+        t.fill(t.frame(0.09), (250, 250, 250))
+    return t.done()
+
+
 def _clean(px: int, look: str) -> Float[np.ndarray, "T px px 3"]:
-    palette, plates = PALETTE, PLATES
-    if look == "permuted":  # the same hues in other roles: what was learnt by plate colour alone fails
-        plates = tuple(PLATES[i] for i in (2, 3, 1, 0))
+    # Permuted: hues in other roles and other glyphs. What was learnt by plate colour or by one outline alone fails;
+    # what the answer names (the six colours, the four shapes) stays what it is.
+    other = look == "permuted"
+    plates = tuple(PLATES[i] for i in (2, 3, 1, 0)) if other else PLATES
     tiles = [_Tile(px, (128, 128, 128)).fill(np.zeros((px * _FINE, px * _FINE), dtype=bool), (0, 0, 0)).done()]
     tiles += [_ground(px, i) for i in range(NUM_BACKGROUNDS)]
-    tiles += [_lake(px, i) for i in range(7)]
+    tiles += [_lake(px, i, other) for i in range(7)]
     tiles += [_brick(px)]
     tiles += [_maze(px, walls, what, plates) for walls in range(16) for what in range(8)]
-    tiles += [_arrow(px, a, c, bool(s), palette) for a in range(4) for c in range(6) for s in range(2)]
-    tiles += [_object(px, what, palette) for what in range(1 + 6 * 4 * 2)]
+    tiles += [_arrow(px, a, c, bool(s), other) for a in range(4) for c in range(6) for s in range(2)]
+    tiles += [_object(px, what, other) for what in range(1 + 6 * 4 * 2)]
+    tiles += [_room(px, what, other) for what in range(9)]
+    tiles += [_glyph(px, kind, bool(m), other) for kind in range(6 * 4) for m in range(2)]
     assert len(tiles) == NUM_CODES
     return np.stack(tiles)
 
@@ -228,15 +281,48 @@ def atlas(tile_px: int = 28, noise: float = 0.02, look: str = "plain") -> UInt8[
         noise: standard deviation in units of full scale; with any, brightness varies by 6 % too.
         look: `plain`, or `permuted` (out-of-distribution plates).
     """
-    rng = np.random.default_rng(0)
     clean = _clean(tile_px, look)[:, None].repeat(VARIANTS, axis=1)
     if noise:
-        clean = clean * (1 + rng.uniform(-0.06, 0.06, (NUM_CODES, VARIANTS, 1, 1, 1))) + rng.normal(
-            0, noise, clean.shape
-        )
+        # Two draws: tiles that came later must not change what models were trained on.
+        clean = np.concatenate([_noisy(part, noise, i) for i, part in enumerate((clean[:_FIRST], clean[_FIRST:]))])
     out = np.round(np.clip(clean, 0, 1) * 255).astype(np.uint8)
     out.setflags(write=False)
     return out
+
+
+@lru_cache(maxsize=4)
+def _quartered(tile_px: int, noise: float, look: str) -> UInt8[np.ndarray, "T V px px 3"]:
+    """The atlas of whole tiles, and behind it the quarters of tiles of twice the side."""
+    large = atlas(2 * tile_px, noise, look)
+    parts = large.reshape(NUM_CODES, VARIANTS, 2, tile_px, 2, tile_px, 3).transpose(0, 2, 4, 1, 3, 5, 6)
+    out = np.concatenate([atlas(tile_px, noise, look), parts.reshape(-1, VARIANTS, tile_px, tile_px, 3)])
+    out.setflags(write=False)
+    return out
+
+
+def spread(board: Int[np.ndarray, "n n"], cell_side: int) -> Int[np.ndarray, "tiles tiles"]:
+    """Codes of cells as codes of tiles; the same array where a cell is one tile."""
+    if cell_side == 1:
+        return board
+    quarters = np.arange(4, dtype=board.dtype).reshape(2, 2)
+    split = QUARTERS + 4 * board[:, None, :, None] + quarters[None, :, None, :]
+    return split.reshape(2 * len(board), 2 * len(board)).astype(board.dtype)
+
+
+def gathered(tiles: Int[np.ndarray, "tiles tiles"], cell_side: int) -> Int[np.ndarray, "n n"]:
+    """`spread` back; a cell of which a tile is fog is fog."""
+    if cell_side == 1:
+        return tiles
+    n = len(tiles) // 2
+    blocks = tiles.reshape(n, 2, n, 2).transpose(0, 2, 1, 3).reshape(n, n, 4)
+    cells = (blocks[..., 0] - QUARTERS) // 4
+    return np.where((blocks == FOG).any(2), FOG, cells).astype(tiles.dtype)
+
+
+def _noisy(clean: Float[np.ndarray, "T V px px 3"], noise: float, seed: int) -> Float[np.ndarray, "T V px px 3"]:
+    rng = np.random.default_rng(seed)
+    brightness = 1 + rng.uniform(-0.06, 0.06, (len(clean), VARIANTS, 1, 1, 1))
+    return clean * brightness + rng.normal(0, noise, clean.shape)
 
 
 def background(seed: int, canvas: int) -> Int[np.ndarray, "C C"]:
@@ -261,10 +347,16 @@ def image(tiles: UInt8[np.ndarray, "C C px px 3"]) -> Image.Image:
 
 
 def picture(
-    codes: Int[np.ndarray, "C C"], seed: int, tile_px: int, noise: float = 0.02, look: str = "plain"
+    codes: Int[np.ndarray, "C C"],
+    seed: int,
+    tile_px: int,
+    noise: float = 0.02,
+    look: str = "plain",
+    cell_side: int = 1,
 ) -> Image.Image:
     """The picture of a canvas of codes; `seed` picks the noise variants."""
-    return image(atlas(tile_px, noise, look)[codes, variants(seed, len(codes))])
+    tiles = atlas(tile_px, noise, look) if cell_side == 1 else _quartered(tile_px, noise, look)
+    return image(tiles[codes, variants(seed, len(codes))])
 
 
 def encode(picture: Image.Image, tile_px: int) -> UInt8[np.ndarray, "C C px px 3"]:

@@ -26,25 +26,20 @@ class _HiddenError(Exception):
     """A tile that had to be read is fogged, or nowhere in sight."""
 
 
-def solve(task: str, question: list[str], codes: Int[np.ndarray, "C C"], board: list[int] | None = None) -> str | None:
-    """The answer word that the visible tiles give; None if fog hides what decides.
+def solve(task: str, question: list[str], codes: Int[np.ndarray, "C C"]) -> str | None:
+    """The answer word that the visible cells give; None if fog hides what decides.
 
     Args:
         task: name of the world.
         question: the question in words of the vocabulary, as it stands behind the picture.
-        codes: atlas codes of the canvas in the state of the question.
-        board: tile ids of the board; with them fog beyond the edge is known to be ground.
+        codes: atlas codes of the board in the state of the question, one per cell (`Generated.cells`). A whole canvas
+            will do where a cell is one tile; fog beside the board then counts as hidden.
 
     Raises:
         ConfigError: no such world.
     """
     if task not in _RULES:
         raise ConfigError(f"no solver for {task!r}; one of {', '.join(_RULES)}")
-    if board is not None:
-        codes = codes.copy()
-        outside = np.ones(codes.size, dtype=bool)
-        outside[board] = False
-        codes.reshape(-1)[outside] = _skins.BACKGROUND
     try:
         return _RULES[task](question, codes)
     except _HiddenError:
@@ -138,4 +133,56 @@ def _gridspatial(question: list[str], codes: np.ndarray) -> str:
     return next(x for x, where in places.items() if where in line)
 
 
-_RULES = {"frozenlake": _lake, "maze": _maze, "arrows": _arrows, "gridspatial": _gridspatial}
+def _minibehavior(question: list[str], codes: np.ndarray) -> str:
+    row, col = _find(codes, lambda x: x == _skins.ROOM + 6)
+    printer, table = (_find(codes, lambda x, what=what: x == _skins.ROOM + what) for what in (2, 3))  # type: ignore[misc]
+    held = placed = False
+
+    def beside(where: tuple[int, int]) -> bool:
+        return abs(where[0] - row) + abs(where[1] - col) == 1
+
+    for word in question[2::2]:
+        if word == "pick":
+            if held or placed or not beside(printer):
+                return "pickup_error"
+            held = True
+        elif word == "drop":
+            if not held or not beside(table):
+                return "drop_error"
+            held, placed = False, True
+        elif word == "toggle":
+            if placed and beside(table):
+                return "success"
+        else:
+            down, right = _WAY[word]
+            code, there = _tile(codes, row + down, col + right), (row + down, col + right)
+            if code in (_skins.ROOM, _skins.ROOM + 6) or (there == printer and (held or placed)):
+                row, col = there
+    return "missing_step"
+
+
+def _needle(question: list[str], codes: np.ndarray) -> str:
+    at = question.index("target")
+    relation, shape, options = question[:at], _SHAPES.index(question[at + 1]), question[at + 2 :]
+
+    def glyph(code: int) -> tuple[int, int]:
+        return divmod((code - _skins.GLYPHS) // 2, len(_SHAPES))
+
+    row, col = _find(codes, lambda x: _skins.GLYPHS <= x < _skins.QUARTERS and glyph(x)[1] == shape)
+    if relation:
+        down, right = {"above": (-1, 0), "below": (1, 0), "left_of": (0, -1), "right_of": (0, 1)}[relation[0]]
+        row, col = row + down, col + right
+    code = _tile(codes, row, col)
+    if code is None:
+        raise _HiddenError
+    return options[options.index(_COLOURS[glyph(code)[0]]) - 1]
+
+
+_RULES = {
+    "frozenlake": _lake,
+    "maze": _maze,
+    "arrows": _arrows,
+    "gridspatial": _gridspatial,
+    "minibehavior": _minibehavior,
+    "needle": _needle,
+}

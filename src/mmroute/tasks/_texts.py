@@ -19,6 +19,7 @@ __all__ = [
     "VISION_START",
     "VOCABULARY",
     "Words",
+    "board_text",
     "coordinate",
     "numbered",
     "position",
@@ -104,11 +105,42 @@ def position(word: str) -> tuple[int, int]:
     return int(row), int(col)
 
 
-def numbered(actions: list[str]) -> list[str]:
+def numbered(actions: list[str], first: int = 1) -> list[str]:
     """Actions with their step words, as prompts and chains write them.
+
+    Args:
+        actions: in their order.
+        first: number of the first one.
 
     Example:
         >>> numbered(["up", "left"])
         ['s1', 'up', 's2', 'left']
     """
-    return [word for i, action in enumerate(actions, start=1) for word in (f"s{i}", action)]
+    return [word for i, action in enumerate(actions, start=first) for word in (f"s{i}", action)]
+
+
+_SYMBOL = {"ice": ".", "free": ".", "empty": ".", "floor": ".", "hole": "O", "wall": "#", "start": "S", "goal": "G"} | {
+    "up": "^",
+    "left": "<",
+    "down": "v",
+    "right": ">",
+}
+
+
+def board_text(rows: list[list[list[str]]], current: tuple[int, int]) -> str:
+    """A board drawn with letters, a line per row; the current cell stands in brackets.
+
+    Args:
+        rows: words of what each cell holds.
+        current: row and column of the cell in brackets.
+
+    Example:
+        >>> print(board_text([[["ice"], ["hole"]], [["start"], ["goal"]]], (0, 1)))
+         . [O]
+         S  G
+    """
+    lines = []
+    for r, row in enumerate(rows):
+        drawn = ["".join(_SYMBOL.get(word, word[0]) for word in words) for words in row]
+        lines.append("".join(f"[{x}]" if (r, c) == current else f" {x} " for c, x in enumerate(drawn)).rstrip())
+    return "\n".join(lines)

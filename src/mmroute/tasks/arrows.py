@@ -17,8 +17,9 @@ from jaxtyping import Int
 
 from mmroute.config import options
 from mmroute.tasks import _skins
-from mmroute.tasks._grid import Cell, Split, canonical, layout_hash, neighbours, split_of, step, turn_moves
+from mmroute.tasks._grid import Cell, Split, canonical, layout_hash, neighbours, only, split_of, step, turn_moves
 from mmroute.tasks._presets import Preset
+from mmroute.tasks._prompts import Question
 from mmroute.tasks._texts import COLOURS, MOVES
 from mmroute.tasks.base import Card, Choice, Generated, Spec, State
 
@@ -49,7 +50,7 @@ class Arrows(Generated):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(sorted({n for n, _ in self._pairs(self.preset, True)}))
+        return tuple(sorted({n for n, _ in self._fitting(self.preset, True)}))
 
     def max_length(self, size: int) -> int:
         return self._chain_length(self.preset)
@@ -131,8 +132,7 @@ class Arrows(Generated):
         return codes.astype(np.int16)
 
     def _read(self, codes: Int[np.ndarray, "n n"], spec: Spec) -> State:
-        stars = np.argwhere((codes >= _skins.ARROWS) & (codes < _skins.OBJECTS) & ((codes - _skins.ARROWS) % 2 == 1))
-        return State((int(stars[0][0]), int(stars[0][1])) if len(stars) == 1 else None)
+        return State(only((codes >= _skins.ARROWS) & (codes < _skins.OBJECTS) & ((codes - _skins.ARROWS) % 2 == 1)))
 
     # ------------------------------------------------------------------ texts
 
@@ -149,11 +149,14 @@ class Arrows(Generated):
             arrow = s.event
         return steps
 
-    def question(self, spec: Spec) -> str:
-        return (
-            "Every cell of the board has an arrow and a colour. Start at the cell with the stars and follow the arrows "
-            f"for {spec.world['k']} steps. Which colour is the cell you reach: {', '.join(COLOURS)}? "
-            "Answer with one word."
+    def ask(self, spec: Spec) -> Question:
+        return Question(
+            scene="Every cell of the board has an arrow and a colour.",
+            rules=f"Start at the cell with the stars and follow the arrows for {spec.world['k']} steps.",
+            given="",
+            asked=f"Which colour is the cell you reach: {', '.join(COLOURS)}?",
+            options=(),
+            instruction="Answer with one word.",
         )
 
     def describe(self, spec: Spec, hop: int, state: State, style: str) -> str:

@@ -23,14 +23,18 @@ from mmroute.tasks._grid import (
     inside,
     layout_hash,
     neighbours,
+    only,
     reachable,
+    replay,
     reverse,
     split_of,
     step,
 )
+from mmroute.tasks._listed import Listed
 from mmroute.tasks._presets import Preset
-from mmroute.tasks._texts import MOVES, numbered
-from mmroute.tasks.base import Card, Choice, Generated, Spec, State
+from mmroute.tasks._prompts import Question
+from mmroute.tasks._texts import MOVES
+from mmroute.tasks.base import Card, Choice, Spec, State
 
 __all__ = ["FrozenLake"]
 
@@ -42,13 +46,11 @@ _MAPS, _LISTS, _TRIES = 32, 40, 800
 
 def run(grid: list[list[int]], start: Cell, goal: Cell, actions: list[int]) -> list[Cell]:
     """The cells visited, the start first, until a hole, the goal or the end of the list."""
-    n, path = len(grid), [start]
-    for a in actions:
-        q = step(path[-1], a)
-        path.append(q if inside(q, n) else path[-1])
-        if path[-1] == goal or grid[path[-1][0]][path[-1][1]]:
-            break
-    return path
+
+    def go(cell: Cell, action: int) -> Cell:
+        return q if inside(q := step(cell, action), len(grid)) else cell
+
+    return replay(start, actions, go, lambda cell: cell == goal or bool(grid[cell[0]][cell[1]]))
 
 
 def walk(rng: np.random.Generator, n: int, start: Cell, length: int, back: float = 0.2) -> tuple[list[Cell], list[int]]:
@@ -64,7 +66,7 @@ def walk(rng: np.random.Generator, n: int, start: Cell, length: int, back: float
     return path, actions
 
 
-class FrozenLake(Generated):
+class FrozenLake(Listed):
     """Follow numbered moves over a frozen lake seen from above."""
 
     name = "frozenlake"
@@ -72,10 +74,9 @@ class FrozenLake(Generated):
     variants = ("auto", "quad", "stream", "mvot")
     card: ClassVar[Card] = Card((), {"val": 2000, "test": 5000}, "CC0-1.0", "generate", "accuracy", 1 / 3)
 
-    def _pairs(self, preset: Preset, streams: bool) -> list[tuple[int, int]]:
-        low, high = preset.hops
-        most = (lambda n: high) if low > 12 else (lambda n: min(high, 2 * n))
-        return [(n, h) for n in range(preset.sizes[0], preset.sizes[1] + 1) for h in range(low, most(n) + 1)]
+    def layout_key(self, world: dict[str, Any]) -> str:
+        """The layout is holes, start and goal."""
+        return _key(world)
 
     # ------------------------------------------------------------------ drawing items
 
@@ -106,7 +107,7 @@ class FrozenLake(Generated):
             path = run(grid, start, goal, actions)
             if rng.random() < 0.5:
                 actions = actions[: len(path) - 1]
-            answer = _outcome(grid, goal, path)
+            answer = outcome(grid, goal, path[-1])
             return self._finish(rng, preset, size, world | {"actions": actions}, answer, key)
 
     def _held_out(
@@ -187,7 +188,7 @@ class FrozenLake(Generated):
         return codes
 
     def _read(self, codes: Int[np.ndarray, "n n"], spec: Spec) -> State:
-        return State(_only(np.isin(codes, (_FIGURE, _FALLEN, _REACHED))))
+        return State(only(np.isin(codes, (_FIGURE, _FALLEN, _REACHED))))
 
     def _mvot(self, spec: Spec, state: State) -> Image.Image:
         assert state.cell is not None
@@ -196,36 +197,27 @@ class FrozenLake(Generated):
 
     # ------------------------------------------------------------------ texts
 
-    def question_words(self, spec: Spec) -> list[str]:
-        return ["actions:", *numbered([MOVES[a] for a in spec.world["actions"]])]
-
-    def chain(self, spec: Spec) -> list[list[str]]:
-        trace, moves = self.trace(spec), [MOVES[a] for a in spec.world["actions"]]
-        first, *rest = trace
-        assert first.cell is not None
-        steps = [["start", self.at(spec, first.cell), "."]]
-        for i, s in enumerate(rest):
-            assert s.cell is not None
-            steps.append([f"s{i + 1}", moves[i], self.at(spec, s.cell), s.event])
-        return steps
-
-    def question(self, spec: Spec) -> str:
-        moves = ", ".join(MOVES[a] for a in spec.world["actions"])
-        return (
-            "The picture shows a frozen lake from above: ice, holes, a figure at the start and a gift at the goal. "
-            "Each move takes the figure to the next cell; a move off the board does nothing. It stops when it falls "
-            f"into a hole or reaches the gift. Moves: {moves}. What happens?\n"
-            "A. It reaches the gift.\nB. It falls into a hole.\nC. It stays safe but does not reach the gift.\n"
-            "Answer with the option's letter."
+    def ask(self, spec: Spec) -> Question:
+        return Question(
+            scene="The picture shows a frozen lake from above: ice, holes, a figure at the start and a gift at the "
+            "goal.",
+            rules="Each move takes the figure to the next cell; a move off the board does nothing. It stops when it "
+            "falls into a hole or reaches the gift.",
+            given=f"Moves: {', '.join(self.moves(spec))}.",
+            asked="What happens?",
+            options=(
+                "A. It reaches the gift.",
+                "B. It falls into a hole.",
+                "C. It stays safe but does not reach the gift.",
+            ),
+            instruction="Answer with the option's letter.",
         )
 
-    def describe(self, spec: Spec, hop: int, state: State, style: str) -> str:
-        move = MOVES[spec.world["actions"][hop - 1]]
-        if style == "action":
-            return f"Go {move}."
+    def _told(self, spec: Spec, hop: int, state: State) -> str:
         assert state.cell is not None
+        where, move = f"row {state.cell[0]} column {state.cell[1]}", self.moves(spec)[hop - 1]
         what = {"ice": "safe ice", "hole": "a hole", "goal": "the gift", "start": "the start, safe ice"}[state.event]
-        return f"After step {hop}, moving {move}, I am at row {state.cell[0]} column {state.cell[1]}, which is {what}."
+        return f"After step {hop}, moving {move}, I am at {where}, which is {what}."
 
 
 def _key(world: dict[str, Any]) -> str:
@@ -305,8 +297,8 @@ def _labels(
     return np.where((what > 0) & (np.abs(first - length) > 1), -1, label)
 
 
-def _outcome(grid: list[list[int]], goal: Cell, path: list[Cell]) -> int:
-    end = path[-1]
+def outcome(grid: list[list[int]], goal: Cell, end: Cell) -> int:
+    """Index of the class of a run that ends at a cell."""
     return 0 if end == goal else 1 if grid[end[0]][end[1]] else 2
 
 
@@ -322,9 +314,3 @@ def _shortest(grid: list[list[int]], start: Cell, goal: Cell) -> list[int] | Non
                 ways[q] = [*ways[cell], a]
                 todo.append(q)
     return None
-
-
-def _only(found: np.ndarray) -> Cell | None:
-    """The one cell that is true; None if there is none or more."""
-    cells = np.argwhere(found)
-    return (int(cells[0][0]), int(cells[0][1])) if len(cells) == 1 else None

@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Int
 
 from mmroute.tasks import _skins
-from mmroute.tasks._grid import Cell, Split, canonical, layout_hash, split_of
+from mmroute.tasks._grid import Cell, Split, canonical, layout_hash, only, split_of
 from mmroute.tasks._presets import Preset
+from mmroute.tasks._prompts import Question
 from mmroute.tasks._texts import COLOURS, SHAPES, coordinate, position
 from mmroute.tasks.base import Card, Choice, Generated, Spec, State
 
@@ -148,8 +149,7 @@ class GridSpatial(Generated):
         return codes
 
     def _read(self, codes: Int[np.ndarray, "n n"], spec: Spec) -> State:
-        marked = np.argwhere((codes > _skins.OBJECTS) & ((codes - _skins.OBJECTS) % 2 == 0))
-        return State((int(marked[0][0]), int(marked[0][1])) if len(marked) == 1 else None)
+        return State(only((codes > _skins.OBJECTS) & ((codes - _skins.OBJECTS) % 2 == 0)))
 
     # ------------------------------------------------------------------ texts
 
@@ -194,18 +194,18 @@ class GridSpatial(Generated):
         """Where an object is, counted as coordinates are written."""
         return position(self.at(spec, self._cell(spec, which)))
 
-    def question(self, spec: Spec) -> str:
-        w = spec.world
-        targets = [" ".join(self._name(spec, o)) for o in w["targets"]]
-        if w["relation"] in _INVERSE:
-            return f"Is the {targets[0]} {_RELATION[w['relation']]} the {targets[1]}? Answer yes or no."
-        options = "\n".join(f"{c.label}. the {c.text}" for c in self.choices(spec))
-        asked = (
-            f"Which object is nearest to the {targets[0]}, counted in rows plus columns?"
-            if w["relation"] == "nearest"
-            else f"Which object lies on the straight line between the {targets[0]} and the {targets[1]}?"
-        )
-        return f"{asked}\n{options}\nAnswer with the option's letter."
+    def ask(self, spec: Spec) -> Question:
+        relation = spec.world["relation"]
+        names = [" ".join(self._name(spec, o)) for o in spec.world["targets"]]
+        if relation in _INVERSE:
+            asked = f"Is the {names[0]} {_RELATION[relation]} the {names[1]}?"
+            return Question("", "", "", asked, (), "Answer yes or no.")
+        if relation == "nearest":
+            asked = f"Which object is nearest to the {names[0]}, counted in rows plus columns?"
+        else:
+            asked = f"Which object lies on the straight line between the {names[0]} and the {names[1]}?"
+        options = tuple(f"{c.label}. the {c.text}" for c in self.choices(spec))
+        return Question("", "", "", asked, options, "Answer with the option's letter.")
 
     def describe(self, spec: Spec, hop: int, state: State, style: str) -> str:
         name = " ".join(self._name(spec, self._order(spec)[hop - 1]))

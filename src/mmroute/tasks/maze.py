@@ -25,16 +25,19 @@ from mmroute.tasks._grid import (
     inside,
     layout_hash,
     neighbours,
+    only,
     reachable,
+    replay,
     reverse,
     spanning_tree,
     split_of,
     step,
     turn_moves,
 )
+from mmroute.tasks._listed import Listed
 from mmroute.tasks._presets import Preset
-from mmroute.tasks._texts import MOVES, numbered
-from mmroute.tasks.base import Card, Choice, Generated, Spec, State
+from mmroute.tasks._prompts import Question
+from mmroute.tasks.base import Card, Choice, Spec, State
 
 __all__ = ["Maze"]
 
@@ -52,13 +55,10 @@ def passable(world: dict[str, Any], cell: Cell, move: int) -> bool:
 
 def run(world: dict[str, Any], start: Cell, actions: list[int]) -> list[Cell]:
     """The cells the agent is on, the start first; a blocked move stays."""
-    path = [start]
-    for a in actions:
-        path.append(step(path[-1], a) if passable(world, path[-1], a) else path[-1])
-    return path
+    return replay(start, actions, lambda cell, a: step(cell, a) if passable(world, cell, a) else cell)
 
 
-class Maze(Generated):
+class Maze(Listed):
     """Follow numbered moves through a maze seen from above."""
 
     name = "maze"
@@ -73,12 +73,13 @@ class Maze(Generated):
         self.walls = "edges" if self.variant == "mvot" else self.config.walls
 
     def _pairs(self, preset: Preset, streams: bool) -> list[tuple[int, int]]:
-        low, high = preset.hops
-        most = (lambda n: high) if low > 12 else (lambda n: min(high, 2 * n))
-        least = preset.sizes[0]
-        if not streams:  # 3 x 3 boards have too few layouts to hold any out; three moves have no four distinct ends
-            low, least = max(low, 4), max(least, 4)
-        return [(n, h) for n in range(least, preset.sizes[1] + 1) for h in range(low, most(n) + 1)]
+        pairs = super()._pairs(preset, streams)
+        # 3 x 3 boards have too few layouts to hold any out; three moves have no four distinct ends
+        return pairs if streams else [(n, h) for n, h in pairs if n >= 4 and h >= 4]
+
+    def layout_key(self, world: dict[str, Any]) -> str:
+        """The layout is the walls alone."""
+        return _key(world["walls"], world["board"])
 
     # ------------------------------------------------------------------ drawing items
 
@@ -197,8 +198,7 @@ class Maze(Generated):
 
     def _read(self, codes: Int[np.ndarray, "n n"], spec: Spec) -> State:
         inside_maze = (codes >= _skins.MAZE) & (codes < _skins.ARROWS)
-        agents = np.argwhere(inside_maze & np.isin((codes - _skins.MAZE) % 8, (_START, _AGENT)))
-        return State((int(agents[0][0]), int(agents[0][1])) if len(agents) == 1 else None)
+        return State(only(inside_maze & np.isin((codes - _skins.MAZE) % 8, (_START, _AGENT))))
 
     def _mvot(self, spec: Spec, state: State) -> Image.Image:
         walked = run(spec.world, tuple(spec.world["start"]), spec.world["actions"][: state.step])
@@ -206,42 +206,25 @@ class Maze(Generated):
 
     # ------------------------------------------------------------------ texts
 
-    def question_words(self, spec: Spec) -> list[str]:
-        return ["actions:", *numbered([MOVES[a] for a in spec.world["actions"]])]
+    def _step_words(self, spec: Spec, hop: int, here: Cell, state: State) -> list[str]:
+        if state.event != "wall":
+            return super()._step_words(spec, hop, here, state)
+        target = step(here, spec.world["actions"][hop - 1])  # off the board there is no coordinate to write
+        return [self.at(spec, target if inside(target, spec.n) else here), "wall", self.at(spec, here)]
 
-    def chain(self, spec: Spec) -> list[list[str]]:
-        trace, actions = self.trace(spec), spec.world["actions"]
-        first, *rest = trace
-        assert first.cell is not None
-        steps = [["start", self.at(spec, first.cell), "."]]
-        for i, s in enumerate(rest):
-            here = trace[i].cell
-            assert here is not None
-            assert s.cell is not None
-            words = [f"s{i + 1}", MOVES[actions[i]]]
-            if s.event == "wall":
-                target = step(here, actions[i])  # off the board there is no coordinate to write
-                words += [self.at(spec, target if inside(target, spec.n) else here), "wall", self.at(spec, here)]
-            else:
-                words += [self.at(spec, s.cell), s.event]
-            steps.append(words)
-        return steps
-
-    def question(self, spec: Spec) -> str:
-        moves = ", ".join(MOVES[a] for a in spec.world["actions"])
-        return (
-            "The picture shows a maze from above, with the start as a red disc and four plates A, B, C and D. "
-            "Each move takes the agent to the next cell; a move into a wall or off the board does nothing. "
-            f"Moves: {moves}. At which plate does it end?\nA. Plate A\nB. Plate B\nC. Plate C\nD. Plate D\n"
-            "Answer with the option's letter."
+    def ask(self, spec: Spec) -> Question:
+        return Question(
+            scene="The picture shows a maze from above, with the start as a red disc and four plates A, B, C and D.",
+            rules="Each move takes the agent to the next cell; a move into a wall or off the board does nothing.",
+            given=f"Moves: {', '.join(self.moves(spec))}.",
+            asked="At which plate does it end?",
+            options=tuple(f"{label}. Plate {label}" for label in "ABCD"),
+            instruction="Answer with the option's letter.",
         )
 
-    def describe(self, spec: Spec, hop: int, state: State, style: str) -> str:
-        move = MOVES[spec.world["actions"][hop - 1]]
-        if style == "action":
-            return f"Go {move}."
+    def _told(self, spec: Spec, hop: int, state: State) -> str:
         assert state.cell is not None
-        where = f"row {state.cell[0]} column {state.cell[1]}"
+        where, move = f"row {state.cell[0]} column {state.cell[1]}", self.moves(spec)[hop - 1]
         if state.event == "wall":
             return f"Step {hop}, moving {move}, is blocked by a wall, so I stay at {where}."
         what = {"free": "a free cell", "start": "the start"}.get(state.event, f"plate {state.event}")

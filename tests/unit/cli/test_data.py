@@ -12,6 +12,7 @@ import pytest
 from made import picture, sample
 
 from mmroute import cli, hub
+from mmroute.cli import data
 from mmroute.tasks import _io
 from mmroute.tasks.base import Generated
 
@@ -146,6 +147,21 @@ def test_a_failing_gate_fails_the_command(run: Run, tmp_path: Path) -> None:
     assert blind["value"] > 0.95, "start plus displacement solves the published mazes"
     assert "gates failed" in err
     assert any(line.startswith("FAIL maze:mvot val") and "wall_blind" in line for line in said.splitlines())
+
+
+def test_gates_with_a_model_show_it_other_pictures(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answering(name: str) -> Callable[..., object]:
+        asked.append(name)
+        return lambda task: lambda samples: [task.score(s, "answer: success") for s in samples]
+
+    monkeypatch.setattr(data, "_answering", answering)
+    _io.write_specs(hub.load("tasks", "frozenlake", preset="tiny"), "test", 96, tmp_path / "d")
+    _, said, _ = run("gates", tmp_path / "d", "--model", "some-model", "--json")
+    (gate,) = (g for g in json.loads(said.splitlines()[-1])["gates"] if g["name"] == "shuffled_image")
+    assert (asked, gate["passed"], gate["num_items"]) == (["some-model"], True, 96)
+    assert gate["value"] == pytest.approx(1 / 3, abs=0.05)
 
 
 def test_gates_want_enough_items_of_a_world_they_know(run: Run, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from mmroute import hub
-from mmroute.tasks import _gates
+from mmroute.errors import InputError
+from mmroute.tasks import _blind, _gates, _skins
 from mmroute.tasks._gates import Gate
-from mmroute.tasks.base import Generated, Spec
+from mmroute.tasks._solver import solve
+from mmroute.tasks.base import Generated, Sample, Score, Spec
 
 
 def gates(task: Generated, specs: list[Spec]) -> dict[str, Gate]:
@@ -23,7 +25,7 @@ def made(name: str, num: int, split: str = "train", **given: Any) -> tuple[Gener
     return task, [s for s in specs if name != "maze" or s.n >= 4]
 
 
-@pytest.mark.parametrize("name", ["maze", "frozenlake", "arrows", "gridspatial"])
+@pytest.mark.parametrize("name", ["maze", "frozenlake", "arrows", "gridspatial", "needle"])
 def test_no_shortcut_solves_the_counterbalanced_items(name: str) -> None:
     task, specs = made(name, 1800, variant="auto" if name == "arrows" else "quad")
     assert [g for g in _gates.run(task, specs) if not g.passed] == []
@@ -31,7 +33,7 @@ def test_no_shortcut_solves_the_counterbalanced_items(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["val", "test"])
-@pytest.mark.parametrize("name", ["maze", "frozenlake", "arrows", "gridspatial"])
+@pytest.mark.parametrize("name", ["maze", "frozenlake", "arrows", "gridspatial", "minibehavior", "needle"])
 def test_no_shortcut_solves_six_thousand_held_out_items(name: str, split: str) -> None:
     task, specs = made(name, 6000, split)
     assert [g for g in _gates.run(task, specs) if not g.passed] == []
@@ -40,7 +42,7 @@ def test_no_shortcut_solves_six_thousand_held_out_items(name: str, split: str) -
 def test_both_items_of_a_lake_picture_look_alike_so_the_picture_is_worth_a_coin() -> None:
     task, specs = made("frozenlake", 240, variant="quad")
     for kind, key in (("image", "grid"), ("text", "actions")):
-        x = _gates.features(task, specs, kind)
+        x = _blind.features(task, specs, kind)
         for i in range(0, len(specs), 4):
             for a in range(i, i + 4):
                 for b in range(i, i + 4):
@@ -74,7 +76,7 @@ def hard_distractors(task: Generated, spec: Spec, rng: np.random.Generator) -> S
     """Plates at the end, at the end without walls, at the cell before and at a middle one; the rest at random."""
     path = [s.cell for s in task.trace(spec)]
     start, end = path[0], path[-1]
-    wanted = [_gates._clamped(spec), *reversed(path[:-1]), path[len(path) // 2]]
+    wanted = [_blind.clamped(spec), *reversed(path[:-1]), path[len(path) // 2]]
     plates = [end]
     for cell in wanted:
         if cell not in plates and cell != start and len(plates) < 4:
@@ -108,6 +110,64 @@ def test_relations_without_their_inverse_are_solved_by_the_text() -> None:
     task, specs = made("gridspatial", 1600, variant="stream")
     leaky = [s for s in specs if (s.world["relation"] in ("left_of", "above")) == (s.answer == 0)]
     found = gates(task, [s for s in leaky if len(task.choices(s)) == 2])
+    assert not found["blind_text"].passed
+
+
+def test_quads_in_name_only_fail_the_gate_inside_quads() -> None:
+    task, specs = made("frozenlake", 1200, variant="mvot")
+    grouped = [dataclasses.replace(s, group=f"g{i // 4}") for i, s in enumerate(specs)]
+    assert not gates(task, grouped)["blind_image_in_quad"].passed
+
+
+def read_picture(task: Generated, samples: list[Sample]) -> list[Score]:
+    """A perfect reader of whatever picture it is shown."""
+    out = []
+    for sample in samples:
+        spec = Spec.from_dict(sample.meta["spec"])
+        codes = _skins.read(sample.images[0], task.config.tile_px)
+        answer = solve(task.name, task.question_words(spec), codes)
+        out.append(task.score(sample, f"answer: {answer}"))
+    return out
+
+
+@pytest.mark.parametrize("name", ["frozenlake", "arrows"])
+def test_a_model_that_reads_its_picture_falls_to_chance_with_another_one(name: str) -> None:
+    task, specs = made(name, 160, variant="auto" if name == "arrows" else "quad")
+    shown = [task.sample(s) for s in specs]
+    assert all(s.correct == 1 for s in read_picture(task, shown))
+    for gate in _gates.shuffled_image(task, specs, lambda samples: read_picture(task, list(samples))):
+        assert gate.passed, gate
+        assert gate.num_items == 160
+
+
+def test_a_model_that_knows_the_prior_keeps_it_with_another_picture() -> None:
+    task, specs = made("frozenlake", 400, variant="mvot")
+    common = "ABC"[int(np.bincount([s.answer for s in specs]).argmax())]
+    (gate,) = _gates.shuffled_image(task, specs, lambda samples: [task.score(s, f"answer: {common}") for s in samples])
+    assert not gate.passed
+
+
+def test_shuffled_pictures_come_from_other_quads_of_the_same_size() -> None:
+    task, specs = made("frozenlake", 40, variant="quad")
+    for spec, sample in zip(specs, _gates.shuffled(task, specs), strict=True):
+        others = [s for s in specs if task.draw(s).tobytes() == sample.images[0].tobytes()]
+        assert others
+        assert all(s.n == spec.n and s.group != spec.group for s in others)
+        assert sample.question == task.question(spec)
+    with pytest.raises(InputError, match="give more items"):
+        _gates.shuffled(task, specs[:4])
+
+
+def test_errands_drawn_by_class_are_told_by_their_list() -> None:
+    found = gates(*made("minibehavior", 900, variant="stream"))
+    assert not found["blind_text"].passed
+    assert found["oracle"].passed
+
+
+def test_needles_with_one_right_letter_fail_the_prior_and_the_text() -> None:
+    task, specs = made("needle", 400)
+    found = gates(task, [task._coloured(s, 2) for s in specs])
+    assert not found["answer_prior"].passed
     assert not found["blind_text"].passed
 
 

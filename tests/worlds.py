@@ -1,0 +1,38 @@
+"""The generated worlds as tests go through them."""
+
+import hashlib
+
+from mmroute.tasks.base import Generated, Spec
+
+WORLDS = ("maze", "frozenlake", "arrows", "gridspatial", "minibehavior", "needle")
+ON_GROUND = WORLDS[:-1]
+"""Worlds with a board on a canvas of 10 x 10 tiles; the needle's board is the canvas."""
+WITHOUT = {
+    ("arrows", "mvot"),
+    ("arrows", "mvot-xl"),
+    ("gridspatial", "mvot"),
+    ("gridspatial", "mvot-xl"),
+    ("gridspatial", "ood-hops"),
+    ("minibehavior", "nano"),
+    ("minibehavior", "mvot"),
+    ("minibehavior", "mvot-xl"),
+    ("needle", "mvot"),
+    ("needle", "mvot-xl"),
+    ("needle", "ood-hops"),
+}
+"""What has no items: a preset that asks for a variant or for more hops than the world has."""
+
+
+def existing(presets):
+    """Every (world, preset) that there is."""
+    return [(name, preset) for name in WORLDS for preset in presets if (name, preset) not in WITHOUT]
+
+
+def specs(task: Generated, split: str, n: int, offset: int = 0) -> list[Spec]:
+    return [task.spec(split, offset + i) for i in range(n)]
+
+
+def digest(task: Generated) -> str:
+    """SHA-256 of the first 16 specs of every split."""
+    lines = [s.to_json() for split in ("train", "val", "test") for s in specs(task, split, 16)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
