@@ -1,4 +1,4 @@
-"""Tiny checkpoint folders of the five families, as `save_pretrained` writes them: model, tokenizer, processor.
+"""Tiny checkpoint folders of the six families, as `save_pretrained` writes them: model, tokenizer, processor.
 
 The tokenizer knows the 256 bytes and no merges, so any text is one token a byte and comes back unchanged.
 """
@@ -31,7 +31,7 @@ PLAIN_TEMPLATE = (
 
 def write(name: str, folder: Path, layers: int = 3) -> Path:
     """Writes the folder and returns its path."""
-    processor, ids = {"chameleon": _chameleon, "llava": _llava}.get(name, _qwen)(name)
+    processor, ids = {"chameleon": _chameleon, "llava": _llava, "llava_next": _llava_next}.get(name, _qwen)(name)
     config = families.config(name, layers)
     for key, value in ids.items():
         setattr(config, key, value)
@@ -114,6 +114,25 @@ def _llava(name: str) -> tuple[Any, dict[str, Any]]:
     side = families.SIDE
     images = transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = transformers.LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=PLAIN_TEMPLATE,
+    )
+    return processor, {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
+
+
+def _llava_next(name: str) -> tuple[Any, dict[str, Any]]:
+    tokenizer = byte_tokenizer({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}, ["<image>"])
+    tile = families.TILE
+    images = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": tile},
+        crop_size={"height": tile, "width": tile},
+        image_grid_pinpoints=families.PINPOINTS,
+    )
+    processor = transformers.LlavaNextProcessor(
         images,
         tokenizer,
         patch_size=8,

@@ -177,6 +177,10 @@ class Family(ABC):
     def image_grid(self, model: Any, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         """(rows, columns) of vision positions in the text model, for each image of the batch in order."""
 
+    def lead(self, model: Any) -> int:
+        """Vision positions of an image before those of its grid, which have no place of their own in it."""
+        return 0
+
     def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
         pixels = batch.get("pixel_values")
         if pixels is None:

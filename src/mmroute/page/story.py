@@ -90,13 +90,12 @@ def _pictures(routed: Routed, conversation: list[dict[str, Any]], trace: Trace) 
     batch = prepare(routed.model, routed.processor, conversation)
     grids = routed.family.image_grid(routed.model, batch)
     vision = [c for c, kind in enumerate((trace.calls[0].modality or [[]])[0]) if kind == Modality.VISION]
-    # LLaVA's "full" features put one position without a place (the tower's class token) before each grid.
-    spare = (len(vision) - sum(rows * columns for rows, columns in grids)) // len(images)
+    lead = routed.family.lead(routed.model)
     seen = _seen(routed.processor.image_processor, batch["pixel_values"])
     out, at = [], 0
     for i, (image, (rows, columns)) in enumerate(zip(images, grids, strict=True)):
-        out.append(Picture(_png(image if seen is None else seen[i]), (rows, columns), vision[at + spare]))
-        at += spare + rows * columns
+        out.append(Picture(_png(image if seen is None else seen[i]), (rows, columns), vision[at + lead]))
+        at += lead + rows * columns
     return out
 
 
