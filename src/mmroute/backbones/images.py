@@ -217,6 +217,13 @@ def prepare(model: Any, processor: Any, messages: Sequence[Any]) -> dict[str, Te
     )
     batch = {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
     images = sum(len(_images(conversation)) for conversation in conversations)
+    length, limit = batch["input_ids"].shape[1], model.config.get_text_config(decoder=True).max_position_embeddings
+    if length > limit:
+        vision = int((batch["input_ids"] == model.config.image_token_id).sum(1).max())
+        raise InputError(
+            f"the prompt has {length} positions, {vision} of them of its images, and this model reads at most {limit}; "
+            "give fewer or smaller images, or a shorter text"
+        )
     if images:
         taken = len(family.image_grid(model, batch))
         if taken != images:

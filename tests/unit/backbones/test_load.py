@@ -3,17 +3,19 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
 import transformers
 
+import mmroute
 from mmroute import backbones
 from mmroute.backbones import load as loading
 from mmroute.backbones.images import prepare, user_message
 from mmroute.backbones.load import load
-from mmroute.errors import CheckpointMismatch, ConfigError, UnsupportedBackbone
+from mmroute.errors import CheckpointMismatch, ConfigError, MissingExtra, UnsupportedBackbone
 
 
 @pytest.fixture
@@ -59,6 +61,9 @@ def test_dtype_and_attention_are_those_asked_for(tiny_folder):
     [
         ({"dtype": "int8"}, r"dtype: one of float32, bfloat16, float16 \(given 'int8'\)"),
         ({"attention": "flex_attention"}, r"attention: one of sdpa, eager, .* \(given 'flex_attention'\)"),
+        ({"device": "cpu", "device_map": "auto"}, "both say where the model goes; give one"),
+        ({"device_map": 7}, r"device_map: \"auto\", a device, or module name to device \(given 7\)"),
+        ({"device_map": "toaster"}, r"device: cpu, cuda, cuda:N or mps \(given 'toaster'\)"),
         ({"device": "toaster"}, r"device: cpu, cuda, cuda:N or mps \(given 'toaster'\)"),
     ],
 )
@@ -178,6 +183,48 @@ def test_a_bundled_checkpoint_loads_by_name_and_is_the_default(tiny_folder, tmp_
     assert load().config.name_or_path == "tiny"
     with pytest.raises(CheckpointMismatch, match="bundled: tiny"):
         load("huge")
+
+
+@torch.no_grad()
+def test_a_device_map_puts_the_layers_where_it_says_and_they_route(tiny_folder, tmp_path):
+    plain = load(tiny_folder("llava"))
+    batch = prepare(plain, plain.processor, user_message("where?", [_picture()]))
+    wanted = plain(**batch).logits
+    assert torch.equal(load(tiny_folder("llava"), device_map="cpu")(**batch).logits, wanted)
+    text = ("embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb")
+    places = {f"model.language_model.{part}": "cpu" for part in text} | {"model.language_model.layers.1": "disk"}
+    rest = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
+    spread = load(tiny_folder("llava"), device_map=places | rest)
+    layer = spread.model.language_model.layers[1]
+    assert next(layer.parameters()).is_meta
+    assert torch.equal(spread(**batch).logits, wanted)
+    with mmroute.attach(spread, prune=mmroute.hub.load("prune", "fastv", start_layer=1, vision_keep=0.3)):
+        routed = spread(**batch).logits
+    with mmroute.attach(plain, prune=mmroute.hub.load("prune", "fastv", start_layer=1, vision_keep=0.3)):
+        assert torch.equal(plain(**batch).logits, routed)
+
+
+def test_quantised_weights_say_what_they_need(copied, monkeypatch):
+    config = json.loads((copied / "config.json").read_text())
+
+    def saved_by(method):
+        (copied / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+
+    saved_by("gptq")
+    with pytest.raises(UnsupportedBackbone, match="quantised by 'gptq'; bitsandbytes and torchao can be routed"):
+        load(copied)
+    saved_by("bitsandbytes")
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes weights need bitsandbytes, .*pip install bitsandbytes"):
+        load(copied)
+    asked = SimpleNamespace(quant_method=SimpleNamespace(value="torchao"))
+    with pytest.raises(ConfigError, match="is quantised already"):
+        load(copied, quantization=asked)
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="torchao weights need torchao"):
+        load(copied, quantization=asked)
+    with pytest.raises(MissingExtra, match="device_map needs accelerate"):
+        load(copied, device_map="auto")
 
 
 def _picture():
