@@ -3,7 +3,7 @@
 import logging
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -257,8 +257,21 @@ class Routed:
 
         return reason.answer_many(self, conversations, **options)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the small part only: what was added, the base model's id, versions."""
-        from mmroute.engine import saving
+    def save_pretrained(self, folder: str | Path, results: Iterable[str | Path] | None = None) -> None:
+        """Writes the small part only: what was added, the base model's id, versions.
+
+        Args:
+            folder: where to.
+            results: result files of this method; then a model card with their figures is written too.
+        """
+        from mmroute.engine import saving, sharing
 
         saving.save(self, Path(folder))
+        if results is not None:
+            sharing.write_card(Path(folder), results)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the small part with a model card; see `mmroute.engine.sharing.push`."""
+        from mmroute.engine import sharing
+
+        return sharing.push(self, repo_id, **options)
