@@ -1,4 +1,4 @@
-"""A routed model in the trainers people use: Transformers' with LoRA, checkpointing and bf16; TRL's; accelerate files."""
+"""A routed model in people's trainers: Transformers' with LoRA, checkpointing and bf16; TRL's; accelerate files."""
 
 import copy
 from pathlib import Path
