@@ -70,6 +70,7 @@ def with_trainer(model: Any, data: list[dict[str, torch.Tensor]], out: Path, sha
 
 def with_fsdp2(model: Any, data: list[dict[str, torch.Tensor]]) -> list[float]:
     """The Trainer's steps by hand on a sharded model: accelerate shards on accelerators only."""
+    model.train()
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     for layer in model.__dict__["_mmroute"].controller.text.layers:
