@@ -38,6 +38,7 @@ def _run(way: str, out: Path) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_two_processes_have_the_trainers_losses_and_their_shards_open_in_one(tmp_path: Path) -> None:
     one = _run("one", tmp_path)
     assert one["world"] == 1

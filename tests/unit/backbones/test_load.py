@@ -9,6 +9,7 @@ import families
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import mmroute
 from mmroute import backbones
@@ -183,6 +184,29 @@ def test_a_bundled_checkpoint_loads_by_name_and_is_the_default(tiny_folder, tmp_
     assert load().config.name_or_path == "tiny"
     with pytest.raises(CheckpointMismatch, match="bundled: tiny"):
         load("huge")
+
+
+@torch.no_grad()
+def test_anoles_folder_is_chameleons_with_a_decoder_and_writes_images_once_unlocked(tiny_folder, tmp_path, caplog):
+    folder = shutil.copytree(tiny_folder("chameleon"), tmp_path / "anole")
+    weights = load_file(folder / "model.safetensors")
+    decoder = {f"model.vqmodel.decoder.{name}.weight": torch.ones(4, 4, 3, 3) for name in ("conv_in", "conv_out")}
+    (folder / "model.safetensors").unlink()
+    parts = {"model-00001-of-00002.safetensors": weights, "model-00002-of-00002.safetensors": decoder}
+    for file, tensors in parts.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, tensors in parts.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, **index}))
+    model = load(folder)
+    assert "2 weights of the checkpoint are unused, e.g. model.vqmodel.decoder.conv_in.weight" in caplog.text
+    batch = prepare(model, model.processor, user_message("draw", [_picture()]))
+    family, codes = backbones.of(model), backbones.of(model).image_tokens(model)
+    lowest = torch.finfo(model.dtype).min
+    assert (model(**batch).logits[0, -1, codes] == lowest).all()
+    family.unlock_images(model)
+    assert (model(**batch).logits[0, -1, codes] > lowest).all()
+    family.lock_images(model)
+    assert (model(**batch).logits[0, -1, codes] == lowest).all()
 
 
 @torch.no_grad()
