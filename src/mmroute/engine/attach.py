@@ -264,14 +264,15 @@ class Routed:
             folder: where to.
             results: result files of this method; then a model card with their figures is written too.
         """
-        from mmroute.engine import saving, sharing
+        from mmroute import sharing
+        from mmroute.engine import saving
 
         saving.save(self, Path(folder))
         if results is not None:
             sharing.write_card(Path(folder), results)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads the small part with a model card; see `mmroute.engine.sharing.push`."""
-        from mmroute.engine import sharing
+        """Uploads the small part with a model card; see `mmroute.sharing.push`."""
+        from mmroute import sharing
 
         return sharing.push(self, repo_id, **options)

@@ -191,7 +191,7 @@ def from_pretrained(
     Raises:
         CheckpointMismatch: files are missing, broken or of another format, or they do not fit the model.
     """
-    from mmroute.engine import sharing  # it writes with this module
+    from mmroute import sharing  # it writes with this module
 
     if not Path(folder).exists() and sharing.is_hub_id(folder):
         folder = sharing.fetched(str(folder))

@@ -14,8 +14,9 @@ from result_samples import make_result
 from rig import attached, stock
 
 import mmroute
+from mmroute import sharing
 from mmroute.bench.schema import write_result
-from mmroute.engine import saving, sharing
+from mmroute.engine import saving
 from mmroute.errors import CheckpointMismatch, ConfigError, MmrouteError
 from mmroute.prune.fastv import FastV
 
