@@ -90,6 +90,7 @@ def test_scores_stand_at_the_columns_that_competed(shown):
         assert len(scores) == len(view.words)
         ranked = {c for c, score in enumerate(scores) if score is not None}
         vision = {c for c, kind in enumerate(view.modality) if kind == Modality.VISION}
+        assert max(c for c in range(len(scores)) if view.hop[c] == 0) not in ranked  # protected: it ran in any case
         assert ranked and ranked <= vision | {c for c in range(len(scores)) if view.hop[c] == 0}
         ran = ranked & vision & set(view.ran[layer])
         worst, best = min(scores[c] for c in ran), max(scores[c] for c in (ranked & vision) - ran)
