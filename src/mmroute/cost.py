@@ -212,8 +212,8 @@ def keep_shares(trace: Trace) -> dict[str, float]:
 def estimate_kv_bytes_by_hop(trace: Trace) -> list[int]:
     """[hop]: bytes of keys and values that are live once the hop is over and closed; a trace of one row."""
     last: dict[int, int] = {}
-    for call, slots in _slots(trace):
-        last[call.hop[0]] = slots
+    for call, slots in slots_by_layer(trace):
+        last[call.hop[0]] = sum(slots)
     size = kv_bytes_per_slot(trace.shape)
     return [size * last.get(hop, 0) for hop in range(max(last, default=-1) + 1)]
 
