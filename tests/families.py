@@ -1,4 +1,4 @@
-"""Tiny random models of the five families, and inputs for them made without a processor.
+"""Tiny random models of the six families, and inputs for them made without a processor.
 
 The random weights are wider than Transformers' default: with that one attention is nearly uniform, and a test that
 compares logits would pass whatever attention does.
@@ -27,7 +27,7 @@ __all__ = [
     "slice_batch",
 ]
 
-NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "chameleon", "llava")
+NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "chameleon", "llava", "llava_next")
 PAD, BOS, EOS = 0, 1, 2
 IMAGE, VIDEO, VISION_START, VISION_END = 500, 501, 502, 503
 VOCAB = 512
@@ -38,6 +38,8 @@ GRIDS = ((1, 8, 8), (1, 4, 8), (1, 8, 4))
 """Patches of a Qwen-VL row's images in order: 16, 8 and 8 vision positions after the 2 x 2 merge."""
 SIDE, NUM_SQUARE = 32, 16
 """Pixels a side, and vision positions, of an image of the other families."""
+TILE, PINPOINTS = 16, [[16, 32], [32, 16], [32, 32]]
+"""Pixels a side of LLaVA-NeXT's tiles, and the sizes that images are scaled to; there a grid's patch is 4 px."""
 
 
 def make(
@@ -99,23 +101,28 @@ def config(name: str, layers: int = 5, **text_options: Any) -> Any:
                 "num_res_blocks": 1,
             },
         )
-    if name == "llava":
-        kind = {"mistral": transformers.MistralConfig, "llama": transformers.LlamaConfig}[text.pop("kind", "mistral")]
+    if name.startswith("llava"):
+        kinds = {"mistral": transformers.MistralConfig, "llama": transformers.LlamaConfig}
+        kind = kinds[text.pop("kind", "mistral" if name == "llava" else "llama")]
         if kind is transformers.MistralConfig:
             text = {"sliding_window": None, **text}
-        return transformers.LlavaConfig(
+        tower = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": SIDE if name == "llava" else TILE,
+            "patch_size": 8,
+        }
+        own: dict[str, Any] = {"image_seq_length": NUM_SQUARE}
+        if name == "llava_next":
+            own = {"image_seq_length": (TILE // 8) ** 2, "image_grid_pinpoints": PINPOINTS}
+        return {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}[name](
             text_config=kind(**text, head_dim=head_dim),
-            vision_config=transformers.CLIPVisionConfig(
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=SIDE,
-                patch_size=8,
-            ),
+            vision_config=transformers.CLIPVisionConfig(**tower),
             image_token_id=IMAGE,
             vision_feature_layer=-1,
-            image_seq_length=NUM_SQUARE,
+            **own,
         )
     third = head_dim // 2 // 3  # M-RoPE: pairs of a head that turn with time, row and column
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [head_dim // 2 - 2 * third, third, third]}
@@ -153,11 +160,19 @@ def _pixels(name: str, model: Any, grids: list[tuple[int, int, int]], generator:
         patch = model.config.vision_config.patch_size
         patches = sum(t * h * w for t, h, w in grids)
         return torch.randn(patches, 3 * 2 * patch**2, generator=generator)
+    if name == "llava_next":  # the whole image, then its tiles; what an image has less than five is padding
+        pixels = torch.randn(len(grids), 5, 3, TILE, TILE, generator=generator)
+        for image, (_, h, w) in zip(pixels, grids, strict=True):
+            image[1 + h * w // 16 :] = 0
+        return pixels
     return torch.randn(len(grids), 3, SIDE, SIDE, generator=generator)
 
 
 def _num_vision(name: str, grid: tuple[int, int, int]) -> int:
-    return grid[0] * grid[1] * grid[2] // 4 if name.startswith("qwen") else NUM_SQUARE
+    _, h, w = grid
+    if name == "llava_next":
+        return (TILE // 8) ** 2 + h // 2 * (w // 2 + 1)
+    return h * w // 4 if name.startswith("qwen") else NUM_SQUARE
 
 
 def make_inputs(
@@ -226,6 +241,8 @@ def _with_images(
         if name.startswith("qwen"):
             out["image_grid_thw"] = torch.tensor(grids)
             out["mm_token_type_ids"] = (ids == IMAGE).long()
+        if name == "llava_next":
+            out["image_sizes"] = torch.tensor([(4 * h, 4 * w) for _, h, w in grids])
     return out
 
 
@@ -244,6 +261,9 @@ def join(name: str, *chunks: Mapping[str, Tensor]) -> dict[str, Tensor]:
             grids = [chunk["image_grid_thw"].unflatten(0, (batch, -1)) for chunk in pictured]
             out["image_grid_thw"] = torch.cat(grids, dim=1).flatten(0, 1)
             out["mm_token_type_ids"] = (out["input_ids"] == IMAGE).long()
+        if name == "llava_next":
+            sizes = [chunk["image_sizes"].unflatten(0, (batch, -1)) for chunk in pictured]
+            out["image_sizes"] = torch.cat(sizes, dim=1).flatten(0, 1)
     return out
 
 

@@ -1,19 +1,22 @@
-"""Tiny checkpoint folders of the five families, as `save_pretrained` writes them: model, tokenizer, processor.
+"""Tiny checkpoint folders of the six families, as `save_pretrained` writes them: model, tokenizer, processor.
 
 The tokenizer knows the 256 bytes and no merges, so any text is one token a byte and comes back unchanged.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import families
+import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.utils import is_torchvision_available
 
 from mmroute.backbones.load import image_only
 
-__all__ = ["byte_tokenizer", "write"]
+__all__ = ["byte_tokenizer", "write", "write_volcano"]
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -31,7 +34,7 @@ PLAIN_TEMPLATE = (
 
 def write(name: str, folder: Path, layers: int = 3) -> Path:
     """Writes the folder and returns its path."""
-    processor, ids = {"chameleon": _chameleon, "llava": _llava}.get(name, _qwen)(name)
+    processor, ids = {"chameleon": _chameleon, "llava": _llava, "llava_next": _llava_next}.get(name, _qwen)(name)
     config = families.config(name, layers)
     for key, value in ids.items():
         setattr(config, key, value)
@@ -122,3 +125,77 @@ def _llava(name: str) -> tuple[Any, dict[str, Any]]:
         chat_template=PLAIN_TEMPLATE,
     )
     return processor, {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
+
+
+def _llava_next(name: str) -> tuple[Any, dict[str, Any]]:
+    tokenizer = byte_tokenizer({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}, ["<image>"])
+    tile = families.TILE
+    images = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": tile},
+        crop_size={"height": tile, "width": tile},
+        image_grid_pinpoints=families.PINPOINTS,
+    )
+    processor = transformers.LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=PLAIN_TEMPLATE,
+    )
+    return processor, {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
+
+
+def write_volcano(folder: Path, projector: str = "linear", layers: int = 3) -> Any:
+    """A folder as VoCoT's release lays it out, in two shards; returns the stock LLaVA that it must open as.
+
+    Args:
+        folder: where to.
+        projector: `linear` or `mlp2x_gelu`.
+        layers: text layers.
+    """
+    tokenizer = byte_tokenizer({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}, ["<coor>", "</coor>"])
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<coor>", "</coor>", "<ImageHere>"]})
+    config = families.config("llava", layers, vocab_size=known)
+    config.vision_feature_layer = -2
+    config.vision_config.num_attention_heads = 1  # 64 numbers a head, as in every CLIP; here all 32
+    config.projector_hidden_act = "gelu" if projector.startswith("mlp") else "linear"
+    config.image_token_id = known  # just behind the table, as in the release
+    config.text_config.eos_token_id, config.text_config.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    model = families.build(config)
+    second = model.model.multi_modal_projector.linear_2
+    if projector == "linear":
+        with torch.no_grad():
+            second.weight.copy_(torch.eye(families.HIDDEN))
+            second.bias.zero_()
+    weights = {}
+    for key, value in model.state_dict().items():
+        key = key.replace("model.language_model.", "model.")
+        key = key.replace("model.vision_tower.", "vision_encoder.vision_tower.vision_model.")
+        one = "0." if projector.startswith("mlp") else ""
+        key = key.replace("model.multi_modal_projector.linear_1.", f"front_mm_projector.{one}")
+        key = key.replace("model.multi_modal_projector.linear_2.", "front_mm_projector.2.")
+        if not (projector == "linear" and key.startswith("front_mm_projector.2.")):
+            weights[key] = value.clone()
+    weights["vision_encoder.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]  # as of old
+    folder.mkdir()
+    names = sorted(weights)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: weights[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    own = {
+        **config.text_config.to_dict(),
+        "model_type": "VolCanoMistral",
+        "architectures": ["VolCanoMistralForCausalLM"],
+        "vision_encoder": "openai/clip-vit-large-patch14-336",
+        "front_projector_type": projector,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_hidden_size": 32,
+    }
+    (folder / "config.json").write_text(json.dumps(own))
+    tokenizer.save_pretrained(folder)
+    return model

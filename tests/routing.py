@@ -140,7 +140,7 @@ def tell(
         width = chunk["input_ids"].shape[1]
         spans.append((at, at + width))
         at += width
-    images = [{k: c[k] for k in ("pixel_values", "image_grid_thw") if k in c} for c in chunks]
+    images = [{k: c[k] for k in ("pixel_values", "image_grid_thw", "image_sizes") if k in c} for c in chunks]
     return Story(whole, spans, images, hops)
 
 

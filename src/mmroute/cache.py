@@ -351,7 +351,11 @@ class RaggedCache(Cache):
                 if kept != self.layers[i].lengths:
                     self.layers[i].keep(mask, kept)
                     self._compacted_at = self.seen
-        self.trace.closes.append(HopClose(ended, before, self.lengths(), len(self.trace.calls)))
+        held = None
+        if self.trace.full:
+            filled = [layer.pos for layer in self.layers]
+            held = [[] if pos is None else [row[row >= 0].tolist() for row in pos] for pos in filled]
+        self.trace.closes.append(HopClose(ended, before, self.lengths(), len(self.trace.calls), held))
 
     def remember(self, tokens: Tokens) -> None:
         """Appends what the columns of one call are; laid together only when somebody asks."""

@@ -31,6 +31,7 @@ __all__ = [
     "pairs",
     "planned_trace",
     "position_macs",
+    "slots_by_layer",
 ]
 
 Convention = Literal["causal", "rectangle"]
@@ -145,7 +146,7 @@ def estimate_kv_bytes(trace: Trace, at: Literal["end", "peak", "prefill"] = "end
     """
     if at not in ("end", "peak", "prefill"):
         raise ConfigError(f"at is 'end', 'peak' or 'prefill', given {at!r}")
-    history = list(_slots(trace))
+    history = [(call, sum(slots)) for call, slots in slots_by_layer(trace)]
     if not history:
         return 0
     if at == "peak":
@@ -158,17 +159,20 @@ def estimate_kv_bytes(trace: Trace, at: Literal["end", "peak", "prefill"] = "end
     return slots * kv_bytes_per_slot(trace.shape)
 
 
-def _slots(trace: Trace) -> Iterator[tuple[Call, int]]:
-    """Live slots after each call and, once more under the call before it, after each hop close."""
+def slots_by_layer(trace: Trace) -> Iterator[tuple[Call, list[int]]]:
+    """[layer] live slots, all rows together: after each call and, once more under the call before it, each hop close.
+
+    Slots of second passes count.
+    """
     second = [0] * trace.shape.layers  # by layer; a call without a second pass leaves what is there
     for index, call in enumerate(trace.calls, start=1):
         for i, layer in enumerate(call.layers):
             if layer.again and any(layer.stored):  # without a cache nothing of a second pass stays either
                 second[i] = sum(layer.again) + sum(layer.again_cached)
-        yield call, sum(sum(layer.stored) for layer in call.layers) + sum(second)
+        yield call, [sum(layer.stored) + more for layer, more in zip(call.layers, second, strict=False)]
         for close in trace.closes:
             if close.at_call == index:
-                yield call, sum(sum(rows) for rows in close.after) + sum(second)
+                yield call, [sum(rows) + more for rows, more in zip(close.after, second, strict=False)]
 
 
 def effective_tokens(trace: Trace, kind: Literal["prefill", "decode"] | None = "prefill") -> EffectiveTokens:
@@ -208,8 +212,8 @@ def keep_shares(trace: Trace) -> dict[str, float]:
 def estimate_kv_bytes_by_hop(trace: Trace) -> list[int]:
     """[hop]: bytes of keys and values that are live once the hop is over and closed; a trace of one row."""
     last: dict[int, int] = {}
-    for call, slots in _slots(trace):
-        last[call.hop[0]] = slots
+    for call, slots in slots_by_layer(trace):
+        last[call.hop[0]] = sum(slots)
     size = kv_bytes_per_slot(trace.shape)
     return [size * last.get(hop, 0) for hop in range(max(last, default=-1) + 1)]
 

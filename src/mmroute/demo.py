@@ -4,7 +4,6 @@ No network. Writes `demo.json` (every figure with its settings) and `demo.html` 
 """
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,8 @@ from mmroute.backbones.load import load
 from mmroute.bench.measure import Spread, interleave, measure_generation
 from mmroute.bench.stats import wilson
 from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares
+from mmroute.files import write_text
+from mmroute.page.story import tell
 from mmroute.reason import Answer
 from mmroute.tasks.base import Generated, Sample
 
@@ -159,21 +160,17 @@ def _view(routed: Any, think: Any, name: str, item: Item) -> page.View:
     routed.full_trace = True
     answer = routed.answer_many([item.messages], think=think)[0]
     routed.full_trace = False
-    batch = prepare(routed.model, routed.processor, item.messages)
-    ids = batch["input_ids"][0]
     spare = item.sample.meta["relevant"]
-    return page.view(
+    trace = tell(
+        routed,
+        item.messages,
         answer,
-        item.sample.images[item.sample.prompt_images[0]],
-        routed.family.image_grid(routed.model, batch)[0],
-        routed.processor.tokenizer.convert_ids_to_tokens(ids.tolist()),
-        (routed.controller.table[ids] == 1).tolist(),
         title=item.task.name,
         recipe=name,
-        question=item.sample.question,
         gold=item.sample.answer_text.removeprefix("answer: "),
         relevant=[spare["start"], *(hop.relevant for hop in item.sample.hops), spare["answer"]],
     )
+    return page.view(trace)
 
 
 def write(rows: Sequence[Row], views: Sequence[page.View], folder: Path) -> tuple[Path, Path]:
@@ -189,7 +186,5 @@ def write(rows: Sequence[Row], views: Sequence[page.View], folder: Path) -> tupl
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "demo.json", folder / "demo.html"
     for path, text in zip(paths, (json.dumps(data, indent=1), page.render(views)), strict=True):
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(text)
-        os.replace(beside, path)
+        write_text(path, text)
     return paths

@@ -29,7 +29,7 @@ from mmroute.think.base import Thinker
 from mmroute.tokens import Modality
 from mmroute.trace import Call, HopClose, Trace
 
-__all__ = ["Answer", "Session", "answer", "answer_many", "place_relevance"]
+__all__ = ["Answer", "Session", "answer", "answer_many", "converse", "place_relevance"]
 
 log = logging.getLogger(__name__)
 
@@ -264,18 +264,18 @@ class Session:
     def trace_of(self, conversation: int) -> Trace:
         """The trace of one conversation alone: its columns count its own positions, padding left out."""
         pads = self._padding[conversation]
+
+        def own(column: int) -> int:
+            return column - bisect_left(pads, column)
+
         calls: list[Call] = []
         so_far = [0]  # calls of this conversation among the first ones of the batch
         for batch_call, rows in self.calls:
             call = batch_call.row(rows.index(conversation)) if conversation in rows else None
             if call is not None and any(call.new[0]):  # another row's picture brought this one nothing
-                call.start -= bisect_left(pads, call.start)
-                for layer in call.layers:
-                    if layer.kept is not None:
-                        layer.kept = [[c - bisect_left(pads, c) for c in layer.kept[0]]]
-                calls.append(call)
+                calls.append(call.moved(own))
             so_far.append(len(calls))
-        closes = [close.row(rows.index(conversation)) for close, rows in self.closes if conversation in rows]
+        closes = [close.row(rows.index(conversation)).moved(own) for close, rows in self.closes if conversation in rows]
         closes = [replace(close, at_call=so_far[close.at_call]) for close in closes if close.hop[0] >= 0]
         return Trace(self.routed.controller.shape, calls, closes, full=self.routed.full_trace)
 
@@ -292,10 +292,15 @@ def answer(routed: Routed, question: str, images: Any = (), **options: Any) -> A
     Raises:
         InputError: an empty question, an image that cannot be used, or another number of images than marks.
     """
+    options["think"] = options.get("think") or hub.load("think", "text")
+    return answer_many(routed, [converse(routed, question, images, options["think"])], **options)[0]
+
+
+def converse(routed: Routed, question: str, images: Any, think: Thinker) -> list[dict[str, Any]]:
+    """The conversation that `answer` answers: one user message, its images in place, with the thinker's cue."""
     given = [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
     check_prompt(question.replace(IMAGE_MARK, " "), given, _processor(routed))
     pictures = open_images(given)
-    think = options.pop("think", None) or hub.load("think", "text")
     text = _cued(routed, question, think)
     marks = text.count(IMAGE_MARK)
     if marks and marks != len(pictures):
@@ -309,7 +314,7 @@ def answer(routed: Routed, question: str, images: Any = (), **options: Any) -> A
             blocks.append({"type": "image", "image": pictures[i - 1]})
         if piece.strip():
             blocks.append({"type": "text", "text": piece.strip()})
-    return answer_many(routed, [[{"role": "user", "content": blocks}]], think=think, **options)[0]
+    return [{"role": "user", "content": blocks}]
 
 
 def _cued(routed: Routed, question: str, think: Thinker) -> str:

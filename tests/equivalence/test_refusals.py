@@ -251,3 +251,34 @@ def test_cache_of_no_call_is_empty_and_can_be_reset() -> None:
         assert isinstance(cache, RaggedCache)
         assert (cache.seen, cache.allocated_bytes()) == (0, 0)
         assert torch.equal(routed.model(**CASE.prompt, past_key_values=cache).logits, want)
+
+
+# ---------------------------------------------------------------------- a model and its processor
+
+
+def test_the_processor_of_another_model_is_named(tiny_folder: Callable) -> None:
+    model, other = mmroute.load(tiny_folder("llava")), mmroute.load(tiny_folder("qwen2_5_vl")).processor
+    with pytest.raises(ConfigError, match=r"whose image token '<\|image_pad\|>' is number .*the llava model waits for"):
+        mmroute.attach(model, other)
+    with pytest.raises(ConfigError, match="which does not read images; pass AutoProcessor"):
+        mmroute.attach(model, model.processor.tokenizer)
+    model.__dict__["processor"] = other  # one that was put there by hand
+    with pytest.raises(ConfigError, match="pass the processor of the same checkpoint"):
+        mmroute.attach(model)
+    assert "_mmroute" not in model.__dict__
+
+
+def test_a_model_on_several_devices_needs_somebody_who_moves_what_goes_between() -> None:
+    model = families.make("llava", layers=3)
+    model.model.language_model.layers[1].to("meta")
+    with pytest.raises(UnsupportedCall, match=r"cpu \(layer 2\), meta \(layer 1\).*device_map=\"auto\""):
+        mmroute.attach(model)
+
+
+@pytest.mark.parametrize("backend", ["flex_attention", "paged|sdpa"])
+def test_a_backend_that_would_run_unmasked_is_refused(backend: str) -> None:
+    model = families.make("llava", layers=1)
+    model.model.language_model.config._attn_implementation_internal = backend
+    with pytest.raises(UnsupportedCall, match=r"would run without the routed mask; allowed: sdpa, eager"):
+        mmroute.attach(model)
+    assert "_mmroute" not in model.__dict__

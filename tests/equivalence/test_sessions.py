@@ -145,7 +145,7 @@ def test_second_turn_with_a_new_image_through_generate(case: Case) -> None:
         manual, start = cache.fork(), cache.seen
         cache.start_hop(1)
         manual.start_hop(1)
-        images = {k: second[k] for k in ("pixel_values", "image_grid_thw") if k in second}
+        images = {k: second[k] for k in ("pixel_values", "image_grid_thw", "image_sizes") if k in second}
         types = {"mm_token_type_ids": whole["mm_token_type_ids"]} if case.name.startswith("qwen") else {}
         two = routed.generate(
             input_ids=ids,

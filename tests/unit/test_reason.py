@@ -339,7 +339,7 @@ def test_an_observation_on_the_cache_equals_one_forward_of_everything(name, meth
     whole = {"input_ids": torch.cat([first["input_ids"], words[:2].T, second["input_ids"], words[2:].T], 1)}
     real = torch.ones(2, 1, dtype=torch.long)
     whole["attention_mask"] = torch.cat([first["attention_mask"], real, real, second["attention_mask"], real], 1)
-    for key in ("pixel_values", "image_grid_thw"):
+    for key in ("pixel_values", "image_grid_thw", "image_sizes"):
         if key in first:
             whole[key] = interleaved(first, second, key, [1, 2], [2, 1])
     if "mm_token_type_ids" in first:

@@ -7,13 +7,13 @@ from transformers import PreTrainedModel
 
 from mmroute.backbones.base import Family
 from mmroute.backbones.chameleon import Chameleon
-from mmroute.backbones.llava import Llava
+from mmroute.backbones.llava import Llava, LlavaNext
 from mmroute.backbones.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from mmroute.errors import UnsupportedBackbone
 
 __all__ = ["FAMILIES", "Family", "names", "of"]
 
-FAMILIES: tuple[Family, ...] = (Qwen2VL(), Qwen25VL(), Qwen3VL(), Chameleon(), Llava())
+FAMILIES: tuple[Family, ...] = (Qwen2VL(), Qwen25VL(), Qwen3VL(), Chameleon(), Llava(), LlavaNext())
 
 
 def names() -> list[str]:

@@ -15,10 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmroute.errors import InputError, UnsupportedBackbone, UnsupportedCall
+from mmroute.errors import ConfigError, InputError, UnsupportedBackbone, UnsupportedCall
 from mmroute.trace import Shape
 
-__all__ = ["Family", "rotate", "running_positions"]
+__all__ = ["QUANTISED", "Family", "rotate", "running_positions"]
+
+QUANTISED = ("bitsandbytes", "torchao")
+"""Ways of quantising whose linear layers take and give plain tensors, which is all that routing needs."""
 
 
 def rotate(x: Float[Tensor, "B H N E"], cos: Float[Tensor, "b N E"], sin: Float[Tensor, "b N E"]) -> Tensor:
@@ -55,15 +58,15 @@ class Family(ABC):
         """Whether this very model can be routed.
 
         Raises:
-            UnsupportedBackbone: its text layers use a sliding window, or its weights are quantised.
+            UnsupportedBackbone: its text layers use a sliding window, or its weights are quantised in an unknown way.
         """
         config: Any = model.config
         text = config.get_text_config(decoder=True)
-        if getattr(config, "quantization_config", None) is not None:
-            method = getattr(config.quantization_config, "quant_method", "unknown")
+        method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
+        if method is not None and str(getattr(method, "value", method)) not in QUANTISED:
             raise UnsupportedBackbone(
-                f"{self.name}: the weights are quantised ({method}); routing takes float32, bfloat16 or float16; "
-                "load the checkpoint without quantization_config"
+                f"{self.name}: the weights are quantised ({method}); routing takes float32, bfloat16, float16, "
+                f"{' and '.join(QUANTISED)}; load the checkpoint without quantization_config"
             )
         kinds = getattr(text, "layer_types", None)
         window = getattr(text, "sliding_window", None)
@@ -72,6 +75,26 @@ class Family(ABC):
                 f"{self.name}: the text layers attend to a sliding window of {window} positions; routing needs full "
                 "causal attention. If your sequences are shorter than that, load the model with sliding_window=None "
                 "in its text config (use_sliding_window=False on Qwen-VL): the logits are the same"
+            )
+
+    def check_processor(self, model: Any, processor: Any) -> None:
+        """Whether a processor makes inputs for this model.
+
+        Raises:
+            ConfigError: it is no processor, or another model's.
+        """
+        kind = type(processor).__name__
+        if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+            raise ConfigError(
+                f"processor is a {kind}, which does not read images; pass AutoProcessor.from_pretrained(...) of the "
+                "model"
+            )
+        token = getattr(processor, "image_token", None)
+        number = processor.tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else None
+        if number != model.config.image_token_id:
+            raise ConfigError(
+                f"processor is a {kind} whose image token {token!r} is number {number}, the {self.name} model waits "
+                f"for number {model.config.image_token_id}; pass the processor of the same checkpoint"
             )
 
     # where things are
@@ -104,7 +127,7 @@ class Family(ABC):
             head_dim=attention.head_dim,
             mlp=config.intermediate_size,
             vocab=config.vocab_size,
-            itemsize=attention.k_proj.weight.element_size(),
+            itemsize=model.get_input_embeddings().weight.element_size(),  # of keys; weights may be quantised
         )
 
     # what a layer computes
@@ -176,6 +199,10 @@ class Family(ABC):
     @abstractmethod
     def image_grid(self, model: Any, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         """(rows, columns) of vision positions in the text model, for each image of the batch in order."""
+
+    def lead(self, model: Any) -> int:
+        """Vision positions of an image before those of its grid, which have no place of their own in it."""
+        return 0
 
     def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
         pixels = batch.get("pixel_values")

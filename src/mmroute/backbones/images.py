@@ -22,6 +22,7 @@ __all__ = [
     "check_given",
     "check_prompt",
     "open_images",
+    "opened",
     "prepare",
     "user_message",
 ]
@@ -72,9 +73,9 @@ def _open(source: Source, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            opened = Image.open(file)
-        with opened:
-            return _rgb(opened, name)
+            picture = Image.open(file)
+        with picture:
+            return _rgb(picture, name)
     except Image.DecompressionBombError:
         raise InputError(f"{name} has too many pixels; allowed: sides of {MIN_SIDE} to {MAX_SIDE:,} px") from None
     except InputError:
@@ -158,8 +159,8 @@ def _images(conversation: list[dict[str, Any]]) -> list[Any]:
     ]
 
 
-def _checked(conversation: Any) -> list[dict[str, Any]]:
-    """The conversation with its images opened."""
+def opened(conversation: Any) -> list[dict[str, Any]]:
+    """The conversation with its images opened and its texts as blocks; see `prepare` for what is allowed."""
     out = []
     for message in conversation:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
@@ -203,7 +204,7 @@ def prepare(model: Any, processor: Any, messages: Sequence[Any]) -> dict[str, Te
     if not messages:
         raise InputError("no messages given; write at least one user message")
     batched = not isinstance(messages[0], Mapping)
-    conversations = [_checked(c) for c in (messages if batched else [messages])]
+    conversations = [opened(c) for c in (messages if batched else [messages])]
     _placed(conversations, processor)
     processor.tokenizer.padding_side = "left"
     encoded = processor.apply_chat_template(
@@ -216,6 +217,13 @@ def prepare(model: Any, processor: Any, messages: Sequence[Any]) -> dict[str, Te
     )
     batch = {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
     images = sum(len(_images(conversation)) for conversation in conversations)
+    length, limit = batch["input_ids"].shape[1], model.config.get_text_config(decoder=True).max_position_embeddings
+    if length > limit:
+        vision = int((batch["input_ids"] == model.config.image_token_id).sum(1).max())
+        raise InputError(
+            f"the prompt has {length} positions, {vision} of them of its images, and this model reads at most {limit}; "
+            "give fewer or smaller images, or a shorter text"
+        )
     if images:
         taken = len(family.image_grid(model, batch))
         if taken != images:

@@ -1,5 +1,6 @@
 """A checkpoint, with its processor, from a folder, the Hub or this package; told clearly when it cannot be."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -17,8 +18,9 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as hf_logging
 
-from mmroute.backbones import names
-from mmroute.errors import CheckpointMismatch, ConfigError, UnsupportedBackbone
+from mmroute.backbones import names, volcano
+from mmroute.backbones.base import QUANTISED
+from mmroute.errors import CheckpointMismatch, ConfigError, MissingExtra, MmrouteError, UnsupportedBackbone
 
 __all__ = ["bundled", "image_only", "load"]
 
@@ -28,6 +30,7 @@ _DEFAULT = "tiny"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
@@ -42,6 +45,8 @@ def load(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantization: Any = None,
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa",
 ) -> PreTrainedModel:
     """A stock model in eval mode with its processor as `model.processor`.
@@ -51,12 +56,16 @@ def load(
         dtype: float32, bfloat16 or float16; None is the checkpoint's own, and float32 for bundled ones, which are
             stored in bfloat16 only to be small.
         device: where to put it; None is the CPU.
+        device_map: instead, how accelerate spreads it over devices ("auto", or module name to device).
+        quantization: weights are quantised while they are read: Transformers' `BitsAndBytesConfig` or
+            `TorchAoConfig`. A checkpoint that is quantised already needs none.
         attention: attention backend.
 
     Raises:
         CheckpointMismatch: there is no such checkpoint, files of it are missing or broken, or its weights do not fit.
         UnsupportedBackbone: no family file knows the model.
-        ConfigError: dtype, device or attention is not one of those allowed.
+        ConfigError: dtype, device, device_map, quantization or attention is not one of those allowed.
+        MissingExtra: a package is missing that device_map or quantised weights need.
     """
     options: dict[str, Any] = {"attn_implementation": attention}
     if attention not in _ATTENTION:
@@ -67,16 +76,29 @@ def load(
     if dtype is not None:
         options["dtype"] = _dtype(dtype)
     target = _device(device)
+    if device_map is not None:
+        options["device_map"] = _device_map(device_map, device)
     name, folder = _resolve(model)
     kind = _check_folder(name, folder)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    _check_quantised(name, folder, quantization)
     try:
         with _quiet():
-            loaded, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
+            if kind == volcano.MODEL_TYPE:
+                shards = [folder / file for file in _weight_files(name, folder)]
+                loaded, report = volcano.open_model(folder, _json(name, folder / "config.json"), shards, **options)
+            else:
+                loaded, report = AutoModelForImageTextToText.from_pretrained(
+                    folder, output_loading_info=True, **options
+                )
     except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, MmrouteError):
+            raise
         raise CheckpointMismatch(f"{name}: the weights cannot be read: {error}; fetch the checkpoint again") from None
     _check_keys(name, report)
     loaded.config._name_or_path = str(name)
-    loaded.processor = _processor(folder, kind)
+    loaded.processor = _processor(folder, kind, loaded)
     return loaded.to(target).eval() if target is not None else loaded.eval()
 
 
@@ -111,6 +133,36 @@ def _device(given: str | torch.device | None) -> torch.device | None:
     return device
 
 
+def _device_map(given: Any, device: Any) -> Any:
+    if device is not None:
+        raise ConfigError(f"device={device!r} and device_map={given!r} both say where the model goes; give one")
+    if isinstance(given, str) and given not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        _device(given)
+    elif not isinstance(given, str | dict):
+        raise ConfigError(f'device_map: "auto", a device, or module name to device (given {given!r})')
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingExtra("device_map", "accelerate", "train")
+    return given
+
+
+def _check_quantised(name: str, folder: Path, asked: Any) -> None:
+    """Raises where the weights are, or shall be, quantised in a way that cannot be routed or read here."""
+    saved = _json(name, folder / "config.json").get("quantization_config") or {}
+    given = getattr(asked, "quant_method", None) if asked is not None else saved.get("quant_method")
+    if asked is None and not saved:
+        return
+    if asked is not None and saved:
+        raise ConfigError(f"{name} is quantised already ({saved.get('quant_method')}); leave quantization out")
+    method = str(getattr(given, "value", given))
+    if method not in QUANTISED:
+        raise UnsupportedBackbone(
+            f"{name}: weights quantised by {method!r}; {' and '.join(QUANTISED)} can be routed, or take the checkpoint "
+            "in bfloat16"
+        )
+    if importlib.util.find_spec(method) is None:  # each is the name of its package
+        raise ConfigError(f"{name}: {method} weights need {method}, which is not installed; pip install {method}")
+
+
 def _resolve(model: str | Path) -> tuple[str, Path]:
     """The checkpoint's name for messages and saved files, and its folder."""
     name = str(model)
@@ -143,13 +195,11 @@ def _check_folder(name: str, folder: Path) -> str:
     missing = []
     if not (folder / "config.json").exists():
         missing.append("config.json")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = sorted(set(_json(name, index).get("weight_map", {}).values()))
-        missing += [f"{shard} (named in {index.name})" for shard in shards if not (folder / shard).exists()]
-    elif not (folder / "model.safetensors").exists():
-        missing.append("model.safetensors")
-    for choices in (_TOKENIZERS, _PROCESSORS):
+    files = _weight_files(name, folder)
+    where = f" (named in {_INDEX})" if (folder / _INDEX).exists() else ""
+    missing += [f"{file}{where}" for file in files if not (folder / file).exists()]
+    own = not missing and _json(name, folder / "config.json").get("model_type") == volcano.MODEL_TYPE
+    for choices in (_TOKENIZERS,) if own else (_TOKENIZERS, _PROCESSORS):
         if not any((folder / file).exists() for file in choices):
             missing.append(" or ".join(choices))
     if missing:
@@ -160,9 +210,16 @@ def _check_folder(name: str, folder: Path) -> str:
             hint = "this folder holds a PEFT adapter: load its base model, then PeftModel.from_pretrained"
         raise CheckpointMismatch(f"{name}: missing {', '.join(missing)}; {hint}")
     kind = _json(name, folder / "config.json").get("model_type")
-    if kind not in names():
-        raise UnsupportedBackbone(f"{name}: config.json says model_type {kind!r}; supported: {', '.join(names())}")
-    return kind
+    supported = [*names(), volcano.MODEL_TYPE]
+    if kind not in supported:
+        raise UnsupportedBackbone(f"{name}: config.json says model_type {kind!r}; supported: {', '.join(supported)}")
+    return str(kind)
+
+
+def _weight_files(name: str, folder: Path) -> list[str]:
+    """Names of the files that the weights are, or should be, in."""
+    index = folder / _INDEX
+    return sorted(set(_json(name, index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
 
 
 def _json(name: str, file: Path) -> dict[str, Any]:
@@ -211,9 +268,11 @@ def image_only(base: type) -> type:
     return ImageOnly
 
 
-def _processor(folder: Path, kind: str) -> Any:
+def _processor(folder: Path, kind: str, model: Any = None) -> Any:
     """The folder's processor, padding on the left, with its chat template."""
-    if kind.startswith("qwen") and not is_torchvision_available():
+    if kind == volcano.MODEL_TYPE:
+        processor = volcano.open_processor(folder, model)
+    elif kind.startswith("qwen") and not is_torchvision_available():
         processor = image_only(_qwen_processor(kind)).from_pretrained(folder)  # type: ignore[attr-defined]
     else:
         processor = AutoProcessor.from_pretrained(folder)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from mmroute.cli import ask, bench, calibrate, data, demo, evaluate, info, serve, train
+from mmroute.cli import ask, bench, calibrate, data, demo, evaluate, info, inspect, serve, train
 from mmroute.errors import ConfigError, MmrouteError
 
 __all__ = ["app", "main"]
@@ -46,6 +46,7 @@ app.command("ask")(ask.ask)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
+app.command("inspect")(inspect.inspect)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.add_typer(calibrate.app, name="calibrate")

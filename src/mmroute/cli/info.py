@@ -14,6 +14,7 @@ import typer
 
 from mmroute import config, hub, recipe
 from mmroute.errors import ConfigError, InputError
+from mmroute.trace import Trace
 
 __all__ = ["check", "env", "list_methods"]
 
@@ -144,7 +145,7 @@ def check(
         case ".yaml" | ".yml":
             recipe.read(str(file))
         case ".json":
-            _check_trace(file)
+            Trace.load(file)
         case other:
             raise ConfigError(f"{file}: cannot check {other or 'a file without ending'}; give a .py, .yaml or .json")
     typer.echo(f"{file}: ok")
@@ -169,14 +170,3 @@ def _check_method(file: Path, options: dict[str, Any]) -> None:
         check_pruner(method(**options))
     except AssertionError as broken:
         raise InputError(f"{file}: {broken}") from None
-
-
-def _check_trace(file: Path) -> None:
-    from mmroute.trace import Trace
-
-    try:
-        Trace.from_json(file.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise InputError(f"{file}: not a trace: {error}") from None

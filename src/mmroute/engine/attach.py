@@ -3,7 +3,7 @@
 import logging
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +62,9 @@ def attach(
 
     Raises:
         UnsupportedBackbone: no family file knows the model.
-        UnsupportedCall: attached already, or loaded with an attention backend that would run unmasked.
+        UnsupportedCall: attached already, loaded with an attention backend that would run unmasked, or spread over
+            devices by hand.
+        ConfigError: the processor is another model's, or a part is not of its kind.
     """
     if "_mmroute" in model.__dict__:
         raise UnsupportedCall("the model is attached already; call routed.detach() first")
@@ -77,7 +79,11 @@ def attach(
                 f'mmroute.hub.load("{name}", "<name>", ...)'
             )
     family = backbones.of(model)
+    processor = processor if processor is not None else model.__dict__.get("processor")
+    if processor is not None:
+        family.check_processor(model, processor)
     text = family.text_model(model)
+    _check_devices(text)
     base = text.config._attn_implementation
     if prune is not None:
         prune.fit(family.shape(model))
@@ -89,9 +95,21 @@ def attach(
     parts = Parts(prune, deepen)
     if any(True for _ in parts.parameters()):
         parts.to(next(text.parameters()).device, torch.float32)
-    routed = Routed(model, processor or model.__dict__.get("processor"), controller, parts)
+    routed = Routed(model, processor, controller, parts)
     routed._splice(name, base)
     return routed
+
+
+def _check_devices(text: Any) -> None:
+    """Layers on several devices run only where accelerate's hooks move what goes from one to the next."""
+    places = {str(p.device): i for i, layer in enumerate(text.layers) for p in layer.parameters()}
+    hooked = all(any(hasattr(m, "_hf_hook") for m in layer.modules()) for layer in text.layers)
+    if len(places) > 1 and not hooked:
+        listed = ", ".join(f"{place} (layer {i})" for place, i in sorted(places.items()))
+        raise UnsupportedCall(
+            f"the model's layers lie on several devices ({listed}) and nothing moves hidden states between them; load "
+            'it with device_map="auto", or put it on one device: model.to(...)'
+        )
 
 
 def detach(model: nn.Module) -> None:
@@ -239,8 +257,22 @@ class Routed:
 
         return reason.answer_many(self, conversations, **options)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the small part only: what was added, the base model's id, versions."""
+    def save_pretrained(self, folder: str | Path, results: Iterable[str | Path] | None = None) -> None:
+        """Writes the small part only: what was added, the base model's id, versions.
+
+        Args:
+            folder: where to.
+            results: result files of this method; then a model card with their figures is written too.
+        """
+        from mmroute import sharing
         from mmroute.engine import saving
 
         saving.save(self, Path(folder))
+        if results is not None:
+            sharing.write_card(Path(folder), results)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the small part with a model card; see `mmroute.sharing.push`."""
+        from mmroute import sharing
+
+        return sharing.push(self, repo_id, **options)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmroute.backbones.base import Family
 from mmroute.backbones.tower import Look as Seen
 from mmroute.cache import RaggedCache, RaggedLayer
-from mmroute.deepen.base import Deepener
+from mmroute.deepen.base import Again, Deepener
 from mmroute.engine.rows import Pick, Rows
 from mmroute.engine.select import Group, first_true, group_positions, narrow
 from mmroute.errors import UnsupportedCall
@@ -51,6 +51,8 @@ class Choice:
     """The dense training executor: every position runs, gates decide what counts."""
     full: bool = False
     """Record which positions ran, not only how many."""
+    ids: Tensor | None = None
+    """(B, N) token ids of the call, where ids entered."""
     single: bool = False
     """A decode step: one valid position per row."""
     drafts: int = 0
@@ -287,9 +289,27 @@ class Choice:
         out = keys.new_zeros(B, N + 1, *keys.shape[2:])
         return out.scatter(1, at[..., None, None].expand_as(keys), keys)[:, :N]
 
-    def _columns(self, keep: Keep | None) -> list[list[int]]:
-        mask = self.tokens.valid if keep is None else keep.mask
+    # ------------------------------------------------------------------ what a full trace holds; reads the device
+
+    def _columns(self, chosen: Keep | Again | None) -> list[list[int]]:
+        mask = self.tokens.valid if chosen is None else chosen.mask
         return [c[m].tolist() for c, m in zip(self.tokens.position, mask, strict=True)]
+
+    def _scores(self, index: int) -> list[list[float | None]] | None:
+        """By row and valid position: what this layer ranked it by; None where it did not compete."""
+        keep = self.aux.get(index)
+        score = None if keep is None else keep.logits if keep.ranked is None else keep.ranked
+        if score is None:
+            return None
+        competed = torch.zeros_like(self.tokens.valid)
+        for group in self._groups(index):
+            for b, width in enumerate(group.width):
+                competed[b, group.free[b, :width]] = True
+        competed &= score.isfinite()
+        return [
+            [float(f"{s:.4g}") if c else None for s, c in zip(row[v].tolist(), among[v].tolist(), strict=True)]
+            for row, among, v in zip(score.detach().float(), competed, self.tokens.valid, strict=True)
+        ]
 
 
 def build_groups(tokens: Tokens, hops: int, first_hop: int) -> tuple[list[Group], list[list[int]]]:

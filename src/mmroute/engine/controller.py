@@ -42,6 +42,7 @@ class _Pending:
 
     chunk: Chunk
     route: bool
+    ids: Tensor | None = None
 
 
 _SLOT = threading.local()
@@ -128,7 +129,7 @@ class Controller:
             delimiters = self.delimiters[ids]
             protected = delimiters if protected is None else delimiters | protected.bool()
         chunk = Chunk(modality, given["hop_ids"], None, protected, given["generated"], given["relevance"])
-        _SLOT.pending = _Pending(chunk, route)
+        _SLOT.pending = _Pending(chunk, route, ids)
         return args, kwargs
 
     def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -171,6 +172,11 @@ class Controller:
         if step is None or out is None:
             return out
         step.call.layers = [step.records[i] for i in sorted(step.records)]
+        if step.full:
+            here = zip(step.tokens.modality, step.tokens.valid, strict=True)
+            step.call.modality = [kind[valid].tolist() for kind, valid in here]
+            if step.ids is not None:
+                step.call.ids = [ids[v].tolist() for ids, v in zip(step.ids, step.tokens.valid, strict=True)]
         cache = step.cache
         if cache is None:
             self.trace = Trace(self.shape, [step.call], full=self.full_trace)
@@ -281,6 +287,7 @@ class Controller:
             checkpoints=self._checkpoints(training),
             dense=training and self.executor == "dense" and cache is None,
             full=self.full_trace,
+            ids=pending.ids if pending is not None else None,
             single=single,
             drafts=drafts,
             before=before,

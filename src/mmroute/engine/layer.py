@@ -88,7 +88,7 @@ class Step(Choice):
         record = self.records[index] = LayerCall(ran=ran, cached=before, stored=before)
         record.extra_flops = self._overhead(index, keep)
         if self.full:
-            record.kept = self._columns(keep)
+            record.kept, record.scores = self._columns(keep), self._scores(index)
         if sum(counts) == 0:  # nobody wants this layer: no compute, no KV
             if stored is not None and stored.n is None:
                 stored.n = [0] * len(counts)
@@ -198,7 +198,7 @@ class Step(Choice):
         if rows.row is not None:
             self._rows[index] = rows.row, self.tokens.position.masked_fill(~self.tokens.valid, -1)
         if self.full:
-            record.kept = self._columns(keep)
+            record.kept, record.scores = self._columns(keep), self._scores(index)
         if self.deepener is not None and self.deepener.acts(index, self.num_layers):
             h = self._second(index, h, self._pick(keep, keep.counts, nothing), rotary, stock, record)
         return (h, *out[1:]) if self.family.tuple_out else h
@@ -225,6 +225,8 @@ class Step(Choice):
         counts = [c + k for c, k in zip(record.cached, keep.counts, strict=True)]
         stored.keep(stays, counts)
         record.stored = counts
+        if self.full:
+            record.held, record.scores = self._columns(keep), self._scores(index)
 
     # ------------------------------------------------------------------ second pass
 
@@ -256,6 +258,9 @@ class Step(Choice):
             update = y - x if again.gain is None else redo.take(again.gain.to(h.dtype)) * (y - x)
             h = redo.put(h, x + update)
             record.again = [a + b for a, b in zip(record.again or [0] * len(before), again.counts, strict=True)]
+            if self.full:
+                passes = zip(record.redone or [[] for _ in before], self._columns(again), strict=True)
+                record.redone = [sorted(old + new) for old, new in passes]
             record.again_cached = [a + b for a, b in zip(record.again_cached or [0] * len(before), before, strict=True)]
         return h
 

@@ -182,7 +182,7 @@ def from_pretrained(
     """Attaches what `save_pretrained` wrote.
 
     Args:
-        folder: holds `mmroute.json` and `mmroute.safetensors`.
+        folder: holds `mmroute.json` and `mmroute.safetensors`; or a Hub id.
         base: a loaded model, or a folder, hub id or bundled name; None is the id that was saved.
         processor: see `attach`.
         prune: for a pruner that the registry does not know: an instance built with the saved options.
@@ -191,6 +191,10 @@ def from_pretrained(
     Raises:
         CheckpointMismatch: files are missing, broken or of another format, or they do not fit the model.
     """
+    from mmroute import sharing  # it writes with this module
+
+    if not Path(folder).exists() and sharing.is_hub_id(folder):
+        folder = sharing.fetched(str(folder))
     folder = Path(folder)
     manifest = read_manifest(folder)
     parts = {

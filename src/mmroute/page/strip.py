@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from mmroute.files import write_text
 from mmroute.page import View
+from mmroute.tokens import Modality
 
 __all__ = ["strip"]
 
@@ -16,9 +18,10 @@ SIDE, GAP, CAPTION = 150, 14, 34
 
 
 def strip(view: View) -> str:
-    """The SVG text; it holds its picture and refers to nothing outside."""
-    rows, columns = view.grid
-    width = (SIDE + GAP) * len(view.kept) + GAP
+    """The SVG text of the prompt and its first picture; it holds its picture and refers to nothing outside."""
+    picture = view.pictures[0]
+    rows, columns, start = picture["rows"], picture["columns"], picture["start"]
+    width = (SIDE + GAP) * len(view.ran) + GAP
     height = SIDE + CAPTION + 2 * GAP
     w, h = SIDE / columns, SIDE / rows
     parts = [
@@ -26,22 +29,21 @@ def strip(view: View) -> str:
         'font-family="system-ui, sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="#f7f8fa"/>',
         f'<defs><image id="picture" width="{SIDE}" height="{SIDE}" preserveAspectRatio="none" '
-        f'style="image-rendering:pixelated" href="{view.image}"/></defs>',
+        f'style="image-rendering:pixelated" href="{picture["png"]}"/></defs>',
     ]
-    num_patches = sum(t["vision"] >= 0 for t in view.tokens)
-    num_words = len(view.tokens) - num_patches
-    for layer, kept in enumerate(view.kept):
+    num_patches = rows * columns
+    text = {c for c, kind in enumerate(view.modality) if kind == Modality.TEXT and view.hop[c] == 0}
+    for layer, columns_ran in enumerate(view.ran):
         x = GAP + layer * (SIDE + GAP)
-        ran = set(kept)
-        dark = [t["vision"] for i, t in enumerate(view.tokens) if t["vision"] >= 0 and i not in ran]
-        words = sum(view.tokens[i]["vision"] < 0 for i in kept)
+        ran = set(columns_ran)
+        dark = [p for p in range(num_patches) if start + p not in ran]
         cells = "".join(f"M{p % columns * w:.2f} {p // columns * h:.2f}h{w:.2f}v{h:.2f}h-{w:.2f}z" for p in dark)
         parts += [
             f'<g transform="translate({x} {GAP})"><use href="#picture"/>',
             f'<path d="{cells}" fill="#10141c" fill-opacity="0.82"/>',
             f'<text y="{SIDE + 16}" fill="#1c2330" font-weight="600">layer {layer}</text>',
             f'<text y="{SIDE + 31}" fill="#5b6577">{num_patches - len(dark)} of {num_patches} patches, '
-            f"{words} of {num_words} words</text></g>",
+            f"{len(text & ran)} of {len(text)} words</text></g>",
         ]
     return "\n".join([*parts, "</svg>\n"])
 
@@ -55,9 +57,7 @@ def main(
     from mmroute import demo
 
     view = demo.example(model, recipe)
-    beside = out.with_name(out.name + ".part")
-    beside.write_text(strip(view))
-    beside.replace(out)
+    write_text(out, strip(view))
     typer.echo(f"wrote {out}")
 
 

@@ -76,6 +76,8 @@ class Keep:
     """(index (B, m), value (B, m, D)): replaces hidden states before the layer runs, for methods that merge."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalars for the trainer, by name."""
+    ranked: Float[Tensor, "B N"] | None = None
+    """What the choice was ranked by, for traces; None is `logits`."""
     extra_flops: int = 0
     """What making this choice cost beyond `overhead`: what depends on how many competed (all pairs, clusters)."""
 
@@ -224,7 +226,7 @@ class Pruner(nn.Module):
         scores = self.scores(x, tokens, site)
         take = {i: self.counts(group, site.layer, site.num_layers) for i, group in enumerate(site.groups)}
         mask, ran = top(scores.float(), tokens, site.groups, take)
-        return Keep(mask, ran, logits=scores if "scores_kept" in self.needs else None)
+        return Keep(mask, ran, logits=scores if "scores_kept" in self.needs else None, ranked=scores)
 
     def queries(self, tokens: Tokens, site: Site) -> tuple[Int[Tensor, "B Q"], Float[Tensor, "B G Q"]] | None:
         """Whose attention at this layer `rows` shall hold, for pruners that need it; None is nobody's.

@@ -87,7 +87,7 @@ class MoD(Pruner):
         competes = (tokens.modality == Modality.VISION) & tokens.valid & ~tokens.protected & ~tokens.generated
         gain = torch.where(competes, 1 + 0.2 * torch.tanh(logits), 1.0)
         mask, ran = top(logits.detach(), tokens, site.groups, take)
-        return Keep(mask, ran, gain=gain)
+        return Keep(mask, ran, gain=gain, ranked=logits)
 
     def overhead(self, layer: int, shape: Shape, new: int) -> int:
         return 2 * shape.hidden * new if self.acts(layer, shape.layers) else 0

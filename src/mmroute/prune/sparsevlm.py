@@ -96,7 +96,7 @@ class SparseVLM(Pruner):
         score = self.scores(x, tokens, site)
         take = {i: self.counts(group, site.layer, site.num_layers) for i, group in enumerate(site.groups)}
         if self.config.version == "v2":
-            return Keep(*top(score, tokens, site.groups, take))
+            return Keep(*top(score, tokens, site.groups, take), ranked=score)
         merged, stays, flops = x, torch.zeros_like(score), 0
         for i, group in enumerate(site.groups):
             if group.modality != Modality.VISION:
@@ -114,7 +114,7 @@ class SparseVLM(Pruner):
                     mean = members @ x[b, recycled] / members.sum(1, keepdim=True)
                     merged = merged.index_put((torch.tensor(b, device=x.device), recycled[centres]), mean)
                     flops += 2 * x.shape[-1] * len(recycled) * (len(recycled) + clusters)
-        keep = Keep(*top(stays, tokens, site.groups, take), extra_flops=flops)
+        keep = Keep(*top(stays, tokens, site.groups, take), ranked=score, extra_flops=flops)
         if flops:
             keep.write = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]), merged
         return keep

@@ -145,7 +145,7 @@ class Symmetric(Pruner):
                 z = torch.where(among, straight_through(among & first, soft), z)
         ran = torch.stack([(mask & (tokens.modality == m)).sum(1) for m in Modality], dim=1).tolist()
         if not learns:
-            return Keep(mask, ran)
+            return Keep(mask, ran, ranked=logits)
         clip_outliers(z, self.relax.gate_clip)
         return Keep(mask, ran, logits=logits, z=z)
 

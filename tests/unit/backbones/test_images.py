@@ -204,3 +204,21 @@ def _png(image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_more_images_than_the_model_can_read_are_counted(tiny_folder):
+    model = load(tiny_folder("llava"))
+    model.config.text_config.max_position_embeddings = 60
+    picture = Image.new("RGB", (32, 32))
+    assert prepare(model, model.processor, user_message("?", [picture]))["input_ids"].shape[1] <= 60
+    with pytest.raises(
+        InputError, match=r"64 of them of its images, and this model reads at most 60; .*fewer or smaller"
+    ):
+        prepare(model, model.processor, user_message("?", [picture] * 4))
+
+
+def test_a_template_without_a_place_for_images_is_named(tiny_folder):
+    model = load(tiny_folder("llava"))
+    model.processor.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    with pytest.raises(InputError, match=r"1 image where the prompt has 0 places \(<image>\)"):
+        prepare(model, model.processor, user_message("?", [Image.new("RGB", (32, 32))]))

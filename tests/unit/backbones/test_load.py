@@ -3,17 +3,20 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+import mmroute
 from mmroute import backbones
 from mmroute.backbones import load as loading
 from mmroute.backbones.images import prepare, user_message
 from mmroute.backbones.load import load
-from mmroute.errors import CheckpointMismatch, ConfigError, UnsupportedBackbone
+from mmroute.errors import CheckpointMismatch, ConfigError, MissingExtra, UnsupportedBackbone
 
 
 @pytest.fixture
@@ -59,6 +62,9 @@ def test_dtype_and_attention_are_those_asked_for(tiny_folder):
     [
         ({"dtype": "int8"}, r"dtype: one of float32, bfloat16, float16 \(given 'int8'\)"),
         ({"attention": "flex_attention"}, r"attention: one of sdpa, eager, .* \(given 'flex_attention'\)"),
+        ({"device": "cpu", "device_map": "auto"}, "both say where the model goes; give one"),
+        ({"device_map": 7}, r"device_map: \"auto\", a device, or module name to device \(given 7\)"),
+        ({"device_map": "toaster"}, r"device: cpu, cuda, cuda:N or mps \(given 'toaster'\)"),
         ({"device": "toaster"}, r"device: cpu, cuda, cuda:N or mps \(given 'toaster'\)"),
     ],
 )
@@ -178,6 +184,71 @@ def test_a_bundled_checkpoint_loads_by_name_and_is_the_default(tiny_folder, tmp_
     assert load().config.name_or_path == "tiny"
     with pytest.raises(CheckpointMismatch, match="bundled: tiny"):
         load("huge")
+
+
+@torch.no_grad()
+def test_anoles_folder_is_chameleons_with_a_decoder_and_writes_images_once_unlocked(tiny_folder, tmp_path, caplog):
+    folder = shutil.copytree(tiny_folder("chameleon"), tmp_path / "anole")
+    weights = load_file(folder / "model.safetensors")
+    decoder = {f"model.vqmodel.decoder.{name}.weight": torch.ones(4, 4, 3, 3) for name in ("conv_in", "conv_out")}
+    (folder / "model.safetensors").unlink()
+    parts = {"model-00001-of-00002.safetensors": weights, "model-00002-of-00002.safetensors": decoder}
+    for file, tensors in parts.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, tensors in parts.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, **index}))
+    model = load(folder)
+    assert "2 weights of the checkpoint are unused, e.g. model.vqmodel.decoder.conv_in.weight" in caplog.text
+    batch = prepare(model, model.processor, user_message("draw", [_picture()]))
+    family, codes = backbones.of(model), backbones.of(model).image_tokens(model)
+    lowest = torch.finfo(model.dtype).min
+    assert (model(**batch).logits[0, -1, codes] == lowest).all()
+    family.unlock_images(model)
+    assert (model(**batch).logits[0, -1, codes] > lowest).all()
+    family.lock_images(model)
+    assert (model(**batch).logits[0, -1, codes] == lowest).all()
+
+
+@torch.no_grad()
+def test_a_device_map_puts_the_layers_where_it_says_and_they_route(tiny_folder, tmp_path):
+    plain = load(tiny_folder("llava"))
+    batch = prepare(plain, plain.processor, user_message("where?", [_picture()]))
+    wanted = plain(**batch).logits
+    assert torch.equal(load(tiny_folder("llava"), device_map="cpu")(**batch).logits, wanted)
+    text = ("embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb")
+    places = {f"model.language_model.{part}": "cpu" for part in text} | {"model.language_model.layers.1": "disk"}
+    rest = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
+    spread = load(tiny_folder("llava"), device_map=places | rest)
+    layer = spread.model.language_model.layers[1]
+    assert next(layer.parameters()).is_meta
+    assert torch.equal(spread(**batch).logits, wanted)
+    with mmroute.attach(spread, prune=mmroute.hub.load("prune", "fastv", start_layer=1, vision_keep=0.3)):
+        routed = spread(**batch).logits
+    with mmroute.attach(plain, prune=mmroute.hub.load("prune", "fastv", start_layer=1, vision_keep=0.3)):
+        assert torch.equal(plain(**batch).logits, routed)
+
+
+def test_quantised_weights_say_what_they_need(copied, monkeypatch):
+    config = json.loads((copied / "config.json").read_text())
+
+    def saved_by(method):
+        (copied / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+
+    saved_by("gptq")
+    with pytest.raises(UnsupportedBackbone, match="quantised by 'gptq'; bitsandbytes and torchao can be routed"):
+        load(copied)
+    saved_by("bitsandbytes")
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes weights need bitsandbytes, .*pip install bitsandbytes"):
+        load(copied)
+    asked = SimpleNamespace(quant_method=SimpleNamespace(value="torchao"))
+    with pytest.raises(ConfigError, match="is quantised already"):
+        load(copied, quantization=asked)
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="torchao weights need torchao"):
+        load(copied, quantization=asked)
+    with pytest.raises(MissingExtra, match="device_map needs accelerate"):
+        load(copied, device_map="auto")
 
 
 def _picture():
