@@ -81,6 +81,8 @@ def attach(
     base = text.config._attn_implementation
     if prune is not None:
         prune.fit(family.shape(model))
+    if deepen is not None:
+        deepen.fit(family.shape(model))
     learned = prune is not None and any(True for _ in prune.parameters())
     name = register(base)
     controller = Controller(
