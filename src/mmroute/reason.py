@@ -23,8 +23,9 @@ from torch import Tensor
 from mmroute import hub
 from mmroute.backbones.images import check_prompt, open_images, prepare
 from mmroute.cache import Chunk, RaggedCache
-from mmroute.engine.attach import Routed
-from mmroute.errors import ConfigError, InputError
+from mmroute.engine.attach import Routed, fit
+from mmroute.errors import ConfigError, InputError, UnsupportedCall
+from mmroute.rollout import Grid, Rollout, start
 from mmroute.think.base import Thinker
 from mmroute.tokens import Modality
 from mmroute.trace import Call, HopClose, Trace
@@ -47,12 +48,14 @@ class Answer:
     trace: Trace
     """What ran, layer by layer; one row."""
     ar_steps: int
-    """Sequential steps after the prefill: every generated token, the closing one included."""
+    """Sequential steps after the prefill: every latent and every generated token, the closing one included."""
     prompt_tokens: int
     finished: bool
     """False where `max_new_tokens` ended it."""
     ids: list[int] = field(repr=False, default_factory=list)
     """Generated ids."""
+    latents: int = 0
+    """Latent steps among `ar_steps`."""
 
 
 class Session:
@@ -76,6 +79,13 @@ class Session:
         self._grids: list[list[Tensor]] = []
         self._padding: dict[int, list[int]] = {}
         self._reserve = reserve
+        self._images: list[list[Grid]] = []
+        self._positions: Tensor | None = None
+        self._hidden: Tensor | None = None
+        self.latents: dict[int, int] = {}
+        """Latent steps by conversation."""
+        self.replayed: dict[int, list[dict[str, Any]]] = {}
+        """By conversation: the image tokens copied beside each latent, as a trace records them."""
         self._axes = 1
         """Numbers that make a position: 3 where it has a time, a row and a column."""
 
@@ -86,7 +96,11 @@ class Session:
         return torch.stack(flat) if flat else None
 
     def append(
-        self, batch: dict[str, Tensor], relevance: Tensor | None = None, hops: list[int] | None = None
+        self,
+        batch: dict[str, Tensor],
+        relevance: Tensor | None = None,
+        hops: list[int] | None = None,
+        think: Thinker | None = None,
     ) -> Tensor:
         """Enters a prompt, or an observation with new images, as one segment.
 
@@ -95,14 +109,25 @@ class Session:
                 different numbers of images; a shorter row is padded on its left.
             relevance: (B, N) ground truth for pruners that ask for it.
             hops: [row]: the hop the segment belongs to; None is 0, the prompt's.
+            think: whose latent steps follow.
 
         Returns:
             (B, V) logits of each row's last position.
+
+        Raises:
+            UnsupportedCall: latent steps have been taken; places behind them cannot be told from ids.
         """
-        return self._enter(batch, relevance, hops)[:, -1]
+        if self.latents:
+            raise UnsupportedCall("an observation behind latent steps is not supported; take them after the last one")
+        return self._enter(batch, relevance, hops, think=think)[:, -1]
 
     def _enter(
-        self, batch: dict[str, Tensor], relevance: Tensor | None, hops: list[int] | None, every: bool = False
+        self,
+        batch: dict[str, Tensor],
+        relevance: Tensor | None,
+        hops: list[int] | None,
+        every: bool = False,
+        think: Thinker | None = None,
     ) -> Tensor:
         """(B, N, V) logits of a segment's positions, or (B, 1, V) of its last one."""
         routed, family = self.routed, self.routed.family
@@ -130,8 +155,14 @@ class Session:
             chunk = self.cache.next or Chunk()
             chunk.hop = torch.tensor(hops, device=ids.device)[:, None].expand(-1, ids.shape[1] - start)
             self.cache.next = chunk
+        if think is not None:
+            chunk = self.cache.next or Chunk()
+            chunk.watch = think.needs_row
+            self.cache.next = chunk
+            self._positions = positions if positions.ndim == 3 else positions[None]
+            self._images = self._images_by_row(batch) if images else [[] for _ in self.rows]
         given = {"relevance": relevance, **images, "logits_to_keep": 0 if every else 1}
-        logits = self._forward(ids[:, start:], positions[..., start:], given)
+        logits = self._forward(ids[:, start:], positions[..., start:], given, think is not None)
         if hops is not None:
             self.calls[-1][0].hop = list(hops)
         return logits
@@ -216,29 +247,96 @@ class Session:
             self.calls[-1][0].hop = list(hops)
         return logits
 
-    def _forward(self, ids: Tensor, positions: Tensor, extra: dict[str, Any]) -> Tensor:
+    def think(self, think: Thinker, seeds: Sequence[int]) -> Tensor:
+        """Takes the latent steps behind a prompt that was entered for them.
+
+        Args:
+            think: as given to `append`.
+            seeds: [row]: a number for each conversation.
+
+        Returns:
+            (B, V) logits after each row's last step.
+        """
+        assert self.mask is not None and self._positions is not None and self._hidden is not None
+        routed, before = self.routed, self.mask.shape[1]
+        mind = start(
+            self.cache,
+            think,
+            hidden=self._hidden,
+            modality=self.cache.meta["modality"].long(),
+            valid=self.mask.bool(),
+            positions=self._positions,
+            grids=self._images,
+            seeds=torch.tensor(seeds, device=self.mask.device),
+        )
+        rollout, first = Rollout(routed, think, self.cache, mind, self.mask), len(self.cache.trace.calls)
+        rollout.run(stop_id=_stop_id(routed, think))
+        self.mask, self.next_position = rollout.mask, mind.next_position
+        assert self.ids is not None
+        self.ids = torch.cat([self.ids, self.ids.new_zeros(len(self.ids), rollout.columns)], 1)
+        for call in self.cache.trace.calls[first:]:
+            call.kind = "decode"  # one sequential step, however many positions it brings
+            self.calls.append((call, list(self.rows)))
+        valid = rollout.mask[:, before:].tolist()
+        for b, conversation in enumerate(self.rows):
+            self._padding[conversation] += [before + i for i, real in enumerate(valid[b]) if not real]
+            self.latents[conversation] = rollout.steps[b]
+        self._note_replays(rollout)
+        return routed.family.head(routed.model, mind.hidden)
+
+    def _note_replays(self, rollout: Rollout) -> None:
+        columns = rollout.mind.columns.tolist()
+        for step, thought in enumerate(rollout.thoughts, start=1):
+            sources = thought.source.tolist()
+            for b, conversation in enumerate(self.rows):
+                pads = self._padding[conversation]
+                at = [columns[b][i] for i in sources[b] if i >= 0]
+                if step <= rollout.steps[b] and at:
+                    found = {"hop": step, "row": 0, "columns": [c - bisect_left(pads, c) for c in at]}
+                    self.replayed.setdefault(conversation, []).append(found)
+
+    def _forward(self, ids: Tensor, positions: Tensor, extra: dict[str, Any], latent: bool = False) -> Tensor:
+        given = {k: v for k, v in extra.items() if v is not None}
+        if latent:  # the head's input is wanted too
+            del given["logits_to_keep"]
+            h = self.routed.controller.base(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                **given,
+            ).last_hidden_state[:, -1]
+            self._hidden = h
+            self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
+            return self.routed.family.head(self.routed.model, h)[:, None]
         out = self.routed.model(
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            **{k: v for k, v in extra.items() if v is not None},
+            **given,
         )
         self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
         return out.logits
 
-    def _by_row(self, batch: dict[str, Tensor]) -> list[list[Tensor]]:
-        """A segment's image grids by the row they belong to; rows may hold different numbers of images."""
-        sizes = [a * b for a, b in self.routed.family.image_grid(self.routed.model, batch)]
-        grids = list(batch["image_grid_thw"])
-        out: list[list[Tensor]] = []
+    def _images_by_row(self, batch: dict[str, Tensor]) -> list[list[Grid]]:
+        """Grids of a segment's images by the row they belong to; rows may hold different numbers of images."""
+        grids = self.routed.family.image_grid(self.routed.model, batch)
+        out: list[list[Grid]] = []
         for vision in (self.routed.controller.table[batch["input_ids"]] == 1).sum(1).tolist():
             out.append([])
             while vision > 0:
-                vision -= sizes.pop(0)
-                out[-1].append(grids.pop(0))
+                rows, columns = grids.pop(0)
+                vision -= rows * columns
+                out[-1].append((rows, columns))
         return out
+
+    def _by_row(self, batch: dict[str, Tensor]) -> list[list[Tensor]]:
+        """The same as the patch grids of the processor."""
+        grids = iter(batch["image_grid_thw"])
+        return [[next(grids) for _ in row] for row in self._images_by_row(batch)]
 
     def close_hop(self, ended: list[int]) -> None:
         """Compresses what a finished hop left behind, if the pruner does such a thing.
@@ -270,6 +368,8 @@ class Session:
             call = batch_call.row(rows.index(conversation)) if conversation in rows else None
             if call is not None and any(call.new[0]):  # another row's picture brought this one nothing
                 call.start -= bisect_left(pads, call.start)
+                if not any(call.new[0]):
+                    continue  # its latent steps were over, others' went on
                 for layer in call.layers:
                     if layer.kept is not None:
                         layer.kept = [[c - bisect_left(pads, c) for c in layer.kept[0]]]
@@ -277,7 +377,8 @@ class Session:
             so_far.append(len(calls))
         closes = [close.row(rows.index(conversation)) for close, rows in self.closes if conversation in rows]
         closes = [replace(close, at_call=so_far[close.at_call]) for close in closes if close.hop[0] >= 0]
-        return Trace(self.routed.controller.shape, calls, closes, full=self.routed.full_trace)
+        shape, replayed = self.routed.controller.shape, self.replayed.get(conversation, [])
+        return Trace(shape, calls, closes, replayed, full=self.routed.full_trace)
 
 
 def answer(routed: Routed, question: str, images: Any = (), **options: Any) -> Answer:
@@ -295,7 +396,7 @@ def answer(routed: Routed, question: str, images: Any = (), **options: Any) -> A
     given = [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
     check_prompt(question.replace(IMAGE_MARK, " "), given, _processor(routed))
     pictures = open_images(given)
-    think = options.pop("think", None) or hub.load("think", "text")
+    think = options.pop("think", None) or routed.think or hub.load("think", "text")
     text = _cued(routed, question, think)
     marks = text.count(IMAGE_MARK)
     if marks and marks != len(pictures):
@@ -353,7 +454,7 @@ def answer_many(
     Args:
         routed: an attached model that has a processor.
         conversations: chat messages whose content is a list of image and text blocks.
-        think: what a hop is; default written text.
+        think: what a hop is; default what the model was attached with, else written text.
         max_new_tokens: longest completion; default the thinker's.
         temperature: 0 is greedy.
         top_p: with a temperature, the share of probability that is sampled from.
@@ -371,7 +472,7 @@ def answer_many(
         InputError: an image cannot be used, or as many seeds, relevances or observations are needed as there are
             conversations.
     """
-    think = think or hub.load("think", "text")
+    think = think or routed.think or hub.load("think", "text")
     limit = max_new_tokens if max_new_tokens is not None else think.max_new_tokens
     if limit < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ConfigError(
@@ -386,13 +487,20 @@ def answer_many(
             raise InputError(f"{name} has {len(given)} entries for {len(conversations)} conversations; give one each")
     tokenizer = _processor(routed).tokenizer
     batch = prepared if prepared is not None else prepare(routed.model, _processor(routed), conversations)
-    session = Session(routed, reserve=limit)
-    logits = session.append(batch, place_relevance(relevance, batch, routed))
+    session = Session(routed, reserve=limit + think.columns)
+    placed = place_relevance(relevance, batch, routed)
+    if think.num_latents:
+        if think.learned is None:
+            fit(think, routed.family, routed.model)
+        session.append(batch, placed, think=think)
+        logits = session.think(think, seeds)
+    else:
+        logits = session.append(batch, placed)
     draw = [torch.Generator().manual_seed(each) for each in seeds]
     ends = _end_ids(routed)
     written: list[list[int]] = [[] for _ in conversations]
     cuts: list[list[int]] = [[0] for _ in conversations]
-    hop = [1] * len(conversations)
+    hop = [1 + max(session.latents.values(), default=0)] * len(conversations)
     pieces: dict[int, bool] = {}
     in_step = [False] * len(conversations)  # whether the present hop began where `think` names a step
     waiting = [list(pictures) for pictures in observations or [[]] * len(conversations)]
@@ -443,10 +551,11 @@ def answer_many(
                 for a, b in zip(cuts[row], [*cuts[row][1:], len(ids)], strict=True)
             ],
             trace=session.trace_of(row),
-            ar_steps=len(ids),
+            ar_steps=len(ids) + session.latents.get(row, 0),
             prompt_tokens=int(batch["attention_mask"][row].sum()),
             finished=ids[-1] in ends,
             ids=ids,
+            latents=session.latents.get(row, 0),
         )
         for row, ids in enumerate(written)
     ]
@@ -458,6 +567,13 @@ def _processor(routed: Routed) -> Any:
             "answering needs a processor; use mmroute.load(...), or attach(model, processor) with AutoProcessor's"
         )
     return routed.processor
+
+
+def _stop_id(routed: Routed, think: Thinker) -> int | None:
+    """The word at which latent steps end by themselves."""
+    if getattr(think.config, "stop", "fixed") == "fixed":
+        return None
+    return _processor(routed).tokenizer(think.config.answer_cue, add_special_tokens=False)["input_ids"][0]
 
 
 def _end_ids(routed: Routed) -> set[int]:

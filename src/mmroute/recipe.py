@@ -83,7 +83,7 @@ def equip(model: Any, recipe: Recipe) -> Iterator[Any]:
     from mmroute.train.delta import tuned
 
     loaded = load(model) if isinstance(model, str | Path) else model
-    parts = {"prune": recipe.build("prune"), "deepen": recipe.build("deepen")}
+    parts = {kind: recipe.build(kind) for kind in ("prune", "deepen", "think")}
     folder = None if recipe.trained is None else trained_folder(recipe.trained)
     with (
         nullcontext() if folder is None else tuned(loaded, folder),
@@ -92,7 +92,7 @@ def equip(model: Any, recipe: Recipe) -> Iterator[Any]:
         if folder is not None:
             saving.load(routed, folder)
             loaded.eval()
-        yield routed, recipe.build("think")
+        yield routed, parts["think"]
 
 
 def trained_folder(name: str) -> Path:

@@ -3,7 +3,7 @@
 A family is stateless: every fact is read off the model it is given. Adding one is a file beside this one and a line in
 `backbones/__init__.py`.
 
-Legend: B batch, N positions, D hidden, H query heads, K key-value heads, E head dim.
+Legend: B batch, N positions, D hidden, V vocabulary, H query heads, K key-value heads, E head dim.
 """
 
 import sys
@@ -140,6 +140,10 @@ class Family(ABC):
     def eager(self, layer: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The family's own explicit attention function, the one `attn_implementation="eager"` runs."""
         return sys.modules[type(layer.self_attn).__module__].eager_attention_forward
+
+    def head(self, model: Any, h: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
+        """Logits of hidden states behind the last norm, as the model's own forward gives them."""
+        return model.get_output_embeddings()(h)
 
     # positions and images
 

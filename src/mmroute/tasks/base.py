@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 MAX_PROBE_CELLS = 14
-_Style = Literal["cot", "direct", "probe", "sentence"]
+_Style = Literal["cot", "direct", "latent", "probe", "sentence"]
 
 
 class Task(ABC):
@@ -263,7 +263,7 @@ class Generated(Task):
         """Tile ids that must be seen at a hop: 0 finds the start, 1 .. T are the hops, T + 1 is the answer."""
         return sorted({self.tile(spec, cell) for cell in self._looked_at(spec, hop)})
 
-    def words(self, spec: Spec, mode: Literal["cot", "direct", "probe"]) -> Words:
+    def words(self, spec: Spec, mode: Literal["cot", "direct", "latent", "probe"]) -> Words:
         """Prompt and response of the small models, word by word of the closed vocabulary."""
         picture = [VISION_START, *[IMAGE] * (spec.canvas * spec.canvas), VISION_END]
         head, question = [BOS, "task:", self.name], self.question_words(spec)
@@ -302,7 +302,7 @@ class Generated(Task):
 
         Args:
             sample: one of ours.
-            style: `cot`, `direct` or `probe` (the short words), or `sentence` (plain English for general models).
+            style: `cot`, `direct`, `latent` or `probe` (the short words), or `sentence` (plain English).
 
         Raises:
             ConfigError: no such style.
@@ -311,8 +311,8 @@ class Generated(Task):
         image = {"type": "image", "image": sample.images[sample.prompt_images[0]]}
         if style == "sentence":
             return [{"role": "user", "content": [image, {"type": "text", "text": sample.question}]}]
-        if style not in ("cot", "direct", "probe"):
-            raise ConfigError(f"messages has the styles cot, direct, probe and sentence (given {style!r})")
+        if style not in ("cot", "direct", "latent", "probe"):
+            raise ConfigError(f"messages has the styles cot, direct, latent, probe and sentence (given {style!r})")
         spec = Spec.from_dict(sample.meta["spec"])
         head, question = f"task: {self.name}", " ".join(self.question_words(spec))
         blocks: list[dict[str, Any]]
