@@ -106,6 +106,6 @@ def trained_folder(name: str) -> Path:
     if not (path / "mmroute.json").is_file():
         raise ConfigError(
             f"trained: no routers in {name!r}; train them with `mmroute train dare --recipe ... --out RUN` and add "
-            "--set trained=RUN/router"
+            "--set trained=RUN/router, or latents with `mmroute train vedas` and --set trained=RUN/latent"
         )
     return path

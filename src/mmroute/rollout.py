@@ -111,6 +111,8 @@ class Rollout:
         """By step: the state that was fed back."""
         self.thoughts: list[Thought] = []
         """By step: what was entered."""
+        self.shares: list[Float[Tensor, "B K"]] = []
+        """By step: the attention on what is copied."""
 
     def run(self, counts: Sequence[int] | None = None, stop_id: int | None = None) -> Mind:
         """Takes the latent steps.
@@ -131,6 +133,8 @@ class Rollout:
     def _step(self, active: list[bool], more: bool) -> None:
         mind, cache = self.mind, self.cache
         thought = self.think.step(mind)
+        at = thought.source.clamp(min=0)
+        self.shares.append(torch.zeros_like(thought.weight) if mind.row is None else mind.row.gather(1, at))
         if self.edit is not None:
             thought = self.edit(mind.step, thought)
         self.fed.append(mind.hidden)

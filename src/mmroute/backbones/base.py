@@ -18,13 +18,22 @@ from torch import Tensor, nn
 from mmroute.errors import InputError, UnsupportedBackbone, UnsupportedCall
 from mmroute.trace import Shape
 
-__all__ = ["Family", "rotate", "running_positions"]
+__all__ = ["Family", "box", "rotate", "running_positions"]
 
 
 def rotate(x: Float[Tensor, "B H N E"], cos: Float[Tensor, "b N E"], sin: Float[Tensor, "b N E"]) -> Tensor:
     """`x` with its halves turned by the position angles, as all our families rotate queries and keys."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def box(
+    window: tuple[int, int, int, int], wide: float, high: float, left: int = 0, upper: int = 0
+) -> tuple[int, int, int, int]:
+    """Pixel edges of a window whose cells are `wide` x `high`; never empty."""
+    row, column, rows, columns = window
+    x, y = left + round(column * wide), upper + round(row * high)
+    return x, y, max(left + round((column + columns) * wide), x + 1), max(upper + round((row + rows) * high), y + 1)
 
 
 def running_positions(mask: Int[Tensor, "B N"]) -> Int[Tensor, "B N"]:
@@ -180,6 +189,29 @@ class Family(ABC):
     @abstractmethod
     def image_grid(self, model: Any, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         """(rows, columns) of vision positions in the text model, for each image of the batch in order."""
+
+    def image_features(self, model: Any, batch: Mapping[str, Any]) -> list[Float[Tensor, "n D"]]:
+        """Input embeddings of each image's tokens, as the text model gets them; one call of the vision tower."""
+        return list(model.get_image_features(**{name: batch[name] for name in self._encoder_inputs}).pooler_output)
+
+    _encoder_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    def grid_to_pixels(
+        self, size: tuple[int, int], grid: tuple[int, int], window: tuple[int, int, int, int]
+    ) -> tuple[int, int, int, int]:
+        """The part of a native picture that a window of its tokens shows.
+
+        Args:
+            size: width and height of the picture.
+            grid: rows and columns of its tokens.
+            window: first row and column, rows and columns.
+
+        Returns:
+            Left, upper, right and lower edge; here of a picture that was shrunk to its middle square.
+        """
+        side = min(size)
+        left, upper = (size[0] - side) // 2, (size[1] - side) // 2
+        return box(window, side / grid[1], side / grid[0], left, upper)
 
     def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
         pixels = batch.get("pixel_values")
