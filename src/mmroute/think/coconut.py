@@ -19,8 +19,7 @@ from mmroute.tokens import Modality
 
 __all__ = ["Coconut"]
 
-MAX_LATENTS = 30
-"""Each step is a hop, and a pass over a whole training row tells at most 32 hops apart."""
+MAX_LATENTS = 64
 
 
 class Coconut(Thinker):

@@ -105,11 +105,11 @@ class Teacher(Writer):
             all_ids, all_mask, modality, positions, inputs, images, [g for g, _ in both], [a for _, a in both], drawn
         )
 
-    def _asked(self, drawn: Drawn, cue: Literal["latent", "cot"]) -> tuple[list[list[int]], Tensor | None, dict]:
+    def _asked(self, drawn: Drawn, cue: Literal["latent", "cot"]) -> tuple[list[list[int]], np.ndarray | None, dict]:
         if self._tiled(drawn):
             items = [item(task, spec, cue) for task, spec in drawn]
             prompts = [[self.index[word] for word in each.words.prompt] for each in items]
-            return prompts, np.stack([each.tiles for each in items]), {}  # type: ignore[return-value]
+            return prompts, np.stack([each.tiles for each in items]), {}
         return self._chats([self._chat(task, spec, cue) for task, spec in drawn])
 
     def _chat(self, task: Generated, spec: Spec, cue: Literal["latent", "cot"]) -> list[dict]:

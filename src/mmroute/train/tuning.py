@@ -18,7 +18,7 @@ class Tuning:
     """The text model's layers and last norm, its word embeddings if asked for, or adapters; never the vision tower."""
 
     def __init__(
-        self, model: Any, part: Part, rank: int, alpha: float, targets: str, seed: int, embeddings: bool
+        self, model: Any, part: Part, rank: int, alpha: int, targets: str, seed: int, embeddings: bool
     ) -> None:
         """Freezes everything else; see `restore`.
 
@@ -49,7 +49,7 @@ class Tuning:
         elif part == "lora":
             self._adapt(text, rank, alpha, targets, seed)
 
-    def _adapt(self, text: Any, rank: int, alpha: float, targets: str, seed: int) -> None:
+    def _adapt(self, text: Any, rank: int, alpha: int, targets: str, seed: int) -> None:
         try:
             import peft
         except ImportError:

@@ -37,6 +37,7 @@ from mmroute.bench.schema import commit_of_source
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.config import options, overrides, parse, read_yaml
 from mmroute.engine.attach import Routed, attach
+from mmroute.engine.controller import MAX_HOPS
 from mmroute.errors import ConfigError, InputError
 from mmroute.rollout import Edit, Rollout, start
 from mmroute.tasks.base import Generated, Spec
@@ -123,7 +124,7 @@ class TrainConfig:
     embeddings: bool = True
     """Under `full`, train the word embeddings too."""
     lora_rank: Annotated[int, Field(ge=1)] = 64
-    lora_alpha: Rate = 16.0
+    lora_alpha: Annotated[int, Field(ge=1)] = 16
     lora_targets: str = "qkvogud"
     """First letters of the projections with adapters."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -376,7 +377,8 @@ class VedasRun:
         replaced = [min(len(g) - keep_last, len(g) if latents == "all" else latents) for g in lesson.groups]
         counts = self._counts(replaced, latents)
         training = torch.is_grad_enabled()
-        if training and self.config.latent_grad == "none" and self.sr is None and not self._deepstack:
+        short = max(counts) < MAX_HOPS - 2  # one pass tells no more hops apart
+        if training and self.config.latent_grad == "none" and self.sr is None and short and not self._deepstack:
             rollout, H, labels = self._one_pass(lesson, counts, replaced)
         else:
             rollout, H, labels = self._chunks(lesson, counts, replaced, training)
