@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmroute import hub
 from mmroute.backbones.images import check_prompt, open_images, prepare
+from mmroute.beams import search
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.engine.attach import Routed, fit
 from mmroute.errors import ConfigError, InputError, UnsupportedCall
@@ -359,17 +360,31 @@ class Session:
         self.next_position = self.next_position[index]
         self.rows = [self.rows[i] for i in stays]
 
+    def repeat_rows(self, times: int) -> None:
+        """Every row as often, one beside the other, for beams; traces count what all of a conversation's did."""
+        assert self.ids is not None and self.mask is not None and self.next_position is not None
+        index = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(times)
+        self.rows = [row for row in self.rows for _ in range(times)]
+        self.reorder_rows(index)
+
+    def reorder_rows(self, index: Tensor) -> None:
+        """The batch's rows by their present index; some may go and others be doubled."""
+        assert self.ids is not None and self.mask is not None and self.next_position is not None
+        self.cache.batch_select_indices(index)
+        self.ids, self.mask = self.ids[index], self.mask[index]
+        self.next_position = self.next_position[index]
+
     def trace_of(self, conversation: int) -> Trace:
         """The trace of one conversation alone: its columns count its own positions, padding left out."""
         pads = self._padding[conversation]
         calls: list[Call] = []
         so_far = [0]  # calls of this conversation among the first ones of the batch
         for batch_call, rows in self.calls:
-            call = batch_call.row(rows.index(conversation)) if conversation in rows else None
-            if call is not None and any(call.new[0]):  # another row's picture brought this one nothing
-                call.start -= bisect_left(pads, call.start)
+            for here in (i for i, row in enumerate(rows) if row == conversation):  # several where it has beams
+                call = batch_call.row(here)
                 if not any(call.new[0]):
-                    continue  # its latent steps were over, others' went on
+                    continue  # another row's picture or latent step brought this one nothing
+                call.start -= bisect_left(pads, call.start)
                 for layer in call.layers:
                     if layer.kept is not None:
                         layer.kept = [[c - bisect_left(pads, c) for c in layer.kept[0]]]
@@ -444,6 +459,7 @@ def answer_many(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    num_beams: int = 1,
     seed: int | Sequence[int] = 0,
     relevance: Sequence[Sequence[float]] | None = None,
     observations: Sequence[Sequence[Any]] | None = None,
@@ -458,6 +474,7 @@ def answer_many(
         max_new_tokens: longest completion; default the thinker's.
         temperature: 0 is greedy.
         top_p: with a temperature, the share of probability that is sampled from.
+        num_beams: above 1, the best of a beam search, as stock `generate` finds it; without a temperature.
         seed: one for each conversation, or a number: conversation i then has seed + i. Each draws from its own
             stream, so a sample depends on its seed and not on the batch.
         relevance: for pruners that ask for ground truth: one number per vision position of each prompt; a picture
@@ -478,6 +495,12 @@ def answer_many(
         raise ConfigError(
             f"max_new_tokens >= 1, temperature >= 0 and top_p in (0, 1] are needed, given {limit}, {temperature}, "
             f"{top_p}"
+        )
+    pruner = routed.controller.pruner
+    if num_beams < 1 or (num_beams > 1 and (temperature or (pruner is not None and pruner.closes))):
+        raise ConfigError(
+            f"num_beams >= 1 is needed, and above 1 no temperature and no pruner that closes hops, given {num_beams} "
+            f"with temperature {temperature}"
         )
     if not conversations:
         return []
@@ -510,7 +533,9 @@ def answer_many(
             pieces[value] = think.starts_hop(tokenizer.decode([value]))
         return pieces[value]
 
-    for _ in range(limit):
+    if num_beams > 1:
+        written = search(session, logits, num_beams, limit, ends, hop[0])
+    for _ in range(limit if num_beams == 1 else 0):
         ids = _sample(logits, temperature, top_p, [draw[r] for r in session.rows])
         values = ids.tolist()
         over = [begins(v) and bool(written[r]) for r, v in zip(session.rows, values, strict=True)]
@@ -573,7 +598,14 @@ def _stop_id(routed: Routed, think: Thinker) -> int | None:
     """The word at which latent steps end by themselves."""
     if getattr(think.config, "stop", "fixed") == "fixed":
         return None
-    return _processor(routed).tokenizer(think.config.answer_cue, add_special_tokens=False)["input_ids"][0]
+    tokenizer = _processor(routed).tokenizer
+    ids = tokenizer(think.config.answer_cue, add_special_tokens=False)["input_ids"]
+    if not ids or ids[0] == tokenizer.unk_token_id:
+        raise ConfigError(
+            f"think.answer_cue {think.config.answer_cue!r} is no word of this vocabulary, so no thought would end; "
+            "give the first word of this model's answers, or set think.stop=fixed"
+        )
+    return ids[0]
 
 
 def _end_ids(routed: Routed) -> set[int]:
