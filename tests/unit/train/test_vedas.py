@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 
 from mmroute import recipe as recipes
 from mmroute.backbones.load import load
-from mmroute.errors import ConfigError, InputError
+from mmroute.bench.run import load_task
+from mmroute.engine.saving import from_pretrained
+from mmroute.errors import CheckpointMismatch, ConfigError, InputError
 from mmroute.recipe import equip
 from mmroute.tasks._texts import VOCABULARY
+from mmroute.train.delta import tuned
 from mmroute.train.examples import IGNORED
 from mmroute.train.folder import write_folder
 from mmroute.train.small_model import Shape, build
@@ -302,3 +305,41 @@ def test_a_shipped_training_recipe_trains_what_the_run_recipe_runs(name):
     assert trains.name == name
     assert read_recipe(name, ["train.tasks={maze: 1}"]).train["tasks"] == {"maze": 1}
     assert read_recipe(name, ["train.stages.0.steps=7"]).train["stages"][0]["steps"] == 7
+
+
+def test_recomputing_layers_in_the_backward_pass_changes_no_gradient(model, tmp_path):
+    """The attention on the image is computed inside what is recomputed; the closer look learns through it."""
+    found = []
+    for checkpointing in (False, True):
+        with VedasRun(recipe(deepen=DEPTH, recon_weight=1.0), model, tmp_path / str(checkpointing)) as run:
+            model.train()
+            if checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            found.append(gradients(run, run.work(lesson(run), "all")))
+            model.activation_checkpointing_disable()
+    assert relative(found[1], found[0]) == 0
+
+
+def test_the_trained_way_to_think_comes_back_with_the_parts(model, tmp_path, caplog):
+    think = {"name": "pause", "num_latents": 5, "stop": "head"}
+    given = recipe(think, stages=[{"name": "all", "steps": 1}])
+    folder = train_vedas(given, model, tmp_path / "run")
+    placeholders = load_file(folder / "mmroute.safetensors")["think.placeholders"]
+    with tuned(model, folder), from_pretrained(folder, base=model) as routed:
+        assert routed.think.config.num_latents == 5
+        assert torch.equal(routed.think.learned.placeholders, placeholders)
+        task = load_task("arrows:nano")
+        answer = routed.answer_many([task.messages(task.sample(task.spec("val", 0)), "latent")])[0]
+        assert answer.latents >= 1
+    text = dataclasses.replace(given, think={"name": "text"}, trained=str(folder))
+    with equip(model, text) as (routed, other):
+        assert other.style == "cot", "the same weights, another way to think"
+        assert routed.parts.think is None
+    longer = dataclasses.replace(given, think={"name": "coconut", "num_latents": 7}, trained=str(folder))
+    with pytest.raises(CheckpointMismatch, match=r"think\.scale"), equip(model, longer):
+        pass
+    coconut = train_vedas(recipe({"name": "coconut", "num_latents": 6}, stages=[{"name": "all", "steps": 1}]), model,
+                          tmp_path / "other")  # fmt: skip
+    fewer = dataclasses.replace(given, think={"name": "coconut", "num_latents": 2}, trained=str(coconut))
+    with caplog.at_level("WARNING"), equip(model, fewer):
+        assert "was trained with 6 latent steps, this run takes 2" in caplog.text
