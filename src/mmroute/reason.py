@@ -26,7 +26,7 @@ from mmroute.beams import search
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.engine.attach import Routed, fit
 from mmroute.errors import ConfigError, InputError, UnsupportedCall
-from mmroute.rollout import Grid, Rollout, start
+from mmroute.rollout import Edit, Grid, Rollout, start
 from mmroute.think.base import Thinker
 from mmroute.tokens import Modality
 from mmroute.trace import Call, HopClose, Trace
@@ -248,12 +248,13 @@ class Session:
             self.calls[-1][0].hop = list(hops)
         return logits
 
-    def think(self, think: Thinker, seeds: Sequence[int]) -> Tensor:
+    def think(self, think: Thinker, seeds: Sequence[int], edit: Edit | None = None) -> Tensor:
         """Takes the latent steps behind a prompt that was entered for them.
 
         Args:
             think: as given to `append`.
             seeds: [row]: a number for each conversation.
+            edit: changes what a step enters.
 
         Returns:
             (B, V) logits after each row's last step.
@@ -270,7 +271,7 @@ class Session:
             grids=self._images,
             seeds=torch.tensor(seeds, device=self.mask.device),
         )
-        rollout, first = Rollout(routed, think, self.cache, mind, self.mask), len(self.cache.trace.calls)
+        rollout, first = Rollout(routed, think, self.cache, mind, self.mask, edit), len(self.cache.trace.calls)
         rollout.run(stop_id=_stop_id(routed, think))
         self.mask, self.next_position = rollout.mask, mind.next_position
         assert self.ids is not None
@@ -464,6 +465,7 @@ def answer_many(
     relevance: Sequence[Sequence[float]] | None = None,
     observations: Sequence[Sequence[Any]] | None = None,
     prepared: dict[str, Tensor] | None = None,
+    edit: Edit | None = None,
 ) -> list[Answer]:
     """Several conversations in one batch; each gets the answer it would get alone.
 
@@ -483,6 +485,7 @@ def answer_many(
             the first step that `think` recognises is over. What comes next is then written anew, with the picture in
             view; all pictures stay in the context.
         prepared: what `images.prepare` made of these conversations, where several runs share it.
+        edit: changes what each latent step enters, to find out what it is for; called with its number from 0.
 
     Raises:
         ConfigError: no processor, or a setting out of range.
@@ -516,7 +519,7 @@ def answer_many(
         if think.learned is None:
             fit(think, routed.family, routed.model)
         session.append(batch, placed, think=think)
-        logits = session.think(think, seeds)
+        logits = session.think(think, seeds, edit)
     else:
         logits = session.append(batch, placed)
     draw = [torch.Generator().manual_seed(each) for each in seeds]

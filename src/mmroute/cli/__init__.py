@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from mmroute.cli import ask, bench, calibrate, data, demo, evaluate, info, train
+from mmroute.cli import ask, bench, calibrate, data, demo, diagnose, evaluate, info, train
 from mmroute.errors import ConfigError, MmrouteError
 
 __all__ = ["app", "main"]
@@ -49,6 +49,7 @@ app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.add_typer(calibrate.app, name="calibrate")
+app.add_typer(diagnose.app, name="diagnose")
 app.command("list")(info.list_methods)
 app.command("env")(info.env)
 app.command("check")(info.check)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mmroute import recipe as recipes
 from mmroute.backbones.load import load
-from mmroute.bench.run import load_task
+from mmroute.bench.items import load_task
 from mmroute.engine.saving import from_pretrained
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError
 from mmroute.recipe import equip
