@@ -33,7 +33,19 @@ from mmroute.tasks._grid import step as moved
 from mmroute.tasks.base import Generated, Sample, Spec, Task
 from mmroute.think.base import Thinker, Thought
 
-__all__ = ["CHANGES", "INTERVENTIONS", "Collapse", "Effect", "Report", "collapse", "intervene", "lines"]
+__all__ = [
+    "CHANGES",
+    "INTERVENTIONS",
+    "Collapse",
+    "Effect",
+    "Point",
+    "Report",
+    "collapse",
+    "intervene",
+    "lines",
+    "picture",
+    "survey",
+]
 
 
 @dataclass(frozen=True)
@@ -298,6 +310,98 @@ def collapse(latents: Sequence[Float[Tensor, "T D"]]) -> Collapse:
     rank = float(values.sum() ** 2 / values.square().sum().clamp(min=1e-12))
     cosine = fmean(across)
     return Collapse(cosine, fmean(along) if along else 1.0, rank, fmean(between), cosine > 0.95)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One latent on a plane."""
+
+    item: str
+    step: int
+    x: float
+    y: float
+    words: list[str]
+    """What the model's head reads off it, best first."""
+
+
+@torch.no_grad()
+def survey(
+    model: Any,
+    recipe: Recipe,
+    plan: Plan,
+    words: int = 3,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Collapse, list[Point]]:
+    """Where the latents of a plan's items lie (their two principal components) and what they say.
+
+    Args:
+        model: a loaded stock model with its processor, or a name.
+        recipe: thinks in latents.
+        plan: task, items, seed and batch.
+        words: how many are read off each.
+        progress: told what is done, items done and items in all.
+
+    Raises:
+        ConfigError: the recipe takes no latent steps.
+    """
+    task = load_task(plan.task)
+    samples = draw(task, plan)
+    with equip(model, recipe) as (routed, think):
+        if not think.num_latents:
+            raise ConfigError(f"recipe {recipe.name} takes no latent steps; use one whose `think` does")
+        items: list[_Item] = []
+        for start in range(0, len(samples), plan.batch):
+            items += _recorded(routed, think, task, samples[start : start + plan.batch])
+            if progress is not None:
+                progress("latents", len(items), len(samples))
+        found = collapse(items_latents(items))
+        every = torch.cat(items_latents(items)).float()
+        # What is fed back is the state times one number, which changes no order.
+        top = routed.family.head(routed.model, every.to(routed.model.dtype)).topk(words, dim=-1).indices.tolist()
+        tokenizer = routed.processor.tokenizer
+    centred = every - every.mean(0)
+    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    plane = (centred @ axes[:2].T).tolist()
+    names = [(item.sample.id, step) for item in items for step in range(len(item.latents))]
+    points = [
+        Point(name, step + 1, round(x, 4), round(y, 4), [tokenizer.decode([i]) for i in best])
+        for (name, step), (x, y), best in zip(names, plane, top, strict=True)
+    ]
+    return found, points
+
+
+_COLOURS = ("#b5402a", "#1f6f8b", "#5b8c3a", "#8a5a9e", "#c98a1b", "#3d3d3d", "#c2557f", "#3a9c8f")
+
+
+def picture(points: Sequence[Point], title: str) -> str:
+    """The points as a self-contained SVG, a colour for each step; the word that the head reads is the tooltip."""
+    width, height, edge = 560, 420, 40
+    xs, ys = [p.x for p in points], [p.y for p in points]
+    wide, high = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 1.0
+    dots = "".join(
+        f'<circle cx="{edge + (width - 2 * edge) * (p.x - min(xs)) / wide:.1f}" '
+        f'cy="{height - edge - (height - 2 * edge) * (p.y - min(ys)) / high:.1f}" r="3" fill-opacity="0.7" '
+        f'fill="{_COLOURS[(p.step - 1) % len(_COLOURS)]}"><title>{_safe(f"{p.item}, step {p.step}: {p.words[0]}")}'
+        "</title></circle>"
+        for p in points
+    )
+    steps = sorted({p.step for p in points})
+    legend = "".join(
+        f'<text x="{width - edge + 6}" y="{edge + 16 * i}" fill="{_COLOURS[(s - 1) % len(_COLOURS)]}">{s}</text>'
+        for i, s in enumerate(steps[:24])
+    )
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"
+ font-size="12">
+<rect width="{width}" height="{height}" fill="white"/>
+<text x="{edge}" y="20" font-size="14">{_safe(title)}</text>
+{dots}
+{legend}
+</svg>
+"""
+
+
+def _safe(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def lines(report: Report) -> list[str]:

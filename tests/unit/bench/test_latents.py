@@ -1,5 +1,6 @@
 """Interventions change what they say and nothing else, a swap calls for what the world does, and collapse is seen."""
 
+import json
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -126,3 +127,37 @@ def test_what_cannot_be_asked_is_refused(model):
         intervene(model, Recipe(name="r"), plan)
     with pytest.raises(ConfigError, match="no intervention named zeroes; one of none, zero"):
         intervene(model, Recipe(name="r", think={"name": "coconut"}), plan, ["zeroes"])
+
+
+def test_a_survey_places_every_latent_and_reads_the_words_that_supervision_reads(model):
+    think = {"name": "coconut", "num_latents": 3}
+    found, points = latents.survey(model, Recipe(name="r", think=think), Plan(task="arrows:nano", n=6, batch=4))
+    assert [(p.item, p.step) for p in points[:4]] == [(points[0].item, t) for t in (1, 2, 3)] + [(points[3].item, 1)]
+    assert len(points) == 18
+    assert all(len(p.words) == 3 for p in points)
+    assert sum(p.x for p in points) == pytest.approx(0, abs=1e-2), "centred"
+    assert sum(p.x**2 for p in points) >= sum(p.y**2 for p in points), "the wider axis first"
+    svg = latents.picture(points, "a < b")
+    assert svg.count("<circle") == 18
+    assert "a &lt; b" in svg
+    assert not found.collapsed or found.cosine_inputs > 0.95
+
+
+def test_the_commands_print_and_write_what_was_found(model, tmp_path):
+    from typer.testing import CliRunner
+
+    from mmroute.cli import app
+
+    given = ["--task", "arrows:nano", "--n", "4", "--model", model.name_or_path, "--set", "think.max_new_tokens=2"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text("think: {name: coconut, num_latents: 2}\n")
+    for command, kind in (("interventions", "latents/1"), ("latents", "survey/1")):
+        out = tmp_path / f"{command}.json"
+        done = CliRunner().invoke(
+            app, ["diagnose", command, *given, "--recipe", str(path), "--out", str(out), "--json"]
+        )
+        assert done.exit_code == 0, done.output
+        last = json.loads(done.stdout.strip().splitlines()[-1])
+        assert last == json.loads(out.read_text())
+        assert last["schema"] == kind
+    assert (tmp_path / "latents.svg").read_text().startswith("<svg")
