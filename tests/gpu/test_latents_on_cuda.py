@@ -9,7 +9,7 @@ import torch
 
 from mmroute import recipe as recipes
 from mmroute.backbones.load import load
-from mmroute.bench.run import load_task
+from mmroute.bench.items import load_task
 from mmroute.recipe import equip
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.train.folder import write_folder

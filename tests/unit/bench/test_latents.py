@@ -9,8 +9,8 @@ import torch
 
 from mmroute.backbones.load import load
 from mmroute.bench import latents
-from mmroute.bench.latents import CHANGES, INTERVENTIONS, collapse, intervene
 from mmroute.bench.items import Plan, load_task
+from mmroute.bench.latents import CHANGES, INTERVENTIONS, collapse, intervene
 from mmroute.errors import ConfigError
 from mmroute.recipe import Recipe
 from mmroute.tasks._texts import VOCABULARY
