@@ -242,9 +242,7 @@ def load(routed: Routed, folder: str | Path) -> None:
     of_thought = {name for name in tensors if name.startswith("think.")}
     if routed.parts.think is None:  # a control reasons in another way with the same weights
         tensors = {name: value for name, value in tensors.items() if name not in of_thought}
-    elif not of_thought and not any(
-        True for _ in routed.parts.think.parameters()
-    ):  # latents on routers of another trainer
+    elif not of_thought and not list(routed.parts.think.parameters()):  # latents on routers of another trainer
         own = {name: value for name, value in own.items() if not name.startswith("think.")}
     _warn_of_other_steps(folder, manifest, routed)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
