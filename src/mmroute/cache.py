@@ -23,7 +23,7 @@ from mmroute.prune.base import Pruner, Slots
 from mmroute.tokens import NUM_MODALITIES, Tokens
 from mmroute.trace import HopClose, Shape, Trace
 
-__all__ = ["Chunk", "RaggedCache", "RaggedLayer"]
+__all__ = ["Chunk", "RaggedCache", "RaggedLayer", "Watched"]
 
 BLOCK = 64
 _META = ("modality", "hop", "protected", "generated", "valid")
@@ -43,6 +43,18 @@ class Chunk:
     protected: Tensor | None = None
     generated: Tensor | None = None
     relevance: Tensor | None = None
+    watch: bool = False
+    """Leave what the call saw in `RaggedCache.watched`."""
+
+
+class Watched(NamedTuple):
+    """What a call saw that latent reasoning goes on from."""
+
+    entered: Tensor
+    """(B, N, D): the embeddings that entered the first layer, images in place."""
+    row: Tensor
+    """(B, seen) fp32: attention of each row's last position on every logical column, mean over layers and heads;
+    0 where a layer does not hold a column."""
 
 
 class _Plan(NamedTuple):
@@ -240,6 +252,8 @@ class RaggedCache(Cache):
         self.last_hop: Tensor | None = None
         """(B,) that hop."""
         self.next: Chunk | None = None
+        self.watched: Watched | None = None
+        """Of the last call that asked for it."""
         self.drafts_from: int | None = None
         """Logical column behind which several positions in one call are drafts of assisted decoding: they all run."""
         self.reserved = 0

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from mmroute import hub
 from mmroute.backbones.images import check_prompt, open_images, prepare
+from mmroute.beams import search
 from mmroute.cache import Chunk, RaggedCache
-from mmroute.engine.attach import Routed
-from mmroute.errors import ConfigError, InputError
+from mmroute.engine.attach import Routed, fit
+from mmroute.errors import ConfigError, InputError, UnsupportedCall
+from mmroute.rollout import Edit, Grid, Rollout, start
 from mmroute.think.base import Thinker
 from mmroute.tokens import Modality
 from mmroute.trace import Call, HopClose, Trace
@@ -47,12 +49,14 @@ class Answer:
     trace: Trace
     """What ran, layer by layer; one row."""
     ar_steps: int
-    """Sequential steps after the prefill: every generated token, the closing one included."""
+    """Sequential steps after the prefill: every latent and every generated token, the closing one included."""
     prompt_tokens: int
     finished: bool
     """False where `max_new_tokens` ended it."""
     ids: list[int] = field(repr=False, default_factory=list)
     """Generated ids."""
+    latents: int = 0
+    """Latent steps among `ar_steps`."""
 
 
 class Session:
@@ -76,6 +80,13 @@ class Session:
         self._grids: list[list[Tensor]] = []
         self._padding: dict[int, list[int]] = {}
         self._reserve = reserve
+        self._images: list[list[Grid]] = []
+        self._positions: Tensor | None = None
+        self._hidden: Tensor | None = None
+        self.latents: dict[int, int] = {}
+        """Latent steps by conversation."""
+        self.replayed: dict[int, list[dict[str, Any]]] = {}
+        """By conversation: the image tokens copied beside each latent, as a trace records them."""
         self._axes = 1
         """Numbers that make a position: 3 where it has a time, a row and a column."""
 
@@ -86,7 +97,11 @@ class Session:
         return torch.stack(flat) if flat else None
 
     def append(
-        self, batch: dict[str, Tensor], relevance: Tensor | None = None, hops: list[int] | None = None
+        self,
+        batch: dict[str, Tensor],
+        relevance: Tensor | None = None,
+        hops: list[int] | None = None,
+        think: Thinker | None = None,
     ) -> Tensor:
         """Enters a prompt, or an observation with new images, as one segment.
 
@@ -95,14 +110,25 @@ class Session:
                 different numbers of images; a shorter row is padded on its left.
             relevance: (B, N) ground truth for pruners that ask for it.
             hops: [row]: the hop the segment belongs to; None is 0, the prompt's.
+            think: whose latent steps follow.
 
         Returns:
             (B, V) logits of each row's last position.
+
+        Raises:
+            UnsupportedCall: latent steps have been taken; places behind them cannot be told from ids.
         """
-        return self._enter(batch, relevance, hops)[:, -1]
+        if self.latents:
+            raise UnsupportedCall("an observation behind latent steps is not supported; take them after the last one")
+        return self._enter(batch, relevance, hops, think=think)[:, -1]
 
     def _enter(
-        self, batch: dict[str, Tensor], relevance: Tensor | None, hops: list[int] | None, every: bool = False
+        self,
+        batch: dict[str, Tensor],
+        relevance: Tensor | None,
+        hops: list[int] | None,
+        every: bool = False,
+        think: Thinker | None = None,
     ) -> Tensor:
         """(B, N, V) logits of a segment's positions, or (B, 1, V) of its last one."""
         routed, family = self.routed, self.routed.family
@@ -130,8 +156,14 @@ class Session:
             chunk = self.cache.next or Chunk()
             chunk.hop = torch.tensor(hops, device=ids.device)[:, None].expand(-1, ids.shape[1] - start)
             self.cache.next = chunk
+        if think is not None:
+            chunk = self.cache.next or Chunk()
+            chunk.watch = think.needs_row
+            self.cache.next = chunk
+            self._positions = positions if positions.ndim == 3 else positions[None]
+            self._images = self._images_by_row(batch) if images else [[] for _ in self.rows]
         given = {"relevance": relevance, **images, "logits_to_keep": 0 if every else 1}
-        logits = self._forward(ids[:, start:], positions[..., start:], given)
+        logits = self._forward(ids[:, start:], positions[..., start:], given, think is not None)
         if hops is not None:
             self.calls[-1][0].hop = list(hops)
         return logits
@@ -216,29 +248,97 @@ class Session:
             self.calls[-1][0].hop = list(hops)
         return logits
 
-    def _forward(self, ids: Tensor, positions: Tensor, extra: dict[str, Any]) -> Tensor:
+    def think(self, think: Thinker, seeds: Sequence[int], edit: Edit | None = None) -> Tensor:
+        """Takes the latent steps behind a prompt that was entered for them.
+
+        Args:
+            think: as given to `append`.
+            seeds: [row]: a number for each conversation.
+            edit: changes what a step enters.
+
+        Returns:
+            (B, V) logits after each row's last step.
+        """
+        assert self.mask is not None and self._positions is not None and self._hidden is not None
+        routed, before = self.routed, self.mask.shape[1]
+        mind = start(
+            self.cache,
+            think,
+            hidden=self._hidden,
+            modality=self.cache.meta["modality"].long(),
+            valid=self.mask.bool(),
+            positions=self._positions,
+            grids=self._images,
+            seeds=torch.tensor(seeds, device=self.mask.device),
+        )
+        rollout, first = Rollout(routed, think, self.cache, mind, self.mask, edit), len(self.cache.trace.calls)
+        rollout.run(stop_id=_stop_id(routed, think))
+        self.mask, self.next_position = rollout.mask, mind.next_position
+        assert self.ids is not None
+        self.ids = torch.cat([self.ids, self.ids.new_zeros(len(self.ids), rollout.columns)], 1)
+        for call in self.cache.trace.calls[first:]:
+            call.kind = "decode"  # one sequential step, however many positions it brings
+            self.calls.append((call, list(self.rows)))
+        valid = rollout.mask[:, before:].tolist()
+        for b, conversation in enumerate(self.rows):
+            self._padding[conversation] += [before + i for i, real in enumerate(valid[b]) if not real]
+            self.latents[conversation] = rollout.steps[b]
+        self._note_replays(rollout)
+        return routed.family.head(routed.model, mind.hidden)
+
+    def _note_replays(self, rollout: Rollout) -> None:
+        columns = rollout.mind.columns.tolist()
+        for step, thought in enumerate(rollout.thoughts, start=1):
+            sources = thought.source.tolist()
+            for b, conversation in enumerate(self.rows):
+                pads = self._padding[conversation]
+                at = [columns[b][i] for i in sources[b] if i >= 0]
+                if step <= rollout.steps[b] and at:
+                    found = {"hop": step, "row": 0, "columns": [c - bisect_left(pads, c) for c in at]}
+                    self.replayed.setdefault(conversation, []).append(found)
+
+    def _forward(self, ids: Tensor, positions: Tensor, extra: dict[str, Any], latent: bool = False) -> Tensor:
+        given = {k: v for k, v in extra.items() if v is not None}
+        if latent:  # the head's input is wanted too
+            del given["logits_to_keep"]
+            h = self.routed.controller.base(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                **given,
+            ).last_hidden_state[:, -1]
+            self._hidden = h
+            self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
+            return self.routed.family.head(self.routed.model, h)[:, None]
         out = self.routed.model(
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            **{k: v for k, v in extra.items() if v is not None},
+            **given,
         )
         self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
         return out.logits
 
-    def _by_row(self, batch: dict[str, Tensor]) -> list[list[Tensor]]:
-        """A segment's image grids by the row they belong to; rows may hold different numbers of images."""
-        sizes = [a * b for a, b in self.routed.family.image_grid(self.routed.model, batch)]
-        grids = list(batch["image_grid_thw"])
-        out: list[list[Tensor]] = []
+    def _images_by_row(self, batch: dict[str, Tensor]) -> list[list[Grid]]:
+        """Grids of a segment's images by the row they belong to; rows may hold different numbers of images."""
+        grids = self.routed.family.image_grid(self.routed.model, batch)
+        out: list[list[Grid]] = []
         for vision in (self.routed.controller.table[batch["input_ids"]] == 1).sum(1).tolist():
             out.append([])
             while vision > 0:
-                vision -= sizes.pop(0)
-                out[-1].append(grids.pop(0))
+                rows, columns = grids.pop(0)
+                vision -= rows * columns
+                out[-1].append((rows, columns))
         return out
+
+    def _by_row(self, batch: dict[str, Tensor]) -> list[list[Tensor]]:
+        """The same as the patch grids of the processor."""
+        grids = iter(batch["image_grid_thw"])
+        return [[next(grids) for _ in row] for row in self._images_by_row(batch)]
 
     def close_hop(self, ended: list[int]) -> None:
         """Compresses what a finished hop left behind, if the pruner does such a thing.
@@ -261,6 +361,20 @@ class Session:
         self.next_position = self.next_position[index]
         self.rows = [self.rows[i] for i in stays]
 
+    def repeat_rows(self, times: int) -> None:
+        """Every row as often, one beside the other, for beams; traces count what all of a conversation's did."""
+        assert self.ids is not None and self.mask is not None and self.next_position is not None
+        index = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(times)
+        self.rows = [row for row in self.rows for _ in range(times)]
+        self.reorder_rows(index)
+
+    def reorder_rows(self, index: Tensor) -> None:
+        """The batch's rows by their present index; some may go and others be doubled."""
+        assert self.ids is not None and self.mask is not None and self.next_position is not None
+        self.cache.batch_select_indices(index)
+        self.ids, self.mask = self.ids[index], self.mask[index]
+        self.next_position = self.next_position[index]
+
     def trace_of(self, conversation: int) -> Trace:
         """The trace of one conversation alone: its columns count its own positions, padding left out."""
         pads = self._padding[conversation]
@@ -271,13 +385,16 @@ class Session:
         calls: list[Call] = []
         so_far = [0]  # calls of this conversation among the first ones of the batch
         for batch_call, rows in self.calls:
-            call = batch_call.row(rows.index(conversation)) if conversation in rows else None
-            if call is not None and any(call.new[0]):  # another row's picture brought this one nothing
+            for here in (i for i, row in enumerate(rows) if row == conversation):  # several where it has beams
+                call = batch_call.row(here)
+                if not any(call.new[0]):
+                    continue  # another row's picture or latent step brought this one nothing
                 calls.append(call.moved(own))
             so_far.append(len(calls))
         closes = [close.row(rows.index(conversation)).moved(own) for close, rows in self.closes if conversation in rows]
         closes = [replace(close, at_call=so_far[close.at_call]) for close in closes if close.hop[0] >= 0]
-        return Trace(self.routed.controller.shape, calls, closes, full=self.routed.full_trace)
+        shape, replayed = self.routed.controller.shape, self.replayed.get(conversation, [])
+        return Trace(shape, calls, closes, replayed, full=self.routed.full_trace)
 
 
 def answer(routed: Routed, question: str, images: Any = (), **options: Any) -> Answer:
@@ -292,7 +409,7 @@ def answer(routed: Routed, question: str, images: Any = (), **options: Any) -> A
     Raises:
         InputError: an empty question, an image that cannot be used, or another number of images than marks.
     """
-    options["think"] = options.get("think") or hub.load("think", "text")
+    options["think"] = options.get("think") or routed.think or hub.load("think", "text")
     return answer_many(routed, [converse(routed, question, images, options["think"])], **options)[0]
 
 
@@ -348,20 +465,23 @@ def answer_many(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    num_beams: int = 1,
     seed: int | Sequence[int] = 0,
     relevance: Sequence[Sequence[float]] | None = None,
     observations: Sequence[Sequence[Any]] | None = None,
     prepared: dict[str, Tensor] | None = None,
+    edit: Edit | None = None,
 ) -> list[Answer]:
     """Several conversations in one batch; each gets the answer it would get alone.
 
     Args:
         routed: an attached model that has a processor.
         conversations: chat messages whose content is a list of image and text blocks.
-        think: what a hop is; default written text.
+        think: what a hop is; default what the model was attached with, else written text.
         max_new_tokens: longest completion; default the thinker's.
         temperature: 0 is greedy.
         top_p: with a temperature, the share of probability that is sampled from.
+        num_beams: above 1, the best of a beam search, as stock `generate` finds it; without a temperature.
         seed: one for each conversation, or a number: conversation i then has seed + i. Each draws from its own
             stream, so a sample depends on its seed and not on the batch.
         relevance: for pruners that ask for ground truth: one number per vision position of each prompt; a picture
@@ -370,18 +490,25 @@ def answer_many(
             the first step that `think` recognises is over. What comes next is then written anew, with the picture in
             view; all pictures stay in the context.
         prepared: what `images.prepare` made of these conversations, where several runs share it.
+        edit: changes what each latent step enters, to find out what it is for; called with its number from 0.
 
     Raises:
         ConfigError: no processor, or a setting out of range.
         InputError: an image cannot be used, or as many seeds, relevances or observations are needed as there are
             conversations.
     """
-    think = think or hub.load("think", "text")
+    think = think or routed.think or hub.load("think", "text")
     limit = max_new_tokens if max_new_tokens is not None else think.max_new_tokens
     if limit < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ConfigError(
             f"max_new_tokens >= 1, temperature >= 0 and top_p in (0, 1] are needed, given {limit}, {temperature}, "
             f"{top_p}"
+        )
+    pruner = routed.controller.pruner
+    if num_beams < 1 or (num_beams > 1 and (temperature or (pruner is not None and pruner.closes))):
+        raise ConfigError(
+            f"num_beams >= 1 is needed, and above 1 no temperature and no pruner that closes hops, given {num_beams} "
+            f"with temperature {temperature}"
         )
     if not conversations:
         return []
@@ -391,13 +518,20 @@ def answer_many(
             raise InputError(f"{name} has {len(given)} entries for {len(conversations)} conversations; give one each")
     tokenizer = _processor(routed).tokenizer
     batch = prepared if prepared is not None else prepare(routed.model, _processor(routed), conversations)
-    session = Session(routed, reserve=limit)
-    logits = session.append(batch, place_relevance(relevance, batch, routed))
+    session = Session(routed, reserve=limit + think.columns)
+    placed = place_relevance(relevance, batch, routed)
+    if think.num_latents:
+        if think.learned is None:
+            fit(think, routed.family, routed.model)
+        session.append(batch, placed, think=think)
+        logits = session.think(think, seeds, edit)
+    else:
+        logits = session.append(batch, placed)
     draw = [torch.Generator().manual_seed(each) for each in seeds]
     ends = _end_ids(routed)
     written: list[list[int]] = [[] for _ in conversations]
     cuts: list[list[int]] = [[0] for _ in conversations]
-    hop = [1] * len(conversations)
+    hop = [1 + max(session.latents.values(), default=0)] * len(conversations)
     pieces: dict[int, bool] = {}
     in_step = [False] * len(conversations)  # whether the present hop began where `think` names a step
     waiting = [list(pictures) for pictures in observations or [[]] * len(conversations)]
@@ -407,7 +541,9 @@ def answer_many(
             pieces[value] = think.starts_hop(tokenizer.decode([value]))
         return pieces[value]
 
-    for _ in range(limit):
+    if num_beams > 1:
+        written = search(session, logits, num_beams, limit, ends, hop[0])
+    for _ in range(limit if num_beams == 1 else 0):
         ids = _sample(logits, temperature, top_p, [draw[r] for r in session.rows])
         values = ids.tolist()
         over = [begins(v) and bool(written[r]) for r, v in zip(session.rows, values, strict=True)]
@@ -448,10 +584,11 @@ def answer_many(
                 for a, b in zip(cuts[row], [*cuts[row][1:], len(ids)], strict=True)
             ],
             trace=session.trace_of(row),
-            ar_steps=len(ids),
+            ar_steps=len(ids) + session.latents.get(row, 0),
             prompt_tokens=int(batch["attention_mask"][row].sum()),
             finished=ids[-1] in ends,
             ids=ids,
+            latents=session.latents.get(row, 0),
         )
         for row, ids in enumerate(written)
     ]
@@ -463,6 +600,20 @@ def _processor(routed: Routed) -> Any:
             "answering needs a processor; use mmroute.load(...), or attach(model, processor) with AutoProcessor's"
         )
     return routed.processor
+
+
+def _stop_id(routed: Routed, think: Thinker) -> int | None:
+    """The word at which latent steps end by themselves."""
+    if getattr(think.config, "stop", "fixed") == "fixed":
+        return None
+    tokenizer = _processor(routed).tokenizer
+    ids = tokenizer(think.config.answer_cue, add_special_tokens=False)["input_ids"]
+    if not ids or ids[0] == tokenizer.unk_token_id:
+        raise ConfigError(
+            f"think.answer_cue {think.config.answer_cue!r} is no word of this vocabulary, so no thought would end; "
+            "give the first word of this model's answers, or set think.stop=fixed"
+        )
+    return ids[0]
 
 
 def _end_ids(routed: Routed) -> set[int]:

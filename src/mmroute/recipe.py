@@ -85,7 +85,7 @@ def equip(model: Any, recipe: Recipe) -> Iterator[Any]:
     from mmroute.train.delta import tuned
 
     loaded = load(model) if isinstance(model, str | Path) else model
-    parts = {"prune": recipe.build("prune"), "deepen": recipe.build("deepen")}
+    parts = {kind: recipe.build(kind) for kind in ("prune", "deepen", "think")}
     folder = None if recipe.trained is None else trained_folder(recipe.trained)
     with (
         nullcontext() if folder is None else tuned(loaded, folder),
@@ -94,7 +94,7 @@ def equip(model: Any, recipe: Recipe) -> Iterator[Any]:
         if folder is not None:
             saving.load(routed, folder)
             loaded.eval()
-        yield routed, recipe.build("think")
+        yield routed, parts["think"]
 
 
 def trained_folder(name: str) -> Path:
@@ -108,6 +108,6 @@ def trained_folder(name: str) -> Path:
     if not (path / "mmroute.json").is_file():
         raise ConfigError(
             f"trained: no routers in {name!r}; train them with `mmroute train dare --recipe ... --out RUN` and add "
-            "--set trained=RUN/router"
+            "--set trained=RUN/router, or latents with `mmroute train vedas` and --set trained=RUN/latent"
         )
     return path

@@ -198,6 +198,11 @@ class Trace:
     story: Story | None = None
     """Words and pictures, where somebody told them (`mmroute.page.story`)."""
 
+    @property
+    def token_forwards(self) -> int:
+        """Positions that entered the model, over all calls and rows: what a step of any kind costs at least."""
+        return sum(sum(row) for call in self.calls for row in call.new)
+
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 

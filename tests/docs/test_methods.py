@@ -31,7 +31,8 @@ def test_a_shipped_recipe_parses_and_builds_its_methods(name: str) -> None:
     read = recipe.read(name)
     assert read.name == name
     pruner = read.build("prune")
-    assert (pruner is None) == (name in ("none", "cot", "direct", "prp-small"))
+    latent = ("latent", "latent-depth", "vedas", "coconut", "ivtlr", "pause")
+    assert (pruner is None) == (name in ("none", "cot", "direct", "prp-small", *latent))
     if pruner is not None:
         method = "dare" if name.startswith("dare-") else {"cut": "schedule"}.get(name, name)
         assert type(pruner).__module__ == f"mmroute.prune.{method}"

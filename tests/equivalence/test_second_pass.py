@@ -26,7 +26,7 @@ class Chosen(Deepener):
     def acts(self, layer: int, num_layers: int) -> bool:
         return len(self.masks[layer]) > 0
 
-    def again(self, x: Tensor, tokens: Tokens, ran: Tensor, sizes: Any, layer: int, depth: int) -> Again:
+    def again(self, x: Tensor, tokens: Tokens, ran: Tensor, sizes: Any, latents: Any, layer: int, depth: int) -> Again:
         mask = self.masks[layer][depth - 1].gather(1, tokens.position) & ran
         return Again(mask, mask.sum(1).tolist(), x.new_full((*x.shape[:2], 1), self.gain))
 

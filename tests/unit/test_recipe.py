@@ -5,14 +5,16 @@ import pytest
 from mmroute import hub, recipe
 from mmroute.errors import ConfigError
 
+LATENT = ("latent", "latent-depth", "vedas", "coconut", "ivtlr", "pause")
+
 
 @pytest.mark.parametrize("name", hub.recipes())
 def test_every_shipped_recipe_builds(name):
     found = recipe.read(name)
     assert found.name == name
-    assert (found.build("prune") is None) == (name in ("none", "direct", "cot", "prp-small"))
-    assert found.build("deepen") is None
-    assert found.build("think").style == ("direct" if name == "direct" else "cot")
+    assert (found.build("prune") is None) == (name in ("none", "direct", "cot", "prp-small", *LATENT))
+    assert (found.build("deepen") is None) == (name not in ("latent-depth", "vedas"))
+    assert found.build("think").style == ("latent" if name in LATENT else "direct" if name == "direct" else "cot")
 
 
 def test_the_recipes_of_the_command_line_are_there():

@@ -3,7 +3,7 @@
 A family is stateless: every fact is read off the model it is given. Adding one is a file beside this one and a line in
 `backbones/__init__.py`.
 
-Legend: B batch, N positions, D hidden, H query heads, K key-value heads, E head dim.
+Legend: B batch, N positions, D hidden, V vocabulary, H query heads, K key-value heads, E head dim.
 """
 
 import sys
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmroute.errors import ConfigError, InputError, UnsupportedBackbone, UnsupportedCall
 from mmroute.trace import Shape
 
-__all__ = ["QUANTISED", "Family", "rotate", "running_positions"]
+__all__ = ["QUANTISED", "Family", "box", "rotate", "running_positions"]
 
 QUANTISED = ("bitsandbytes", "torchao")
 """Ways of quantising whose linear layers take and give plain tensors, which is all that routing needs."""
@@ -28,6 +28,15 @@ def rotate(x: Float[Tensor, "B H N E"], cos: Float[Tensor, "b N E"], sin: Float[
     """`x` with its halves turned by the position angles, as all our families rotate queries and keys."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def box(
+    window: tuple[int, int, int, int], wide: float, high: float, left: int = 0, upper: int = 0
+) -> tuple[int, int, int, int]:
+    """Pixel edges of a window whose cells are `wide` x `high`; never empty."""
+    row, column, rows, columns = window
+    x, y = left + round(column * wide), upper + round(row * high)
+    return x, y, max(left + round((column + columns) * wide), x + 1), max(upper + round((row + rows) * high), y + 1)
 
 
 def running_positions(mask: Int[Tensor, "B N"]) -> Int[Tensor, "B N"]:
@@ -164,6 +173,10 @@ class Family(ABC):
         """The family's own explicit attention function, the one `attn_implementation="eager"` runs."""
         return sys.modules[type(layer.self_attn).__module__].eager_attention_forward
 
+    def head(self, model: Any, h: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
+        """Logits of hidden states behind the last norm, as the model's own forward gives them."""
+        return model.get_output_embeddings()(h)
+
     # positions and images
 
     def positions(
@@ -203,6 +216,29 @@ class Family(ABC):
     def lead(self, model: Any) -> int:
         """Vision positions of an image before those of its grid, which have no place of their own in it."""
         return 0
+
+    def image_features(self, model: Any, batch: Mapping[str, Any]) -> list[Float[Tensor, "n D"]]:
+        """Input embeddings of each image's tokens, as the text model gets them; one call of the vision tower."""
+        return list(model.get_image_features(**{name: batch[name] for name in self._encoder_inputs}).pooler_output)
+
+    _encoder_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    def grid_to_pixels(
+        self, size: tuple[int, int], grid: tuple[int, int], window: tuple[int, int, int, int]
+    ) -> tuple[int, int, int, int]:
+        """The part of a native picture that a window of its tokens shows.
+
+        Args:
+            size: width and height of the picture.
+            grid: rows and columns of its tokens.
+            window: first row and column, rows and columns.
+
+        Returns:
+            Left, upper, right and lower edge; here of a picture that was shrunk to its middle square.
+        """
+        side = min(size)
+        left, upper = (size[0] - side) // 2, (size[1] - side) // 2
+        return box(window, side / grid[1], side / grid[0], left, upper)
 
     def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
         pixels = batch.get("pixel_values")

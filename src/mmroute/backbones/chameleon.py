@@ -1,11 +1,12 @@
 """Chameleon and Anole: images are 8192 words of the vocabulary, read and (Anole) written like text.
 
-Legend: B batch, N positions, D hidden.
+Legend: B batch, N positions, D hidden, V vocabulary.
 """
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -36,6 +37,11 @@ class Chameleon(Family):
     def normed(self, layer: Any, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Raw `x` in the 34B's layers: they norm after attention, not before."""
         return x if type(layer).__name__ == "ChameleonSwinDecoderLayer" else layer.input_layernorm(x)
+
+    def head(self, model: Any, h: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
+        logits = model.get_output_embeddings()(h)
+        logits[..., model.model.vocabulary_mapping.image_tokens] = torch.finfo(logits.dtype).min  # unless unlocked
+        return logits
 
     def image_grid(self, model: Any, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         images, _, height, width = self._pixels(batch).shape

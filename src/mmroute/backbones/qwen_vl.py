@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mmroute.backbones.base import Family, running_positions
+from mmroute.backbones.base import Family, box, running_positions
 from mmroute.errors import InputError
 
 __all__ = ["Qwen2VL", "Qwen3VL", "Qwen25VL"]
@@ -73,6 +73,14 @@ class Qwen2VL(Family):
     def generate_positions(self, positions: Int[Tensor, "3 B N"], mask: Int[Tensor, "B N"]) -> Int[Tensor, "4 B N"]:
         """`positions` behind a row of plain text order, which is what `generate()` advances and slices."""
         return torch.cat([running_positions(mask)[None].to(positions), positions])
+
+    _encoder_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+
+    def grid_to_pixels(
+        self, size: tuple[int, int], grid: tuple[int, int], window: tuple[int, int, int, int]
+    ) -> tuple[int, int, int, int]:
+        """See `Family.grid_to_pixels`; the whole picture was shrunk."""
+        return box(window, size[0] / grid[1], size[1] / grid[0])
 
     def image_grid(self, model: Any, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         grids = batch.get("image_grid_thw")

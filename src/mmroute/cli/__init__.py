@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from mmroute.cli import ask, bench, calibrate, data, demo, evaluate, info, inspect, serve, train
+from mmroute.cli import ask, bench, calibrate, data, demo, diagnose, evaluate, info, inspect, serve, train
 from mmroute.errors import ConfigError, MmrouteError
 
 __all__ = ["app", "main"]
@@ -50,6 +50,7 @@ app.command("inspect")(inspect.inspect)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.add_typer(calibrate.app, name="calibrate")
+app.add_typer(diagnose.app, name="diagnose")
 app.command("serve")(serve.serve)
 app.command("replay")(serve.replay)
 app.command("list")(info.list_methods)

@@ -39,6 +39,39 @@ def backbone(
 
 
 @app.command()
+def vedas(
+    recipe: Annotated[
+        str, typer.Option(help="Name of a shipped recipe (latent, vedas, coconut, pause ...), or a YAML file.")
+    ] = "latent",
+    model: Annotated[str, typer.Option(help="Bundled name, checkpoint folder or Hub id.")] = "tiny",
+    task: Annotated[list[str] | None, typer.Option(help="World, or world:preset; repeatable.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run, runs/RECIPE if not given; the result is its `latent`.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stands.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int | None, typer.Option(help="Of data; the recipe's own if not given.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Recipe option, path=value; repeatable.")] = None,
+) -> None:
+    """Teach a model to think in latents, in stages; killed at any moment, it goes on with --resume."""
+    from mmroute.backbones.load import load
+    from mmroute.train.vedas import read_recipe, train_vedas
+
+    settings = read_recipe(recipe, _chosen(changes, task, seed))
+    typer.echo(str(train_vedas(settings, load(model).to(device), out or Path("runs") / settings.name, resume)))
+
+
+def _chosen(changes: list[str] | None, task: list[str] | None, seed: int | None) -> list[str]:
+    """`--task` and `--seed` as what they stand for."""
+    chosen = list(changes or [])
+    if task:
+        chosen.append(f"train.tasks={{{', '.join(f'{name!r}: 1' for name in task)}}}")
+    if seed is not None:
+        chosen.append(f"train.seed={seed}")
+    return chosen
+
+
+@app.command()
 def dare(
     recipe: Annotated[
         str, typer.Option(help="Name of a shipped recipe (dare-l, dare-lh), or a YAML file.")
@@ -57,12 +90,7 @@ def dare(
     from mmroute.backbones.load import load
     from mmroute.train.dare import train_dare
 
-    chosen = list(changes or [])
-    if task:
-        chosen.append(f"train.tasks={{{', '.join(f'{name!r}: 1' for name in task)}}}")
-    if seed is not None:
-        chosen.append(f"train.seed={seed}")
-    typer.echo(str(train_dare(recipes.read(recipe, chosen), load(model), out, resume)))
+    typer.echo(str(train_dare(recipes.read(recipe, _chosen(changes, task, seed)), load(model), out, resume)))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmroute.config import options, parse
 from mmroute.tokens import Tokens
+from mmroute.trace import Shape
 
 __all__ = ["Again", "Deepener"]
 
@@ -43,6 +44,9 @@ class Deepener(nn.Module):
         super().__init__()
         self.config = parse(type(self).Config, given, f"deepen.{type(self).__module__.rpartition('.')[2]}")
 
+    def fit(self, shape: Shape) -> None:
+        """Makes what is learned for a model of these sizes; called when it is attached."""
+
     def acts(self, layer: int, num_layers: int) -> bool:
         """Whether this layer has a second pass at all."""
         return True
@@ -54,6 +58,7 @@ class Deepener(nn.Module):
         tokens: Tokens,
         ran: Bool[Tensor, "B N"],
         sizes: list[list[int]],
+        latents: list[list[int]],
         layer: int,
         depth: int,
     ) -> Again | None:
@@ -61,6 +66,7 @@ class Deepener(nn.Module):
 
         Args:
             x: the layer's output so far.
-            ran: the positions that ran the layer; nothing else may run again.
+            ran: the positions that ran the layer, or its last extra pass; nothing else may run again.
             sizes: [row][hop]: how many of `ran` each hop of this call has, as Python integers; a hop is a segment.
+            latents: [row][hop]: how many of them are latents.
         """

@@ -9,12 +9,12 @@ Deviates: random picks are a hash of (seed, layer, column), so a row's choice do
 
 from typing import Annotated, Literal
 
-import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
+from mmroute.deepen._segments import best
 from mmroute.deepen.base import Again, Deepener
 from mmroute.engine.select import hashed
 from mmroute.tokens import Tokens
@@ -49,6 +49,7 @@ class Uniform(Deepener):
         tokens: Tokens,
         ran: Bool[Tensor, "B N"],
         sizes: list[list[int]],
+        latents: list[list[int]],
         layer: int,
         depth: int,
     ) -> Again | None:
@@ -62,10 +63,4 @@ class Uniform(Deepener):
         budget = [[min(n, self.config.deepen_tokens) if n > 1 else 0 for n in row] for row in sizes]
         if not any(map(any, budget)):
             return None
-        first = tokens.hop.min()
-        mask = torch.zeros_like(ran)
-        for h in range(len(sizes[0])):
-            segment = ran & (tokens.hop == first + h)
-            rank = score.masked_fill(~segment, float("-inf")).argsort(dim=1, descending=True, stable=True).argsort(1)
-            mask |= segment & (rank < torch.tensor([row[h] for row in budget], device=x.device)[:, None])
-        return Again(mask, [sum(row) for row in budget], gain)
+        return Again(best(score, tokens, ran, budget), [sum(row) for row in budget], gain)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mmroute import backbones
+from mmroute.backbones.base import Family
 from mmroute.cache import RaggedCache
 from mmroute.deepen.base import Deepener
 from mmroute.engine.attention import register
@@ -20,9 +21,10 @@ from mmroute.engine.controller import Controller, prepare_cache
 from mmroute.engine.layer import routed_forward
 from mmroute.errors import ConfigError, UnsupportedCall
 from mmroute.prune.base import Pruner
+from mmroute.think.base import Thinker
 from mmroute.trace import Trace
 
-__all__ = ["Parts", "Routed", "attach", "detach"]
+__all__ = ["Parts", "Routed", "attach", "detach", "fit"]
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +32,10 @@ log = logging.getLogger(__name__)
 class Parts(nn.Module):
     """What was added to the model: everything learned lives here, under `model.mmroute`."""
 
-    def __init__(self, prune: Pruner | None, deepen: Deepener | None) -> None:
+    def __init__(self, prune: Pruner | None, deepen: Deepener | None, think: Thinker | None = None) -> None:
         super().__init__()
         self.prune, self.deepen = prune, deepen
+        self.think = None if think is None else think.learned
 
 
 def attach(
@@ -41,6 +44,7 @@ def attach(
     *,
     prune: Pruner | None = None,
     deepen: Deepener | None = None,
+    think: Thinker | None = None,
     prefix_tokens: int = 2,
     strip_padding: bool = False,
     executor: Literal["dense", "physical"] | None = None,
@@ -52,6 +56,7 @@ def attach(
         processor: turns chat messages into tensors; default the one `mmroute.load` put on the model.
         prune: which positions run each layer; None runs all.
         deepen: which positions run a layer again; None is none.
+        think: how `answer` reasons unless told otherwise; None is written text.
         prefix_tokens: positions at the start of each hop that are never pruned; kappa in DARE.
         strip_padding: run the executor even where nothing is routed, so that padding costs nothing.
         executor: for training: "dense" gives kept and pruned positions a gradient, "physical" is fast.
@@ -72,7 +77,7 @@ def attach(
         raise ConfigError(f"prefix_tokens is a count of positions, given {prefix_tokens}; 0 protects none")
     if executor not in (None, "dense", "physical"):
         raise ConfigError(f"executor is 'dense' or 'physical', given {executor!r}")
-    for name, part, kind in (("prune", prune, Pruner), ("deepen", deepen, Deepener)):
+    for name, part, kind in (("prune", prune, Pruner), ("deepen", deepen, Deepener), ("think", think, Thinker)):
         if part is not None and not isinstance(part, kind):
             raise ConfigError(
                 f"{name} takes a {kind.__name__}, given {type(part).__name__}; build one with "
@@ -87,15 +92,20 @@ def attach(
     base = text.config._attn_implementation
     if prune is not None:
         prune.fit(family.shape(model))
+    if deepen is not None:
+        deepen.fit(family.shape(model))
+    if think is not None:
+        fit(think, family, model)
     learned = prune is not None and any(True for _ in prune.parameters())
     name = register(base)
     controller = Controller(
         model, family, prune, deepen, prefix_tokens, strip_padding, executor or ("dense" if learned else "physical")
     )
-    parts = Parts(prune, deepen)
-    if any(True for _ in parts.parameters()):
+    parts = Parts(prune, deepen, think)
+    if parts.state_dict():
         parts.to(next(text.parameters()).device, torch.float32)
     routed = Routed(model, processor, controller, parts)
+    routed.think = think
     routed._splice(name, base)
     return routed
 
@@ -110,6 +120,17 @@ def _check_devices(text: Any) -> None:
             f"the model's layers lie on several devices ({listed}) and nothing moves hidden states between them; load "
             'it with device_map="auto", or put it on one device: model.to(...)'
         )
+
+
+def fit(think: Thinker, family: Family, model: nn.Module) -> None:
+    """Lets a way to think read off the model what its latent steps need; once, the first time."""
+    text = family.text_model(model)
+    words = text.embed_tokens.weight
+    is_text = torch.ones(len(words), dtype=torch.bool, device=words.device)
+    is_text[family.vision_ids(model)] = False
+    think.fit(words[is_text], text.norm.weight)
+    if think.learned is not None:
+        think.learned.to(words.device)
 
 
 def detach(model: nn.Module) -> None:
@@ -139,6 +160,8 @@ class Routed:
         self.processor = processor
         self.controller = controller
         self.parts = parts
+        self.think: Thinker | None = None
+        """How `answer` reasons unless told otherwise."""
         self._handles: list[RemovableHandle] = []
         self._base = ""
         self._own_forward: dict[int, Any] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmroute.backbones.base import Family
 from mmroute.backbones.tower import Look as Seen
-from mmroute.cache import RaggedCache, RaggedLayer
+from mmroute.cache import RaggedCache, RaggedLayer, Watched
 from mmroute.deepen.base import Again, Deepener
 from mmroute.engine.rows import Pick, Rows
 from mmroute.engine.select import Group, first_true, group_positions, narrow
@@ -57,6 +57,8 @@ class Choice:
     """A decode step: one valid position per row."""
     drafts: int = 0
     """Positions at the end of each row that assisted decoding guessed."""
+    watch: bool = False
+    """Record every layer's attention row and the embeddings, for latent reasoning."""
     before: tuple[Tensor | None, Tensor | None] = (None, None)
     """The cache's `in_hop` and `last_hop` before the call, to be put back if it fails."""
     aux: dict[int, Keep] = field(default_factory=dict)
@@ -197,8 +199,19 @@ class Choice:
 
     # ------------------------------------------------------------------ what a pruner may look at
 
+    def watched(self) -> Watched:
+        """What a call that is over saw."""
+        assert self._embedded is not None
+        columns = self.call.start + self.tokens.shape[1]
+        row = torch.zeros(self.tokens.shape[0], columns, device=self._embedded.device)
+        for found, at in self._rows.values():
+            row = row + by_column(found, at, 0, columns).to(row.device)
+        return Watched(self._embedded, row / self.num_layers)
+
     def _probes(self, reader: int) -> bool:
-        """Whether layer `reader` will read the attention row of the layer before it."""
+        """Whether the attention row of the layer before `reader` is read, there or by who watches."""
+        if self.watch:
+            return True
         if self.pruner is None or "row" not in self.pruner.needs or reader >= self.num_layers or self.single:
             return False
         return self._chooses(reader) if self.pruner.action != "kv_only" else self._evicts(reader)

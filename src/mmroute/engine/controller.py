@@ -185,6 +185,8 @@ class Controller:
                 each.seen += step.tokens.shape[1]
             cache.remember(step.tokens)
             cache.trace.calls.append(step.call)
+            if step.watch:
+                cache.watched = step.watched()
             if self.pruner is not None and self.pruner.cap is not None:
                 cache.trim(self.pruner)
             self.trace = cache.trace
@@ -292,6 +294,7 @@ class Controller:
             drafts=drafts,
             before=before,
             seen=None if self.tower is None else self.tower.take(),
+            watch=chunk.watch,
         )
 
     def _next(self, x: Tensor, cache: RaggedCache, chunk: Chunk) -> Tokens:
@@ -393,7 +396,9 @@ def _last_given(given: Tensor, hop: Tensor | None) -> Tensor:
 def _merged(first: Chunk, second: Chunk) -> Chunk:
     """What the driver said, completed by what the ids say."""
     fields = ("modality", "hop", "valid", "protected", "generated", "relevance")
-    return Chunk(*(getattr(first, f) if getattr(first, f) is not None else getattr(second, f) for f in fields))
+    chunk = Chunk(*(getattr(first, f) if getattr(first, f) is not None else getattr(second, f) for f in fields))
+    chunk.watch = first.watch
+    return chunk
 
 
 def prepare_cache(

@@ -24,6 +24,7 @@ from mmroute.engine.rows import Pick, Rows, pick
 from mmroute.engine.train import GrowingCache, grown, key_gate, update_gate
 from mmroute.errors import UnsupportedCall
 from mmroute.prune.base import Keep, Pruner
+from mmroute.tokens import Modality
 from mmroute.trace import LayerCall
 
 __all__ = ["Step", "routed_forward"]
@@ -47,7 +48,8 @@ class Step(Choice):
     def plain(self) -> bool:
         """Whether this is a decode step at which the pruner has no say."""
         decides = self.pruner is not None and type(self.pruner).decode is not Pruner.decode
-        return self.single and not decides and not self.full and type(self.cache) is RaggedCache
+        plain = self.single and not decides and not self.full and not self.watch
+        return plain and type(self.cache) is RaggedCache
 
     @cached_property
     def room(self) -> int:
@@ -72,7 +74,7 @@ class Step(Choice):
         rotary = position_embeddings if position_embeddings[0].device == h.device else _to(position_embeddings, h)
         if self.plain:
             return self._decode(layer, index, h, rotary, kwargs)
-        if index == 0 and self.pruner is not None and "embeddings" in self.pruner.needs:
+        if index == 0 and (self.watch or (self.pruner is not None and "embeddings" in self.pruner.needs)):
             self._embedded = h
         keep = self._choose(layer, index, h, rotary)
         if keep is not None and keep.write is not None:
@@ -236,11 +238,12 @@ class Step(Choice):
         assert self.deepener is not None
         ran = chosen.mask(h.device) if chosen.index is not None else self.tokens.valid
         ran = ran & ~self.tokens.generated  # a decode step has no second pass, so neither has what stands for one
-        sizes = self._segments(index)
+        sizes, latents = self._segments(index)
         for depth in range(1, self.deepener.max_depth + 1):
-            again = self.deepener.again(h, self.tokens, ran, sizes, index, depth)
+            again = self.deepener.again(h, self.tokens, ran, sizes, latents, index, depth)
             if again is None or not any(again.counts):
                 break
+            ran = again.mask
             cache = None if self.cache is None else self.cache.depth[depth - 1]
             stored = None if cache is None else cache.layers[index]
             before = list(stored.lengths) if stored is not None and stored.n is not None else [0] * len(again.counts)
@@ -264,13 +267,13 @@ class Step(Choice):
             record.again_cached = [a + b for a, b in zip(record.again_cached or [0] * len(before), before, strict=True)]
         return h
 
-    def _segments(self, index: int) -> list[list[int]]:
-        """[row][hop of this call]: positions that ran this layer."""
+    def _segments(self, index: int) -> tuple[list[list[int]], list[list[int]]]:
+        """[row][hop of this call]: positions that ran this layer, and how many of them are latents."""
         record = self.records[index]
         hops = sorted({g.hop for g in self.groups[0]})
         if len(hops) == 1 and not any(g.generated for g in self.groups[0]):
-            return [[sum(row)] for row in record.ran]
-        sizes = [[0] * len(hops) for _ in record.ran]
+            return [[sum(row)] for row in record.ran], [[row[Modality.LATENT]] for row in record.ran]
+        sizes, latents = ([[0] * len(hops) for _ in record.ran] for _ in range(2))
         dropped = self.pruner is not None and self.pruner.action == "drop"
         for g in (g for g in self._groups(index + dropped) if not g.generated):
             if not dropped and self._chooses(index):
@@ -279,7 +282,8 @@ class Step(Choice):
                 counts = [p + w for p, w in zip(g.protected, g.width, strict=True)]
             for b, n in enumerate(counts):
                 sizes[b][hops.index(g.hop)] += n
-        return sizes
+                latents[b][hops.index(g.hop)] += n * (g.modality == Modality.LATENT)
+        return sizes, latents
 
 
 def _take(chosen: Pick, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ so: pass an instance of it.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,8 @@ from mmroute.errors import CheckpointMismatch, ConfigError, MmrouteError
 from mmroute.prune.base import Pruner
 from mmroute.tokens import Modality
 from mmroute.trace import Shape
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Manifest", "Method", "from_pretrained", "load", "read_manifest", "save"]
 
@@ -72,6 +75,8 @@ class Manifest:
     deepen: Method | None
     weights: str
     """SHA-256 of `mmroute.safetensors`."""
+    think: Method | None = None
+    """How it was trained to reason; None where that was not said."""
 
 
 # ---------------------------------------------------------------------- writing
@@ -109,6 +114,7 @@ def _manifest(routed: Routed, weights: bytes) -> Manifest:
         prune=_method("prune", c.pruner, c.shape),
         deepen=_method("deepen", c.deepener, c.shape),
         weights=hashlib.sha256(weights).hexdigest(),
+        think=_method("think", routed.think, c.shape),
     )
 
 
@@ -121,7 +127,7 @@ def _method(kind: str, part: Any, shape: Shape) -> Method | None:
     return Method(name=_name(kind, part), config=config, rates=rates)
 
 
-def _name(kind: str, part: nn.Module) -> str:
+def _name(kind: str, part: Any) -> str:
     return hub.name_of(kind, type(part)) or f"{type(part).__module__}:{type(part).__qualname__}"
 
 
@@ -197,10 +203,8 @@ def from_pretrained(
         folder = sharing.fetched(str(folder))
     folder = Path(folder)
     manifest = read_manifest(folder)
-    parts = {
-        kind: _part(folder, kind, method, given)
-        for kind, method, given in (("prune", manifest.prune, prune), ("deepen", manifest.deepen, deepen))
-    }
+    saved = (("prune", manifest.prune, prune), ("deepen", manifest.deepen, deepen), ("think", manifest.think, None))
+    parts = {kind: _part(folder, kind, method, given) for kind, method, given in saved}
     model = _base(folder, manifest, base)
     routed = attach(
         model,
@@ -239,6 +243,12 @@ def load(routed: Routed, folder: str | Path) -> None:
             _same(folder, f"{kind}.{method.name}", saved, here)
     tensors = _read_weights(folder, manifest)
     own = routed.parts.state_dict()
+    of_thought = {name for name in tensors if name.startswith("think.")}
+    if routed.parts.think is None:  # a control reasons in another way with the same weights
+        tensors = {name: value for name, value in tensors.items() if name not in of_thought}
+    elif not of_thought and not list(routed.parts.think.parameters()):  # latents on routers of another trainer
+        own = {name: value for name, value in own.items() if not name.startswith("think.")}
+    _warn_of_other_steps(folder, manifest, routed)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         raise CheckpointMismatch(
@@ -248,14 +258,23 @@ def load(routed: Routed, folder: str | Path) -> None:
     for name, value in own.items():
         _same(folder, f"the shape of {name}", list(tensors[name].shape), list(value.shape))
     before = {name: value.clone() for name, value in own.items()}
-    routed.parts.load_state_dict(tensors)
+    routed.parts.load_state_dict(tensors, strict=False)  # whether all is there has been seen
     now = _method("prune", c.pruner, c.shape)
     if now is not None and manifest.prune is not None and now.config == manifest.prune.config:
         try:
             _same_rates(folder, manifest.prune, now.rates or [])
         except CheckpointMismatch:
-            routed.parts.load_state_dict(before)
+            routed.parts.load_state_dict(before, strict=False)
             raise
+
+
+def _warn_of_other_steps(folder: Path, manifest: Manifest, routed: Routed) -> None:
+    """Another number of latents than the trained one is an experiment, which nobody should run unaware."""
+    if manifest.think is None or routed.think is None:
+        return
+    trained, now = manifest.think.config.get("num_latents"), routed.think.num_latents
+    if trained is not None and routed.parts.think is not None and trained != now:
+        log.warning("%s was trained with %d latent steps, this run takes %d", folder, trained, now)
 
 
 def read_manifest(folder: Path) -> Manifest:

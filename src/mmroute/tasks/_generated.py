@@ -26,7 +26,7 @@ from mmroute.tasks._texts import BOS, EOS, IMAGE, VISION_END, VISION_START, Word
 __all__ = ["Generated"]
 
 MAX_PROBE_CELLS = 14
-_MODES = ("cot", "direct", "probe")
+_MODES = ("cot", "direct", "latent", "probe")
 _WORDY = ("cot", "word", "direct")
 """Hop texts that end in the small models' `answer: X`."""
 
@@ -99,7 +99,7 @@ class Generated(Items):
         """Tile ids that must be seen at a hop: 0 finds the start, 1 .. T are the hops, T + 1 is the answer."""
         return self.tiles(spec, self._looked_at(spec, hop))
 
-    def words(self, spec: Spec, mode: Literal["cot", "direct", "probe"]) -> Words:
+    def words(self, spec: Spec, mode: Literal["cot", "direct", "latent", "probe"]) -> Words:
         """Prompt and response of the small models, word by word of the closed vocabulary."""
         picture = [VISION_START, *[IMAGE] * (spec.canvas * spec.canvas), VISION_END]
         head, question = [BOS, "task:", self.name], self.question_words(spec)

@@ -7,6 +7,7 @@ Legend: B batch, N columns, P vision tokens of one image, D hidden.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,12 +114,19 @@ class Writer:
     def _prompts(
         self, drawn: Sequence[tuple[Generated, Spec]]
     ) -> tuple[list[list[int]], Int[np.ndarray, "B side side"] | None, dict[str, Tensor]]:
-        alike = {(task.skin, task.noise, task.preset.look, spec.canvas) for task, spec in drawn}
-        if self.small and len(alike) == 1 and drawn[0][0].skin == "tiles":
+        if self._tiled(drawn):
             items = [item(task, spec, "cot") for task, spec in drawn]
             prompts = [[self.index[word] for word in each.words.prompt] for each in items]
             return prompts, np.stack([each.tiles for each in items]), {}
-        chats = [task.messages(task.sample(spec), self.think.style) for task, spec in drawn]
+        return self._chats([task.messages(task.sample(spec), self.think.style) for task, spec in drawn])
+
+    def _tiled(self, drawn: Sequence[tuple[Generated, Spec]]) -> bool:
+        """Whether one look at each distinct tile serves the whole batch."""
+        alike = {(task.skin, task.noise, task.preset.look, spec.canvas) for task, spec in drawn}
+        return self.small and len(alike) == 1 and drawn[0][0].skin == "tiles"
+
+    def _chats(self, chats: list[list[dict[str, Any]]]) -> tuple[list[list[int]], None, dict[str, Tensor]]:
+        """Prompts of any model, without their padding, and their image tensors."""
         batch = prepare(self.routed.model, self.routed.processor, chats)
         rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True)
         prompts = [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]

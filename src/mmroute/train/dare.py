@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmroute import recipe as recipes
-from mmroute.bench.run import load_task
+from mmroute.bench.items import load_task
 from mmroute.bench.schema import commit_of_source
 from mmroute.cache import Chunk
 from mmroute.config import options, parse

@@ -62,7 +62,7 @@ def on_canvas(spec: Spec, side: int, rng: np.random.Generator) -> Spec:
     return dataclasses.replace(spec, canvas=side, offset=(row, column))
 
 
-def item(task: Generated, spec: Spec, mode: Literal["cot", "direct", "probe"]) -> Item:
+def item(task: Generated, spec: Spec, mode: Literal["cot", "direct", "latent", "probe"]) -> Item:
     """The words and the picture of one spec, before any hop."""
     board = [(row, column) for row in range(spec.n) for column in range(spec.n)]
     seen = {task.tile(spec, cell): task._seen(spec, cell) for cell in board}

@@ -101,16 +101,20 @@ def at(ramp: Ramp, done: float) -> float:
     return float(before[1])
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str, shipped: Path = SHIPPED) -> Path:
     """The file of a shipped recipe, or of a path.
+
+    Args:
+        name: without its ending, or a path.
+        shipped: folder of the trainer's own recipes.
 
     Raises:
         ConfigError: neither a shipped name nor a file.
     """
-    for path in (SHIPPED / f"{name}.yaml", Path(name)):
+    for path in (shipped / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
-    known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+    known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
     raise ConfigError(f"no training recipe {name!r}; one of {known}, or the path of a YAML file")
 
 
