@@ -35,13 +35,14 @@ from mmroute.bench.schema import commit_of_source
 from mmroute.cache import Chunk
 from mmroute.config import options, parse
 from mmroute.engine.attach import Routed, attach
+from mmroute.engine.saving import load as load_parts
 from mmroute.errors import ConfigError, InputError
 from mmroute.prune._gates import Relaxation
 from mmroute.prune.dare import Dare
 from mmroute.tasks.base import Generated, Spec
 from mmroute.tokens import Modality, Tokens
 from mmroute.train.chains import Chains, Writer
-from mmroute.train.delta import save_delta
+from mmroute.train.delta import save_delta, tuned
 from mmroute.train.examples import IGNORED
 from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, replacing, save_state
 from mmroute.train.recipe import as_yaml
@@ -61,6 +62,9 @@ class TrainConfig:
 
     tasks: dict[str, Annotated[float, Field(gt=0)]]
     """Weight of each world, `name` or `name:preset`."""
+    start: str | None = None
+    """Folder `router` of an earlier run: this one begins with its routers, rates and backbone; fresh ones if not given.
+    Then `noise` is best 0 and both ramps [0, 0]: new noise undoes what was found."""
     steps: Annotated[int, Field(ge=1)] = 400
     batch: Annotated[int, Field(ge=1)] = 24
     dense_share: Share = 0.5
@@ -166,6 +170,9 @@ class DareRun:
         backbone = Optimisers(model, 0.01) if self.config.backbone != "frozen" else None
         self.routed: Routed = attach(model, prune=pruner, prefix_tokens=recipe.prefix_tokens, executor="dense")
         self._stack.callback(self._restore)
+        if self.config.start is not None:
+            load_parts(self.routed, self.config.start)
+            self._stack.enter_context(tuned(model, Path(self.config.start)))
         self.learners = _Learners(backbone, pruner, self.config, self.routed.controller.shape.hidden)
         self.writer = Writer(self.routed, recipe.build("think"))
         self.progress = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
