@@ -131,7 +131,7 @@ def train_dare(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = Fal
             "command": "mmroute " + " ".join(sys.argv[1:]),
             "commit": commit,
             "dirty": dirty,
-            "base": model.name_or_path,
+            "base": model.config.name_or_path,
             "steps": run.progress.step,
             "cpu_s": run.progress.cpu_s,
             "rates": run.pruner.rates.table().tolist(),
@@ -478,7 +478,7 @@ class DareRun:
         shadow = {n: p for n, p in self.model.named_parameters() if not n.startswith("mmroute.")}
         if self._lora is not None:
             shadow = _merged(self.model, self._before)
-        save_delta(folder, self._before, shadow, self.model.name_or_path)
+        save_delta(folder, self._before, shadow, self.model.config.name_or_path)
         recipe = {k: v for k, v in asdict(replace(self.recipe, trained=None)).items() if v is not None}
         about = {"recipe.yaml": as_yaml(_plain(recipe)), "RESULTS.json": json.dumps(results, indent=1) + "\n"}
         for name, text in about.items():

@@ -615,7 +615,7 @@ class VedasRun:
         folder = self.out / "latent"
         self.model.eval()
         self.routed.save_pretrained(folder)
-        save_delta(folder, self.tuning.before, self.tuning.weights(), self.model.name_or_path)
+        save_delta(folder, self.tuning.before, self.tuning.weights(), self.model.config.name_or_path)
         recipe = {k: v for k, v in asdict(replace(self.recipe, trained=None)).items() if v is not None}
         about = {"recipe.yaml": as_yaml(json.loads(json.dumps(recipe))), "RESULTS.json": json.dumps(results, indent=1)}
         for name, text in about.items():
