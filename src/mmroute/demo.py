@@ -26,7 +26,7 @@ from mmroute.tasks.base import Generated, Sample
 __all__ = ["RECIPES", "TASKS", "Row", "example", "run", "write"]
 
 TASKS = ("maze", "frozenlake")
-RECIPES = ("none", "schedule")
+RECIPES = ("none", "schedule", "dare-l", "dare-lh")
 ROUNDS, WARMUP = 7, 2
 FORCED_TOKENS = 24
 
@@ -66,7 +66,11 @@ class Row:
 
 
 def run(
-    n: int = 60, batch: int = 15, model: str = "tiny", say: Callable[[str], None] = lambda _: None
+    n: int = 60,
+    batch: int = 15,
+    model: str = "tiny",
+    say: Callable[[str], None] = lambda _: None,
+    recipes: Sequence[str] = RECIPES,
 ) -> tuple[list[Row], list[page.View]]:
     """Answers `n` held-out items under each recipe, alone and in batches, and times both.
 
@@ -75,13 +79,14 @@ def run(
         batch: rows of a batch.
         model: bundled name, folder or hub id.
         say: told what is going on.
+        recipes: `none` first, which the others are compared with.
     """
     tasks = [hub.load("tasks", name) for name in TASKS]
     items = [Item(t, s) for t in tasks for s in t.samples("test", n // len(tasks))]
-    loaded = {name: load(model) for name in RECIPES}  # two copies: timed in turn, each as it is
+    loaded = {name: load(model) for name in recipes}  # a copy each: timed in turn, each as it is
     answers: dict[tuple[str, int], list[Answer]] = {}
     views = []
-    for name in reversed(RECIPES):  # the routed example comes first on the page
+    for name in reversed(recipes):  # the routed example comes first on the page
         say(f"{name}: {len(items)} items, one by one and in batches of {batch}")
         with recipe.equip(loaded[name], recipe.read(name)) as (routed, think):
             for size in (1, batch):
@@ -91,9 +96,9 @@ def run(
                     for answer in routed.answer_many([i.messages for i in items[at : at + size]], think=think)
                 ]
             views += [_view(routed, think, name, item) for item in _shown(items)]
-    say("timing: prefill and decode, both recipes in turn")
+    say("timing: prefill and decode, all recipes in turn")
     times = {size: _times(loaded, items, size) for size in (1, batch)}
-    rows = [_row(name, size, items, answers, times[size]) for size in (1, batch) for name in RECIPES]
+    rows = [_row(name, size, items, answers, times[size]) for size in (1, batch) for name in recipes]
     return rows, views
 
 
@@ -142,8 +147,8 @@ def _times(loaded: dict[str, Any], items: Sequence[Item], size: int) -> Any:
     chosen = _shown(items)[:1] if size == 1 else list(items[:size])
     cases: dict[str, Callable[[], dict[str, float]]] = {}
     with ExitStack() as stack:
-        for name in RECIPES:
-            routed, _ = stack.enter_context(recipe.equip(loaded[name], recipe.read(name)))
+        for name, model in loaded.items():
+            routed, _ = stack.enter_context(recipe.equip(model, recipe.read(name)))
             batch = prepare(routed.model, routed.processor, [i.messages for i in chosen])
             batch["position_ids"] = routed.family.positions(
                 routed.model, batch["input_ids"], batch["attention_mask"], batch.get("image_grid_thw")
@@ -181,7 +186,7 @@ def write(rows: Sequence[Row], views: Sequence[page.View], folder: Path) -> tupl
         "rounds": ROUNDS,
         "forced_tokens": FORCED_TOKENS,
         "rows": [{**asdict(row), "accuracy": row.accuracy} for row in rows],
-        "recipes": {name: asdict(recipe.read(name)) for name in RECIPES},
+        "recipes": {row.recipe: asdict(recipe.read(row.recipe)) for row in rows},
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "demo.json", folder / "demo.html"
