@@ -46,6 +46,7 @@ from mmroute.train.delta import save_delta, tuned
 from mmroute.train.examples import IGNORED
 from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, replacing, save_state
 from mmroute.train.recipe import as_yaml
+from mmroute.train.tuning import Tuning
 
 __all__ = ["DareRun", "TrainConfig", "train_dare"]
 
@@ -160,13 +161,11 @@ class DareRun:
             if not isinstance(task, Generated):
                 raise ConfigError(f"train.tasks: {name} is no generated world; those know the right chains")
             self.tasks[name] = task
+        if self.config.start is not None and self.config.backbone == "lora":
+            raise ConfigError("train.start brings weights that adapters would hide; give train.backbone full or frozen")
         self.model, self._stack = model, ExitStack()
-        self._before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        self._grads = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._dtype = next(model.parameters()).dtype
-        model.float()
-        self._lora: Any = None
-        self._choose_trainable()
+        rank = self.config.lora_rank
+        self.tuning = Tuning(model, self.config.backbone, rank, 2 * rank, _LORA_TARGETS, self.config.seed, False)
         backbone = Optimisers(model, 0.01) if self.config.backbone != "frozen" else None
         self.routed: Routed = attach(model, prune=pruner, prefix_tokens=recipe.prefix_tokens, executor="dense")
         self._stack.callback(self._restore)
@@ -191,51 +190,9 @@ class DareRun:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def _choose_trainable(self) -> None:
-        """The layers of the text model and its last norm, or adapters on them; never the tower or the embeddings."""
-        from mmroute import backbones
-
-        self.model.requires_grad_(False)
-        text = backbones.of(self.model).text_model(self.model)
-        if self.config.backbone == "full":
-            text.layers.requires_grad_(True)
-            text.norm.requires_grad_(True)
-        elif self.config.backbone == "lora":
-            try:
-                import peft
-            except ImportError:
-                raise ConfigError("train.backbone lora needs PEFT: pip install 'mmroute[train]'") from None
-            inside = {id(module) for module in text.layers.modules()}
-            targets = [
-                name
-                for name, module in self.model.named_modules()
-                if id(module) in inside and name.endswith(tuple(f"{part}_proj" for part in _LORA_TARGETS))
-            ]
-            rank = self.config.lora_rank
-            lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.config.seed)
-                self._lora = peft.inject_adapter_in_model(lora, self.model)
-
     def _restore(self) -> None:
         self.routed.detach()
-        self._merge()
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(self._before[name])
-                parameter.requires_grad_(self._grads[name])
-        self.model.to(self._dtype).eval()
-
-    def _merge(self) -> None:
-        """Adapters go into the weights they sit on, and the model has its own modules again."""
-        if self._lora is None:
-            return
-        self._lora = None
-        for name, module in list(self.model.named_modules()):
-            if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
-                module.merge()
-                parent, _, leaf = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), leaf, module.get_base_layer())
+        self.tuning.restore()
 
     # ------------------------------------------------------------------ the loop
 
@@ -475,10 +432,7 @@ class DareRun:
         folder = self.out / "router"
         self.model.eval()
         self.routed.save_pretrained(folder)
-        shadow = {n: p for n, p in self.model.named_parameters() if not n.startswith("mmroute.")}
-        if self._lora is not None:
-            shadow = _merged(self.model, self._before)
-        save_delta(folder, self._before, shadow, self.model.config.name_or_path)
+        save_delta(folder, self.tuning.before, self.tuning.weights(), self.model.config.name_or_path)
         recipe = {k: v for k, v in asdict(replace(self.recipe, trained=None)).items() if v is not None}
         about = {"recipe.yaml": as_yaml(_plain(recipe)), "RESULTS.json": json.dumps(results, indent=1) + "\n"}
         for name, text in about.items():
@@ -576,20 +530,6 @@ def _shares(tokens: Tokens, masks: Mapping[int, Bool[Tensor, "B N"]], batch: Cha
             out[f"{name}_precision"].append(hit / max(float(chosen.sum()), 1.0))
             out[f"{name}_lift"].append(recall / kept if kept else 0.0)
     return dict(out)
-
-
-def _merged(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as they are with their adapters merged, by the names they had before."""
-    out = {}
-    for name in base:
-        module, _, leaf = name.rpartition(".")
-        found: Any = model.get_submodule(module)
-        if hasattr(found, "get_base_layer"):
-            value = getattr(found.get_base_layer(), leaf).detach()
-            out[name] = value + found.get_delta_weight("default").detach() if leaf == "weight" else value
-        else:
-            out[name] = getattr(found, leaf).detach()
-    return out
 
 
 def _plain(value: Any) -> Any:

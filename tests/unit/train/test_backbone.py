@@ -1,5 +1,6 @@
 """A training run can be killed anywhere, never half-writes, and its folder opens with plain Auto classes."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ from mmroute.train.examples import IGNORED, collate, item, on_canvas
 from mmroute.train.folder import make_tokenizer, write_folder
 from mmroute.train.recipe import SHIPPED, at, load_recipe, merge
 from mmroute.train.small_model import Shape
+from mmroute.train.stream import Stream
 
 SMALL = {
     "preset": "nano",
@@ -258,6 +260,39 @@ def test_sizes_that_do_not_fit_are_refused():
         build(Shape(hidden=64), VOCABULARY, 0)
     with pytest.raises(ConfigError, match="lacks"):
         build(Shape(), ["a"], 0)
+
+
+def test_a_run_starts_from_a_checkpoint_of_its_shape_and_no_other(recipe, tmp_path):
+    first = Run(recipe, tmp_path / "first")
+    first.train()
+    write_folder(tmp_path / "model", first.model, "x: 1\n", {})
+    again = Run(dataclasses.replace(recipe, start=str(tmp_path / "model")), tmp_path / "second")
+    for (name, wanted), (_, found) in zip(first.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(found, wanted.to(torch.bfloat16).float()), name  # a folder holds bf16
+    wider = dataclasses.replace(recipe, start=str(tmp_path / "model"), model=dataclasses.replace(recipe.model, mlp=64))
+    with pytest.raises(CheckpointMismatch, match="cannot be the start"):
+        Run(wider, tmp_path / "third")
+    with pytest.raises(CheckpointMismatch, match="cannot be the start"):
+        Run(dataclasses.replace(recipe, start=str(tmp_path / "nothing")), tmp_path / "fourth")
+
+
+def test_smaller_pictures_come_beside_the_largest(recipe):
+    phase = dataclasses.replace(recipe.phases[0], smaller=3, steps=40)
+    tasks = {name: hub.load("tasks", name, preset="nano") for name in recipe.tasks}
+    stream = Stream(phase, tasks, {word: i for i, word in enumerate(VOCABULARY)}, 0, 0)
+    sides = [stream[step].side for step in range(40)]
+    assert set(sides) == {3, 4}
+    assert sides.count(4) > sides.count(3)
+
+
+def test_workers_draw_what_one_process_draws(recipe):
+    tasks = {name: hub.load("tasks", name, preset="nano") for name in recipe.tasks}
+    stream = Stream(recipe.phases[0], tasks, {word: i for i, word in enumerate(VOCABULARY)}, 5, 7)
+    alone, ahead = (list(stream.since(1, workers)) for workers in (0, 1))
+    assert len(alone) == len(ahead) == recipe.phases[0].steps - 1
+    for one, other in zip(alone, ahead, strict=True):
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.tiles, other.tiles)
+    assert torch.equal(stream[1].ids, alone[0].ids)
 
 
 def test_one_command_trains_examines_and_writes_the_folder(recipe, tmp_path):

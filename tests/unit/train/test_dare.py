@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import mmroute
@@ -192,6 +193,22 @@ def test_a_control_takes_a_routers_counts(model, tmp_path):
             answer = routed.answer_many([[{"role": "user", "content": _blocks()}]], think=think, max_new_tokens=3)[0]
             keeps.append([layer.ran for layer in answer.trace.calls[0].layers])
     assert keeps[0] == keeps[1]
+
+
+def test_a_run_begins_where_an_earlier_one_ended(model, tmp_path):
+    folder = train_dare(recipe(), model, tmp_path / "first")
+    stock = weights(model)
+    with DareRun(recipe(start=str(folder)), model, tmp_path / "second") as run:
+        saved = safetensors.torch.load_file(folder / "mmroute.safetensors")
+        assert all(torch.equal(saved[f"prune.{n}"], p) for n, p in run.pruner.state_dict().items())
+        moved = safetensors.torch.load_file(folder / DELTA)
+        now = dict(run.model.named_parameters())
+        assert moved and all(torch.equal(now[n], value.float()) for n, value in moved.items())
+        run.train()
+        run.write({})
+    assert all(torch.equal(stock[n], p) for n, p in model.named_parameters())
+    with pytest.raises(ConfigError, match="full or frozen"):
+        DareRun(recipe(start=str(folder), backbone="lora"), model, tmp_path / "third")
 
 
 def test_weights_of_another_base_are_refused(model, folder, tmp_path):
