@@ -14,7 +14,8 @@ test-all: check
 bench-engine: .venv/core
 	$(BIN)/python -m mmroute.bench.engine --out results/engine
 gpu: .venv/dev
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu tests/gpu -W default
+	$(BIN)/python -m mmroute.bench.gpu --out results/gpu
 constraints: .venv/dev
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > constraints.txt
 
