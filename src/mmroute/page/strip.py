@@ -14,7 +14,7 @@ from mmroute.tokens import Modality
 
 __all__ = ["strip"]
 
-SIDE, GAP, CAPTION = 150, 14, 34
+SIDE, GAP, CAPTION = 150, 14, 48
 
 
 def strip(view: View) -> str:
@@ -42,8 +42,8 @@ def strip(view: View) -> str:
             f'<g transform="translate({x} {GAP})"><use href="#picture"/>',
             f'<path d="{cells}" fill="#10141c" fill-opacity="0.82"/>',
             f'<text y="{SIDE + 16}" fill="#1c2330" font-weight="600">layer {layer}</text>',
-            f'<text y="{SIDE + 31}" fill="#5b6577">{num_patches - len(dark)} of {num_patches} patches, '
-            f"{len(text & ran)} of {len(text)} words</text></g>",
+            f'<text y="{SIDE + 31}" fill="#5b6577">{num_patches - len(dark)} of {num_patches} patches</text>',
+            f'<text y="{SIDE + 45}" fill="#5b6577">{len(text & ran)} of {len(text)} words</text></g>',
         ]
     return "\n".join([*parts, "</svg>\n"])
 
