@@ -38,9 +38,14 @@ TIGHT: dict[str, dict[str, Any]] = {
     "schedule": {"vision": [1.0, 0.6, 0.3, 0.5], "text": [1.0, 0.8, 0.8, 1.0]},
 }
 """A setting of each pruner that really prunes; a new file runs with its defaults."""
-NO_TOWER = ("chameleon", "visionzip")
-"""What has no vision tower cannot rank by one; refused in tests/unit/prune/test_visionzip.py."""
-EVERY = [(family, name) for family in families.NAMES for name in hub.names("prune") if (family, name) != NO_TOWER]
+NO_TOWER = (("chameleon", "visionzip"), ("llava_next", "visionzip"))
+"""What has no vision tower, or one that sees an image in tiles, is refused; tests/unit/prune/test_visionzip.py."""
+EVERY = [
+    pytest.param(family, name, marks=[pytest.mark.slow] * (family == "llava_next"))  # LLaVA's engine path again
+    for family in families.NAMES
+    for name in hub.names("prune")
+    if (family, name) not in NO_TOWER
+]
 
 
 @functools.cache

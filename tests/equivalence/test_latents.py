@@ -9,16 +9,25 @@ from typing import Any
 import families
 import pytest
 import torch
-from cases import Case, grid
+from cases import Case
+from cases import grid as grid_of_all
 from routing import distance
 from torch import Tensor
 
+import mmroute
 from mmroute import hub
 from mmroute.cache import Chunk
+from mmroute.errors import UnsupportedCall
 from mmroute.rollout import Rollout, start
 from mmroute.tokens import Modality
 
 STEPS = 3
+WITH_PLACES = [name for name in families.NAMES if name != "llava_next"]
+"""Families whose image tokens all have a place; the other is refused (below)."""
+
+
+def grid(names=WITH_PLACES, **options):
+    return grid_of_all(names, **options)
 
 
 def grids_of(case: Case, batch: dict[str, Tensor]) -> list[list[tuple[int, int]]]:
@@ -163,7 +172,7 @@ def test_the_saliency_of_every_step_is_the_mean_of_eager_attention_maps(case: Ca
 
 
 @grid(
-    names=[name for name in families.NAMES if name != "qwen3_vl"],  # embeddings alone bring it no deepstack features
+    names=[name for name in WITH_PLACES if name != "qwen3_vl"],  # embeddings alone bring it no deepstack features
     attn=("sdpa",),
     rows=("padded",),
 )
@@ -249,3 +258,9 @@ def test_more_tokens_than_the_image_has_and_no_image_at_all(case: Case) -> None:
         assert none.mind.hidden.isfinite().all()
         modality = many.cache.meta["modality"][0, many.mask[0].bool()]
         assert (modality == int(Modality.LATENT)).sum() == 2
+
+
+@pytest.mark.parametrize("name", ["vedas", "ivtlr"])
+def test_replay_is_refused_where_image_tokens_have_no_place(name: str) -> None:
+    with pytest.raises(UnsupportedCall, match="lie in no grid"):
+        mmroute.attach(families.make("llava_next"), think=hub.load("think", name))

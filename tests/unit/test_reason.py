@@ -584,6 +584,8 @@ def test_an_observed_picture_is_read_as_if_it_had_stood_in_the_prompt(name, load
     if grids is not None:
         whole |= {"image_grid_thw": grids, "mm_token_type_ids": (ids == model.config.image_token_id).long()}
     whole["pixel_values"] = torch.cat(pixels)
+    if "image_sizes" in batch:
+        whole["image_sizes"] = torch.cat([each["image_sizes"] for each in (batch, other)])
     whole["position_ids"] = family.positions(model, ids, whole["attention_mask"], grids)
     want = model(**whole).logits[:, -1]
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)  # fp32, other orders of sums over 6 layers

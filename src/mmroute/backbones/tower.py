@@ -148,7 +148,14 @@ def tower_of(family: str, model: Any) -> Tower:
         return QwenTower(model.model.visual, model.model.visual.blocks)
     tower = getattr(model.model, "vision_tower", None)
     lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList)] if tower is not None else []
-    if tower is not None and lists and hasattr(lists[0][0], "layer_norm1") and hasattr(lists[0][0], "self_attn"):
+    # LLaVA-NeXT sees an image whole and in tiles; which of these a text position stands for is not read here.
+    if (
+        family != "llava_next"
+        and tower is not None
+        and lists
+        and hasattr(lists[0][0], "layer_norm1")
+        and hasattr(lists[0][0], "self_attn")
+    ):
         alone = getattr(model.config, "vision_feature_select_strategy", "default") == "default"
         return ClipTower(tower, lists[0], has_class=alone)
     raise UnsupportedBackbone(

@@ -123,7 +123,16 @@ def _check_devices(text: Any) -> None:
 
 
 def fit(think: Thinker, family: Family, model: nn.Module) -> None:
-    """Lets a way to think read off the model what its latent steps need; once, the first time."""
+    """Lets a way to think read off the model what its latent steps need; once, the first time.
+
+    Raises:
+        UnsupportedCall: it looks at image tokens by their place, and some of this family's have none.
+    """
+    if think.needs_row and family.lead(model):
+        raise UnsupportedCall(
+            f"{family.name}: {family.lead(model)} positions of every image lie in no grid, so image tokens cannot be "
+            "replayed by place; think with coconut or pause, or take another family"
+        )
     text = family.text_model(model)
     words = text.embed_tokens.weight
     is_text = torch.ones(len(words), dtype=torch.bool, device=words.device)

@@ -52,8 +52,8 @@ def trained(tmp_path):
     dare = hub.load("prune", "dare", vision_keep=0.5, text_keep=0.8, first_layer=1, cutoff_layer=5)
     with mmroute.attach(model, prune=dare) as routed:
         with torch.no_grad():
-            dare.theta += torch.randn(dare.theta.shape, generator=torch.Generator().manual_seed(1))
-            dare.beta += 0.5
+            dare.rates.theta += torch.randn(dare.rates.theta.shape, generator=torch.Generator().manual_seed(1))
+            dare.rates.beta += 0.5
             for rows in dare.router.values():
                 rows.weight.normal_(generator=torch.Generator().manual_seed(2))
         dare.export()

@@ -38,7 +38,7 @@ def test_paraphrases_are_five_different_texts_with_the_same_facts():
 @pytest.mark.parametrize("name", WORLDS)
 def test_para_depends_on_the_item_alone_and_takes_all_wordings(name):
     task = hub.load("tasks", name)
-    made = [task.spec("val", i) for i in range(40)]
+    made = [task.spec("val", i) for i in range(160)]
     texts = {s.seed % 5: blocks(task, s, "para") for s in made}
     assert set(texts) == set(range(5))
     for spec in made[:5]:
@@ -98,5 +98,5 @@ def test_a_template_that_cannot_be_used_says_why(tmp_path, text, told):
 
 def test_an_unknown_style_is_named_with_the_known_ones():
     task = hub.load("tasks", "maze")
-    with pytest.raises(ConfigError, match="cot, direct, probe, sentence, para, mvot-like"):
+    with pytest.raises(ConfigError, match="cot, direct, latent, probe, sentence, para, mvot-like"):
         blocks(task, task.spec("val", 0), "poem")

@@ -114,5 +114,5 @@ def test_streamed_items_have_the_size_and_length_asked_for(name: str) -> None:
         for length in (1, task.max_length(n)):
             spec = task.stream(rng, n, length)
             assert spec.n == n
-            if name != "gridspatial":
+            if name in ("maze", "frozenlake", "arrows"):  # elsewhere a length is a kind of question, or a least one
                 assert len(spec.world.get("actions", [0] * spec.world.get("k", 0))) == length

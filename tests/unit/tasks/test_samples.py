@@ -88,9 +88,10 @@ def test_one_word_a_place_and_no_words_at_all(name: str) -> None:
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_box_goes_with_plain_english_and_covers_the_cell(name: str) -> None:
-    task = hub.load("tasks", name, hop_text="box", tokens_per_cell=4)
+    tokens = 1 if name == "minibehavior" else 4  # its rooms leave no space for larger cells
+    task = hub.load("tasks", name, hop_text="box", tokens_per_cell=tokens)
     spec = task.spec("val", 5)
-    plain = hub.load("tasks", name, hop_text="sentence", tokens_per_cell=4).sample(spec)
+    plain = hub.load("tasks", name, hop_text="sentence", tokens_per_cell=tokens).sample(spec)
     sample = task.sample(spec)
     assert [h.text for h in sample.hops] == [h.text for h in plain.hops]
     for hop, state in zip(sample.hops, task.trace(spec)[1:], strict=True):

@@ -58,7 +58,7 @@ def thinking(model, name="vedas", depth=True, **options):
 
 
 @pytest.mark.parametrize("depth", [True, False, "prune"])
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", [name for name in families.NAMES if name != "llava_next"])  # refused, test_latents.py
 def test_each_conversation_is_answered_as_it_is_alone(name, depth, loaded):
     with thinking(loaded(name), depth=depth, replay_tokens=6) as routed:
         together = routed.answer_many(asked(), temperature=0.9, seed=[4, 5, 6])
