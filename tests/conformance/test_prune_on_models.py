@@ -137,7 +137,8 @@ def test_a_row_of_a_padded_batch_keeps_what_it_keeps_alone(family: str, name: st
 
 # `generate()` takes no relevance: who needs ground truth answers through `reason.py`, and is tested there.
 @pytest.mark.parametrize(
-    ("family", "name"), [(f, n) for f, n in EVERY if n != "oracle" and "oracle" not in TIGHT.get(n, {}).values()]
+    ("family", "name"),
+    [p for p in EVERY if p.values[1] != "oracle" and "oracle" not in TIGHT.get(p.values[1], {}).values()],
 )
 def test_generation_goes_on_from_a_pruned_prompt(family: str, name: str) -> None:
     model = stock(family)
