@@ -9,7 +9,7 @@ check: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 test: check
 	$(BIN)/python -m pytest -n 2
-test-all: check
+test-all: check .venv/ray
 	$(BIN)/python -m pytest -n 2 -m 'not gpu'
 bench-engine: .venv/core
 	$(BIN)/python -m mmroute.bench.engine --out results/engine
@@ -24,6 +24,9 @@ constraints: .venv/dev
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -U pip
 	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+.venv/ray: .venv/dev
+	$(BIN)/python -m pip install -c constraints.txt -e ".[ray]"
 	@touch $@
 .venv/dev: .venv/core
 	$(BIN)/python -m pip install -c constraints.txt -e ".[all]" --group dev

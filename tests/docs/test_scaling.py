@@ -64,12 +64,42 @@ def decode_table():
             )
 
 
+GPUS, GPU_BYTES, GPU_FLOPS, GPU_READ = 8, 80e9, 989e12, 3.35e12
+"""Of the plan: cards, and what a maker prints for one: memory, dense bf16 FLOP/s, bytes read per second."""
+USABLE, BUSY, READING = 0.9, 0.4, 0.6
+"""Assumed: shares of memory, of FLOP/s and of bandwidth that a good server reaches."""
+WRITTEN = 256
+"""Tokens of an answer."""
+
+
+def plan_table():
+    """What eight replicas hold and answer, one model on each card."""
+    yield "| model | keep | KV of one, MiB | conversations held | answers/s, prefill | answers/s, decode | answers/s |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, shape in SHAPES.items():
+        for vision_keep, text_keep in KEEPS[:1] + KEEPS[2:3]:
+            asked = planned_trace(shape, [[200, 1024, 0]], (text_keep, vision_keep, 1.0))
+            weights = weight_bytes(shape)
+            end = estimate_kv_bytes(asked) + WRITTEN * shape.layers * kv_bytes_per_slot(shape)
+            held = int((USABLE * GPU_BYTES - weights) / end)
+            prefill = BUSY * GPU_FLOPS / estimate_flops(asked).prefill
+            # A step reads the weights once and every conversation's cache, half of its answer written on average.
+            mean = end - WRITTEN * shape.layers * kv_bytes_per_slot(shape) / 2
+            step = (weights + held * mean) / (READING * GPU_READ)
+            decode = held / (WRITTEN * step)
+            both = 1 / (1 / prefill + 1 / decode)
+            yield (
+                f"| {name} | {vision_keep:g} / {text_keep:g} | {end / 2**20:.1f} | {GPUS * held} | "
+                f"{GPUS * prefill:.0f} | {GPUS * decode:.0f} | {GPUS * both:.0f} |"
+            )
+
+
 def weight_bytes(shape):
     """Bytes of the matrices a step multiplies with: one number per multiply-add of a position, and the head."""
     return (shape.layers * position_macs(shape) + shape.hidden * shape.vocab) * shape.itemsize
 
 
-TABLES = {"prefill": prefill_table, "decode": decode_table}
+TABLES = {"prefill": prefill_table, "decode": decode_table, "plan": plan_table}
 
 
 def page(text):

@@ -36,6 +36,7 @@ def evaluate(
     command: str = "",
     name: str = "",
     progress: Progress | None = None,
+    outcomes: Sequence[Outcome] | None = None,
 ) -> Evaluation:
     """How good and how expensive a recipe is, and how it compares on the same items.
 
@@ -47,13 +48,15 @@ def evaluate(
         command: what the user typed, for the result file.
         name: what the model is called in results.
         progress: told recipe name, items done and items in all.
+        outcomes: what each side answered elsewhere (`bench.spread`); they answer here if not given.
     """
     commit, dirty = schema.commit_of_source()
     began, start = datetime.now(UTC).isoformat(timespec="seconds"), WALL.read()
     task = load_task(plan.task, plan.settings)
     samples = draw(task, plan)
     sides = [recipe] if against is None else [recipe, against]
-    outcomes = [answer_items(model, side, task, samples, plan.batch, progress) for side in sides]
+    if outcomes is None:
+        outcomes = [answer_items(model, side, task, samples, plan.batch, progress) for side in sides]
     timings = measure_recipes(model, sides, task, samples[: plan.timed_items], plan)
     origin = schema.run_here(command, commit, dirty, began, WALL.read() - start)
     results = [

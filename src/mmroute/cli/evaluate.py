@@ -39,6 +39,12 @@ def evaluate(
         str, typer.Option("--from", help="Its format: mmr-bench, vl-routerbench, routerbench, routellm, table.")
     ] = "",
     draft: Annotated[str, typer.Option(help="The small model: a gate's, or by its name in the table.")] = "",
+    ray: Annotated[
+        int | None, typer.Option(help="Answer on a Ray cluster, with this many actors; needs --parts.", min=1)
+    ] = None,
+    parts: Annotated[
+        Path | None, typer.Option(help="With --ray: folder of answered items; started again, it goes on with them.")
+    ] = None,
     target: Annotated[str, typer.Option(help="The large one, likewise.")] = "",
 ) -> None:
     """Score a recipe on a task, with its FLOPs, KV bytes and seconds."""
@@ -61,7 +67,9 @@ def evaluate(
         raise ConfigError("--task is missing; `mmroute list tasks` shows what there is")
     if budget is not None:
         raise ConfigError(f"--budget is a gate's share of target calls; {chosen.name} has no gate, prp-small has one")
-    from mmroute.bench import run, schema
+    if (ray is None) != (parts is None):
+        raise ConfigError("--ray N and --parts DIR go together: actors write what they answered there")
+    from mmroute.bench import run, schema, spread
 
     ours, theirs = chosen, recipes.read(against) if against else None
     plan = run.Plan(
@@ -80,14 +88,23 @@ def evaluate(
         sys.stderr.write(f"\r{name}: {done}/{total}" + ("\n" if done == total else ""))
         sys.stderr.flush()
 
+    loaded, answered = load(model), None
+    sides = [ours] if theirs is None else [ours, theirs]
+    if ray is not None and parts is not None:
+        answered = [spread.on_ray(model, side, plan, parts / f"{side.name}.jsonl", ray, progress) for side in sides]
+    elif spread.num_ranks() > 1:
+        answered = spread.over_ranks(loaded, sides, plan, progress)
+        if answered is None:
+            return
     found = run.evaluate(
-        load(model),
+        loaded,
         ours,
         plan,
         against=theirs,
         command=shlex.join(["mmroute", *sys.argv[1:]]),
         name=model,
         progress=progress,
+        outcomes=answered,
     )
     if out is not None:
         schema.write_result(out, found.result)
