@@ -22,7 +22,7 @@ from mmroute.backbones import names, volcano
 from mmroute.backbones.base import QUANTISED
 from mmroute.errors import CheckpointMismatch, ConfigError, MissingExtra, MmrouteError, UnsupportedBackbone
 
-__all__ = ["bundled", "image_only", "load"]
+__all__ = ["bundled", "image_only", "load", "locate"]
 
 _LOG = logging.getLogger(__name__)
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -78,7 +78,7 @@ def load(
     target = _device(device)
     if device_map is not None:
         options["device_map"] = _device_map(device_map, device)
-    name, folder = _resolve(model)
+    name, folder = locate(model)
     kind = _check_folder(name, folder)
     if quantization is not None:
         options["quantization_config"] = quantization
@@ -163,8 +163,12 @@ def _check_quantised(name: str, folder: Path, asked: Any) -> None:
         raise ConfigError(f"{name}: {method} weights need {method}, which is not installed; pip install {method}")
 
 
-def _resolve(model: str | Path) -> tuple[str, Path]:
-    """The checkpoint's name for messages and saved files, and its folder."""
+def locate(model: str | Path) -> tuple[str, Path]:
+    """A checkpoint's name for messages and saved files, and its folder; what is on the Hub is fetched.
+
+    Raises:
+        CheckpointMismatch: no folder, no bundled name, and nothing that the Hub can give.
+    """
     name = str(model)
     if Path(model).is_dir():
         return name, Path(model)

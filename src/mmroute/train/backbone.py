@@ -112,7 +112,7 @@ class Run:
         self.atlas = torch.tensor(pixels.reshape(-1, *pixels.shape[2:]), dtype=torch.float32, device=self.device)
         self.model = build(recipe.model, VOCABULARY, recipe.seed)
         if recipe.start is not None:
-            copy_weights(Path(recipe.start), self.model)
+            copy_weights(recipe.start, self.model)
         self.model.to(self.device)
         self.optimisers = Optimisers(self.model, recipe.weight_decay)
         self.state = out / "state.safetensors"

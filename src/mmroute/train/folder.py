@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
+from mmroute.backbones.load import locate
 from mmroute.errors import CheckpointMismatch
 from mmroute.tasks._texts import BOS, EOS, IMAGE, PAD, SPECIAL, UNK, VISION_END, VISION_START, VOCABULARY
 from mmroute.train.loop import unwritable
@@ -60,12 +61,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def copy_weights(folder: Path, model: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Gives a model the weights of a checkpoint folder.
+def copy_weights(start: str, model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Gives a model the weights of a bundled checkpoint or of a folder.
 
     Raises:
-        CheckpointMismatch: the folder holds no checkpoint, or one of another shape.
+        CheckpointMismatch: there is no checkpoint, or one of another shape.
     """
+    _, folder = locate(start)
     try:
         other = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
@@ -74,7 +76,7 @@ def copy_weights(folder: Path, model: Qwen2_5_VLForConditionalGeneration) -> Non
                     raise ValueError(f"{name} is {list(new.shape)} there and {list(own.shape)} in the recipe")
                 own.copy_(new)
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointMismatch(f"{folder} cannot be the start of this recipe ({error}); give one it made") from error
+        raise CheckpointMismatch(f"{start} cannot be the start of this recipe ({error}); give one it made") from error
 
 
 def write_folder(path: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: str, results: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ class Recipe:
     tasks: list[str]
     model: Shape = Shape()
     start: str | None = None
-    """Checkpoint folder whose weights the run begins with, of the same shape; fresh ones if not given."""
+    """Bundled name or checkpoint folder whose weights the run begins with, of the same shape; fresh ones if not given."""
     place_layer: Annotated[int, Field(ge=1)] = 2
     """Layers after which the second loss reads the vision tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
