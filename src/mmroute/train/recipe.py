@@ -63,7 +63,7 @@ class Recipe:
     tasks: list[str]
     model: Shape = Shape()
     start: str | None = None
-    """Bundled name or checkpoint folder whose weights the run begins with, of the same shape; fresh ones if not given."""
+    """Bundled name or folder of a checkpoint of the same shape, to begin with its weights; fresh ones if not given."""
     place_layer: Annotated[int, Field(ge=1)] = 2
     """Layers after which the second loss reads the vision tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -269,10 +269,12 @@ def test_a_run_starts_from_a_checkpoint_of_its_shape_and_no_other(recipe, tmp_pa
     again = Run(dataclasses.replace(recipe, start=str(tmp_path / "model")), tmp_path / "second")
     for (name, wanted), (_, found) in zip(first.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(found, wanted.to(torch.bfloat16).float()), name  # a folder holds bf16
+    with pytest.raises(CheckpointMismatch, match="tiny cannot be the start"):  # a bundled name, of another shape
+        Run(dataclasses.replace(recipe, start="tiny"), tmp_path / "bundled")
     wider = dataclasses.replace(recipe, start=str(tmp_path / "model"), model=dataclasses.replace(recipe.model, mlp=64))
     with pytest.raises(CheckpointMismatch, match="cannot be the start"):
         Run(wider, tmp_path / "third")
-    with pytest.raises(CheckpointMismatch, match="cannot be the start"):
+    with pytest.raises(CheckpointMismatch, match="is no folder and no bundled checkpoint"):
         Run(dataclasses.replace(recipe, start=str(tmp_path / "nothing")), tmp_path / "fourth")
 
 
