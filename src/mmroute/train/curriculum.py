@@ -74,8 +74,9 @@ class TrainConfig:
     """Merge the steps to at most this many groups; S in the paper."""
     splitter: Splitter = "given"
     """How a rationale in plain English is cut into steps."""
-    latents_per_group: Annotated[int, Field(ge=1)] = 1
-    """Latent steps that replace a group; the last of them is supervised."""
+    latents_per_group: Annotated[int, Field(ge=0)] = 1
+    """Latent steps that replace a group; the last of them is supervised. 0 leaves the groups out: the control that
+    answers at once."""
     latent_grad: Annotated[str, Field(pattern=r"^(full|none|truncated:\d+)$")] = "full"
     """How far gradients run back through latents: all steps, none, or the last n (`truncated:n`)."""
     recon_weight: Annotated[float, Field(ge=0)] = 0.0

@@ -103,7 +103,7 @@ class Passes:
         c, limit = self.config.latents_per_group, self.think.num_latents
         fixed = getattr(self.think.config, "stop", "fixed") == "fixed"
         wanted = [c * n for n in replaced]
-        if fixed:
+        if fixed and c:
             wanted = [limit if latents == "all" else min(limit, c * int(latents))] * len(replaced)
         if max(c * n for n in replaced) > limit:
             raise ConfigError(

@@ -308,6 +308,22 @@ def test_a_shipped_training_recipe_trains_what_the_run_recipe_runs(name):
     assert read_recipe(name, ["train.stages.0.steps=7"]).train["stages"][0]["steps"] == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "against", "changed"),
+    [
+        ("sft-direct", "latent", {"think", "latents_per_group", "stages"}),
+        ("sft-cot", "latent", {"think", "stages"}),
+        ("random-depth", "latent-depth", {"deepen"}),
+        ("random-patches", "vedas", {"think"}),
+    ],
+)
+def test_a_control_differs_in_what_it_controls_and_takes_as_many_steps(name, against, changed):
+    control, real = (dataclasses.asdict(read_recipe(each)) for each in (name, against))
+    ours, theirs = ({**each, **each.pop("train"), "name": "", "train": None} for each in (control, real))
+    assert {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)} == changed
+    assert sum(s["steps"] for s in ours["stages"]) == sum(s["steps"] for s in theirs["stages"])
+
+
 def test_recomputing_layers_in_the_backward_pass_changes_no_gradient(model, tmp_path):
     """The attention on the image is computed inside what is recomputed; the closer look learns through it."""
     found = []
