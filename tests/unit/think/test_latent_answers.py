@@ -94,14 +94,15 @@ def test_the_papers_setting_enters_325_positions(depth, loaded, monkeypatch):
     """220 of the prompt, 3 latents with 32 copies each, 7 answer tokens of which the last enters nothing."""
     model = loaded("qwen2_5_vl")
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    board = picture(5, (80, 80))  # 10 x 10 tokens
+    boards = [picture(i, (48, 48)) for i in range(3)]  # 36 tokens each, so that 96 can be copied
 
-    def asked_in(words):
-        return [user_message("a " * words, [board])]
+    def asked_in(letters):
+        return [user_message("a" * letters, boards)]
 
     with thinking(model, depth=depth, replay_tokens=32, max_new_tokens=7) as routed:
         empty, one = (prepare(model, routed.processor, asked_in(n))["input_ids"].shape[1] for n in (1, 2))
-        prompt = asked_in(1 + (220 - empty) // (one - empty))
+        assert one == empty + 1, "a letter is a token"
+        prompt = asked_in(1 + 220 - empty)
         answer = routed.answer_many(prompt)[0]
     assert answer.prompt_tokens == 220
     assert [len(r["columns"]) for r in answer.trace.replayed] == [32] * 3
