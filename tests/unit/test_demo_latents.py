@@ -7,6 +7,7 @@ import pytest
 from mmroute import demo_latents, recipe
 from mmroute.backbones.load import load
 from mmroute.bench.items import load_task
+from mmroute.bench.measure import Spread
 from mmroute.errors import ConfigError
 from mmroute.recipe import equip
 from mmroute.tasks._texts import VOCABULARY
@@ -93,3 +94,23 @@ def test_the_headline_is_one_command(made, tmp_path):
     assert found["recipe"] == "vedas"
     assert found["baseline"]["recipe"] == "cot"
     assert found["ar_steps"] > 3
+
+
+def test_the_table_has_a_line_for_each_way(monkeypatch, capsys):
+    from mmroute.cli.demo import _think
+
+    ratio = Spread(0.4, 0.3, 0.5, 0.3, 0.5, 3)
+    rows = [
+        demo_latents.Row("cot", "written chain", 40, 40, (0.91, 1.0), 14.5, 0.0, 130.0, ratio),
+        demo_latents.Row("vedas", "latent + depth + replay", 40, 38, (0.83, 0.99), 7.25, 4.25, 150.0, ratio),
+    ]
+    monkeypatch.setattr(demo_latents, "run", lambda say: rows)
+    kept = _think(print)
+    out = capsys.readouterr().out
+    assert kept["latents"]["rows"][1]["accuracy"] == 0.95
+    line = next(line for line in out.splitlines() if "latent + depth + replay" in line)
+    for figure in ("0.95 [0.83, 0.99]", "7.2", "4.2", "150", "0.40"):
+        assert figure in line
+    monkeypatch.setattr(demo_latents, "run", lambda say: [])
+    assert _think(print) == {}
+    assert capsys.readouterr().out == ""

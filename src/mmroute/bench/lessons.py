@@ -21,7 +21,7 @@ from mmroute.train.curriculum import TrainConfig
 from mmroute.train.lessons import Lesson, Teacher
 from mmroute.train.passes import Passes
 
-__all__ = ["Study", "latent_style", "opened", "specs_of"]
+__all__ = ["Study", "need_latents", "opened", "specs_of"]
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Study:
             yield self.samples[at : at + self.batch], self.teacher.lesson(drawn, "latent")
 
 
-def latent_style(recipe: Recipe) -> None:
+def need_latents(recipe: Recipe) -> None:
     """Raises a ConfigError where a recipe takes no latent steps."""
     think = recipe.build("think")
     if think.style != "latent" or not think.num_latents:
@@ -77,7 +77,7 @@ def opened(model: Any, recipe: Recipe, plan: Plan) -> Iterator[Study]:
     Raises:
         ConfigError: the recipe takes no latent steps, or the task is no generated world.
     """
-    latent_style(recipe)
+    need_latents(recipe)
     task, samples, specs = specs_of(plan)
     given = {"tasks": {plan.task: 1.0}, "stages": [{"name": "looked at", "steps": 1}], **(recipe.train or {})}
     config = parse(TrainConfig, given, "train")
