@@ -27,8 +27,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def made(folder, tmp_path, monkeypatch):
-    """Weights under the names that recipes look for, in the folder one stands in; nothing was learned."""
-    monkeypatch.chdir(tmp_path)
+    """Weights under the names that recipes look for, in place of bundled ones; nothing was learned."""
+
+    def found(name):
+        if not (tmp_path / name / "mmroute.json").is_file():
+            raise ConfigError(f"no routers in {name}")
+        return tmp_path / name
+
+    monkeypatch.setattr(recipe, "trained_folder", found)
     for name in ("latent", "vedas"):
         model = load(folder, dtype="float32")
         given = recipe.read(name, ["trained=null"])
