@@ -5,7 +5,7 @@ No network. Writes `demo.json` (every figure with its settings) and `demo.html` 
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -178,8 +178,17 @@ def _view(routed: Any, think: Any, name: str, item: Item) -> page.View:
     return page.view(trace)
 
 
-def write(rows: Sequence[Row], views: Sequence[page.View], folder: Path) -> tuple[Path, Path]:
-    """Writes `demo.json` and `demo.html` beside their names and renames them."""
+def write(
+    rows: Sequence[Row], views: Sequence[page.View], folder: Path, more: Mapping[str, Any] | None = None
+) -> tuple[Path, Path]:
+    """Writes `demo.json` and `demo.html` beside their names and renames them.
+
+    Args:
+        rows: of the table.
+        views: of the page.
+        folder: of both files.
+        more: further tables of `demo.json`, by key.
+    """
     data = {
         "schema": "demo/1",
         "tasks": TASKS,
@@ -187,6 +196,7 @@ def write(rows: Sequence[Row], views: Sequence[page.View], folder: Path) -> tupl
         "forced_tokens": FORCED_TOKENS,
         "rows": [{**asdict(row), "accuracy": row.accuracy} for row in rows],
         "recipes": {row.recipe: asdict(recipe.read(row.recipe)) for row in rows},
+        **(more or {}),
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "demo.json", folder / "demo.html"

@@ -10,7 +10,6 @@ Deviates: the two counterfactual swaps are ours: a donor's first latent names an
     and the item's own board says which answer must then come.
 """
 
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,34 +17,27 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from mmroute import hub
+from mmroute.backbones.images import prepare
 from mmroute.bench import stats
-from mmroute.bench.items import Plan, draw, load_task, messages
+from mmroute.bench.items import Plan, draw, load_task
+from mmroute.bench.latent_space import Collapse, collapse
+from mmroute.bench.record_latents import Item, latents_of, recorded
+from mmroute.cache import RaggedCache
 from mmroute.config import resolved
 from mmroute.engine.attach import Routed
 from mmroute.errors import ConfigError
+from mmroute.reason import Session, _end_ids
 from mmroute.recipe import Recipe, equip
 from mmroute.tasks._grid import step as moved
 from mmroute.tasks.base import Generated, Sample, Spec, Task
 from mmroute.think.base import Thinker, Thought
+from mmroute.tokens import Modality
 
-__all__ = [
-    "CHANGES",
-    "INTERVENTIONS",
-    "Collapse",
-    "Effect",
-    "Point",
-    "Report",
-    "collapse",
-    "intervene",
-    "lines",
-    "picture",
-    "survey",
-]
+__all__ = ["CHANGES", "INTERVENTIONS", "Effect", "Report", "forget_latents", "intervene", "lines"]
 
 
 @dataclass(frozen=True)
@@ -60,21 +52,6 @@ class Effect:
     high: float
     predicted: float | None = None
     """Share of the answers that are the one the change calls for, where it calls for one."""
-
-
-@dataclass(frozen=True)
-class Collapse:
-    """How much latents tell inputs and steps apart."""
-
-    cosine_inputs: float
-    """Mean cosine of one step's latents between items; above .95 they hardly depend on the input."""
-    cosine_steps: float
-    """Mean cosine of one item's latents between steps."""
-    effective_rank: float
-    """(sum of singular values)^2 over the sum of their squares, of all latents less their mean."""
-    between_inputs: float
-    """Share of the variance that lies between items, of one step."""
-    collapsed: bool
 
 
 @dataclass(frozen=True)
@@ -95,30 +72,21 @@ class Report:
         return asdict(self)
 
 
-@dataclass
-class _Item:
-    sample: Sample
-    chat: list[dict[str, Any]]
-    latents: Float[Tensor, "T D"]
-    answer: str
-    right: bool
-
-
-_Change = Callable[[list[_Item], list[_Item], int, Float[Tensor, "B D"]], Float[Tensor, "B D"]]
+_Change = Callable[[list[Item], list[Item], int, Float[Tensor, "B D"]], Float[Tensor, "B D"]]
 """(items of a batch, their donors, step, own latents now) -> latents in their place."""
 
 
-def _own(items: list[_Item], step: int) -> Float[Tensor, "B D"]:
+def _own(items: list[Item], step: int) -> Float[Tensor, "B D"]:
     return torch.stack([item.latents[step] for item in items])
 
 
-def _noise(items: list[_Item], donors: list[_Item], step: int, z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+def _noise(items: list[Item], donors: list[Item], step: int, z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     generator = torch.Generator().manual_seed(step)
     drawn = torch.randn(z.shape, generator=generator).to(z)
     return drawn * z.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
 
 
-def _swapped(items: list[_Item], donors: list[_Item], step: int, z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+def _swapped(items: list[Item], donors: list[Item], step: int, z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     other = step ^ 1
     return _own(items, other) if other < len(items[0].latents) else z
 
@@ -136,8 +104,8 @@ INTERVENTIONS: Mapping[str, _Change] = {
 """What stands in the place of each latent: itself, nothing, the mean of the batch, noise of its length, another item's,
 its neighbour's, or another item's in the first or last step only."""
 
-CHANGES = (*INTERVENTIONS, "drop_copies", "random_copies", "fewer_steps")
-"""All that can be changed: latents, and what is copied beside them, and how many there are."""
+CHANGES = (*INTERVENTIONS, "mask", "drop_copies", "random_copies", "fewer_steps")
+"""All that can be changed: latents, who sees them, what is copied beside them, and how many there are."""
 
 
 @torch.no_grad()
@@ -168,9 +136,9 @@ def intervene(
     with equip(model, recipe) as (routed, think):
         if not think.num_latents:
             raise ConfigError(f"recipe {recipe.name} takes no latent steps; use one whose `think` does")
-        items: list[_Item] = []
+        items: list[Item] = []
         for start in range(0, len(samples), plan.batch):
-            items += _recorded(routed, think, task, samples[start : start + plan.batch])
+            items += recorded(routed, think, task, samples[start : start + plan.batch])
             if progress is not None:
                 progress("untouched", len(items), len(samples))
         effects = {}
@@ -183,33 +151,11 @@ def intervene(
         counts[str(len(item.latents))] += 1
     accuracy = fmean(item.right for item in items)
     steps = dict(sorted(counts.items(), key=lambda pair: int(pair[0])))
-    return Report(plan.task, recipe.name, plan.n, plan.seed, accuracy, steps, collapse(items_latents(items)), effects)
+    return Report(plan.task, recipe.name, plan.n, plan.seed, accuracy, steps, collapse(latents_of(items)), effects)
 
 
-def items_latents(items: Sequence[_Item]) -> list[Float[Tensor, "T D"]]:
-    """Latents of each item that took any."""
-    return [item.latents for item in items if len(item.latents)]
-
-
-def _recorded(routed: Routed, think: Thinker, task: Task, samples: Sequence[Sample]) -> list[_Item]:
-    chats = [messages(routed, task, sample, think) for sample in samples]
-    seen: list[Tensor] = []
-
-    def record(step: int, thought: Thought) -> Thought:
-        seen.append(thought.embeds[:, -1])
-        return thought
-
-    answers = routed.answer_many(chats, think=think, edit=record)
-    out = []
-    for b, (sample, chat, answer) in enumerate(zip(samples, chats, answers, strict=True)):
-        own = [z[b] for z in seen[: answer.latents]]
-        latents = torch.stack(own) if own else torch.empty(0, routed.controller.shape.hidden)
-        out.append(_Item(sample, chat, latents, answer.text, bool(task.score(sample, answer.text).correct)))
-    return out
-
-
-def _effect(routed: Routed, think: Thinker, task: Task, items: list[_Item], name: str, batch: int) -> Effect:
-    groups: dict[tuple[int, Any], list[_Item]] = defaultdict(list)
+def _effect(routed: Routed, think: Thinker, task: Task, items: list[Item], name: str, batch: int) -> Effect:
+    groups: dict[tuple[int, Any], list[Item]] = defaultdict(list)
     for item in items:
         if len(item.latents):
             groups[len(item.latents), item.sample.difficulty.get("hops")].append(item)
@@ -235,7 +181,7 @@ def _effect(routed: Routed, think: Thinker, task: Task, items: list[_Item], name
     return Effect(fmean(after), len(after), difference.diff, difference.low, difference.high, share)
 
 
-def _again(routed: Routed, think: Thinker, items: list[_Item], donors: list[_Item], name: str, steps: int) -> list[str]:
+def _again(routed: Routed, think: Thinker, items: list[Item], donors: list[Item], name: str, steps: int) -> list[str]:
     """Answers under an intervention, with the number of steps that the items took by themselves."""
     options = {**resolved(think.config), "num_latents": steps, "stop": "fixed"}
     if name == "random_copies" and "replay_pick" in options:
@@ -245,6 +191,8 @@ def _again(routed: Routed, think: Thinker, items: list[_Item], donors: list[_Ite
     kind = hub.name_of("think", type(think))
     again = hub.load("think", kind, **options) if kind is not None else type(think)(**options)
     again.learned = think.learned
+    if name == "mask":
+        return _masked(routed, again, items)
 
     def edit(step: int, thought: Thought) -> Thought:
         if name == "drop_copies":
@@ -257,6 +205,46 @@ def _again(routed: Routed, think: Thinker, items: list[_Item], donors: list[_Ite
         return replace(thought, embeds=torch.cat([thought.embeds[:, :-1], z[:, None].to(thought.embeds)], 1))
 
     return [a.text for a in routed.answer_many([item.chat for item in items], think=again, edit=edit)]
+
+
+def _masked(routed: Routed, think: Thinker, items: list[Item]) -> list[str]:
+    """Answers where no later position sees a latent: what it holds goes on through the state that is fed back alone."""
+    session = Session(routed)
+    session.append(prepare(routed.model, routed.processor, [item.chat for item in items]), think=think)
+
+    def hide(step: int, thought: Thought) -> Thought:
+        if step:
+            forget_latents(session.cache)
+        return thought
+
+    logits = session.think(think, list(range(len(items))), hide)
+    forget_latents(session.cache)
+    ends, written = _end_ids(routed), [list[int]() for _ in items]
+    hop = 1 + max(session.latents.values())
+    for step in range(think.max_new_tokens):
+        ids = logits.argmax(-1)
+        for row, value in zip(session.rows, ids.tolist(), strict=True):
+            written[row].append(value)
+        stays = [i for i, value in enumerate(ids.tolist()) if value not in ends]
+        if not stays or step + 1 == think.max_new_tokens:
+            break
+        if len(stays) < len(ids):
+            session.keep_rows(stays)
+            ids = ids[stays]
+        logits = session.step(ids, [hop] * len(ids))
+    return [routed.processor.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+
+
+def forget_latents(cache: RaggedCache) -> None:
+    """Takes the keys of all latents out of every layer, those of extra passes too."""
+    latent = cache.meta["modality"] == Modality.LATENT
+    for layer in (layer for each in (cache, *cache.depth) for layer in each.layers):
+        if layer.n and any(layer.n):
+            at = layer.pos[:, : max(layer.n)].long()
+            stays = (at >= 0) & ~latent.gather(1, at.clamp(min=0))
+            counts = stays.sum(1).tolist()
+            if counts != layer.n:
+                layer.keep(stays, counts)
 
 
 def _called_for(task: Task, sample: Sample, donor: Sample, name: str) -> str | None:
@@ -278,130 +266,6 @@ def _called_for(task: Task, sample: Sample, donor: Sample, name: str) -> str | N
             here = moved(here, own.world["arrows"][here[0]][here[1]])
     colour = own.world["colours"][here[0]][here[1]]
     return task.choices(own)[colour].label
-
-
-def collapse(latents: Sequence[Float[Tensor, "T D"]]) -> Collapse:
-    """Whether latents differ.
-
-    Args:
-        latents: of each item; items may differ in steps.
-
-    Raises:
-        ConfigError: fewer than two items have latents.
-    """
-    if len(latents) < 2:
-        raise ConfigError(f"latents of {len(latents)} items given; at least 2 are compared")
-    across, between = [], []
-    for step in range(max(map(len, latents))):
-        rows = torch.stack([z[step] for z in latents if len(z) > step]).float()
-        if len(rows) > 1:
-            unit = F.normalize(rows, dim=-1)
-            total = unit.sum(0).square().sum() - len(rows)  # cosines of all pairs, each twice
-            across.append(float(total) / (len(rows) * (len(rows) - 1)))
-            spread = (rows - rows.mean(0)).square().sum()
-            between.append(float(spread / rows.square().sum()))
-    along = [
-        float(F.cosine_similarity(a, b, dim=0))
-        for z in latents
-        for a, b in itertools.combinations(z.float(), 2)
-    ]  # fmt: skip
-    every = torch.cat([z.float() for z in latents])
-    values = torch.linalg.svdvals(every - every.mean(0))
-    rank = float(values.sum() ** 2 / values.square().sum().clamp(min=1e-12))
-    cosine = fmean(across)
-    return Collapse(cosine, fmean(along) if along else 1.0, rank, fmean(between), cosine > 0.95)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One latent on a plane."""
-
-    item: str
-    step: int
-    x: float
-    y: float
-    words: list[str]
-    """What the model's head reads off it, best first."""
-
-
-@torch.no_grad()
-def survey(
-    model: Any,
-    recipe: Recipe,
-    plan: Plan,
-    words: int = 3,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[Collapse, list[Point]]:
-    """Where the latents of a plan's items lie (their two principal components) and what they say.
-
-    Args:
-        model: a loaded stock model with its processor, or a name.
-        recipe: thinks in latents.
-        plan: task, items, seed and batch.
-        words: how many are read off each.
-        progress: told what is done, items done and items in all.
-
-    Raises:
-        ConfigError: the recipe takes no latent steps.
-    """
-    task = load_task(plan.task)
-    samples = draw(task, plan)
-    with equip(model, recipe) as (routed, think):
-        if not think.num_latents:
-            raise ConfigError(f"recipe {recipe.name} takes no latent steps; use one whose `think` does")
-        items: list[_Item] = []
-        for start in range(0, len(samples), plan.batch):
-            items += _recorded(routed, think, task, samples[start : start + plan.batch])
-            if progress is not None:
-                progress("latents", len(items), len(samples))
-        found = collapse(items_latents(items))
-        every = torch.cat(items_latents(items)).float()
-        # What is fed back is the state times one number, which changes no order.
-        top = routed.family.head(routed.model, every.to(routed.model.dtype)).topk(words, dim=-1).indices.tolist()
-        tokenizer = routed.processor.tokenizer
-    centred = every - every.mean(0)
-    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
-    plane = (centred @ axes[:2].T).tolist()
-    names = [(item.sample.id, step) for item in items for step in range(len(item.latents))]
-    points = [
-        Point(name, step + 1, round(x, 4), round(y, 4), [tokenizer.decode([i]) for i in best])
-        for (name, step), (x, y), best in zip(names, plane, top, strict=True)
-    ]
-    return found, points
-
-
-_COLOURS = ("#b5402a", "#1f6f8b", "#5b8c3a", "#8a5a9e", "#c98a1b", "#3d3d3d", "#c2557f", "#3a9c8f")
-
-
-def picture(points: Sequence[Point], title: str) -> str:
-    """The points as a self-contained SVG, a colour for each step; the word that the head reads is the tooltip."""
-    width, height, edge = 560, 420, 40
-    xs, ys = [p.x for p in points], [p.y for p in points]
-    wide, high = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 1.0
-    dots = "".join(
-        f'<circle cx="{edge + (width - 2 * edge) * (p.x - min(xs)) / wide:.1f}" '
-        f'cy="{height - edge - (height - 2 * edge) * (p.y - min(ys)) / high:.1f}" r="3" fill-opacity="0.7" '
-        f'fill="{_COLOURS[(p.step - 1) % len(_COLOURS)]}"><title>{_safe(f"{p.item}, step {p.step}: {p.words[0]}")}'
-        "</title></circle>"
-        for p in points
-    )
-    steps = sorted({p.step for p in points})
-    legend = "".join(
-        f'<text x="{width - edge + 6}" y="{edge + 16 * i}" fill="{_COLOURS[(s - 1) % len(_COLOURS)]}">{s}</text>'
-        for i, s in enumerate(steps[:24])
-    )
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"
- font-size="12">
-<rect width="{width}" height="{height}" fill="white"/>
-<text x="{edge}" y="20" font-size="14">{_safe(title)}</text>
-{dots}
-{legend}
-</svg>
-"""
-
-
-def _safe(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def lines(report: Report) -> list[str]:

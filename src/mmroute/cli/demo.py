@@ -1,7 +1,8 @@
-"""`mmroute demo`: the bundled model on held-out mazes and lakes, unrouted and routed."""
+"""`mmroute demo`: the bundled model on held-out items, unrouted and routed, in words and in latents."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,5 +40,33 @@ def demo(
     Console(width=max(Console().width, 104)).print(table)
     kept = rows[-1].keep
     print(f"{rows[-1].recipe} runs {kept['vision']:.0%} of vision and {kept['text']:.0%} of text tokens (all layers)")
-    for path in demo_.write(rows, views, out):
+    more = _think(lambda text: note.print(f"[dim]{text}[/dim]"))
+    for path in demo_.write(rows, views, out, more):
         print(f"wrote {path}")
+
+
+def _think(say: Callable[[str], None]) -> dict[str, Any]:
+    """Prints the table of ways to think and returns what `demo.json` keeps of it; nothing without trained latents."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmroute import demo_latents
+
+    rows = demo_latents.run(say=say)
+    if not rows:
+        return {}
+    table = Table(title=f"ways to think, {rows[0].n} held-out items ({demo_latents.TASK}); AR steps count latents too")
+    for column in ("way", "accuracy [95 %]", "AR steps", "latent", "tokens entered", "time"):
+        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    for row in rows:
+        low, high = row.ci95
+        table.add_row(
+            row.title,
+            f"{row.accuracy:.2f} [{low:.2f}, {high:.2f}]",
+            f"{row.ar_steps:.1f}",
+            f"{row.latents:.1f}",
+            f"{row.token_forwards:.0f}",
+            f"{row.time_ratio.median:.2f}",
+        )
+    Console(width=max(Console().width, 104)).print(table)
+    return demo_latents.as_data(rows)

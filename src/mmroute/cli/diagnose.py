@@ -1,9 +1,10 @@
-"""`mmroute diagnose`: whether latent steps do what they are for."""
+"""`mmroute diagnose`: whether latent steps, replay and depth do what they are for."""
 
 import json
 import shlex
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,33 +62,144 @@ def survey(
     n: Items = 200,
     seed: Seed = 0,
     batch: Batch = 32,
+    plane: Annotated[str, typer.Option(help="How they are laid out: pca or tsne.")] = "pca",
     out: Out = None,
     set_: Sets = None,
     json_: AsJson = False,
 ) -> None:
     """Where latents lie, what the model's head reads off them, and whether they have collapsed."""
     from mmroute import recipe as recipes
-    from mmroute.bench import items, latents
-    from mmroute.train.loop import replacing
+    from mmroute.bench import items, latent_space
 
     plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
-    collapse, points = latents.survey(model, recipes.read(recipe, set_), plan, progress=_progress)
+    collapse, points, near = latent_space.survey(
+        model,
+        recipes.read(recipe, set_),
+        plan,
+        progress=_progress,
+        plane=plane,  # type: ignore[arg-type]
+    )
     said: dict[int, Counter[str]] = defaultdict(Counter)
     for point in points:
         said[point.step][point.words[0]] += 1
     lines = [
         f"{task}, seed {seed}, {n} items, recipe {recipe}: {len(points)} latents",
         *(f"{name.replace('_', ' ')}: {value}" for name, value in asdict(collapse).items()),
+        *(f"cosine to the closest of its {name} tokens: {value}" for name, value in asdict(near).items()),
         *(
             f"step {step}: the head reads {', '.join(f'{w} ({k})' for w, k in words.most_common(6))}"
             for step, words in sorted(said.items())
         ),
     ]
+    _draw(out, lambda: latent_space.picture(points, f"{task}, {recipe}: latents by step, {plane}"))
+    found = {**_origin("survey/1", model), "task": task, "recipe": recipe, "n": n, "seed": seed, "plane": plane}
+    told = {"collapse": asdict(collapse), "near": asdict(near)}
+    _finish({**found, **told, "points": [asdict(point) for point in points]}, lines, out, json_)
+
+
+@app.command()
+def gradients(
+    task: Task = "arrows",
+    recipe: Thinking = "latent",
+    model: Model = "tiny",
+    n: Items = 48,
+    seed: Seed = 0,
+    batch: Batch = 16,
+    out: Out = None,
+    set_: Sets = None,
+    json_: AsJson = False,
+) -> None:
+    """How strongly the loss pulls at image tokens, words and latents, by layer and stage of the curriculum."""
+    from mmroute import recipe as recipes
+    from mmroute.bench import gradients, items
+
+    plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
+    found = gradients.measure_gradients(model, recipes.read(recipe, set_), plan, _progress)
+    _draw(out, lambda: gradients.picture(found))
+    _finish({**_origin("gradients/1", model), **found.to_dict()}, gradients.lines(found), out, json_)
+
+
+@app.command()
+def nuclear(
+    task: Task = "arrows",
+    recipe: Annotated[str, typer.Option(help="Training recipe (latent, vedas ...), or a YAML file.")] = "latent",
+    against: Annotated[str, typer.Option(help="A second one, on the same easy and hard items.")] = "",
+    model: Model = "tiny",
+    n: Items = 96,
+    seed: Seed = 0,
+    batch: Batch = 16,
+    steps: Annotated[int, typer.Option(help="Updates of each stage.", min=1)] = 20,
+    out: Out = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="path=value for both recipes; repeatable.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Nuclear norms of the attention's gradients and updates while latents are learned, of easy and of hard items."""
+    from mmroute.backbones.load import load
+    from mmroute.bench import items, nuclear
+    from mmroute.train.curriculum import read_recipe
+
+    plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
+    recipes = [read_recipe(name, set_) for name in (recipe, against) if name]
+    loaded, right, found = load(model), None, []
+    for each in recipes:
+        one, right = nuclear.measure_nuclear(loaded, each, plan, steps, right=right, progress=_progress)
+        found.append(one)
+    _draw(out, lambda: nuclear.picture(found))
+    runs = [one.to_dict() for one in found]
+    _finish({**_origin("nuclear/1", model), "runs": runs}, nuclear.lines(found), out, json_)
+
+
+@app.command()
+def router(
+    task: Task = "arrows",
+    recipe: Annotated[str, typer.Option(help="Name or .yaml file of a recipe with a deepener.")] = "latent-depth",
+    model: Model = "tiny",
+    n: Items = 100,
+    seed: Seed = 0,
+    batch: Batch = 32,
+    out: Out = None,
+    set_: Sets = None,
+    json_: AsJson = False,
+) -> None:
+    """What depth routers send through a layer again, and whether it is what the question needs."""
+    from mmroute import recipe as recipes
+    from mmroute.bench import items, router
+
+    plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
+    found = router.measure_router(model, recipes.read(recipe, set_), plan, _progress)
+    _draw(out, lambda: router.picture(found))
+    _finish({**_origin("router/1", model), **found.to_dict()}, router.lines(found), out, json_)
+
+
+@app.command()
+def crops(
+    task: Task = "arrows",
+    recipe: Annotated[str, typer.Option(help="Name or .yaml file of a recipe that copies image tokens.")] = "vedas",
+    model: Model = "tiny",
+    n: Items = 100,
+    seed: Seed = 0,
+    batch: Batch = 32,
+    out: Out = None,
+    set_: Sets = None,
+    json_: AsJson = False,
+) -> None:
+    """Where the window of the closer look falls at each latent step, and whether what is needed lies in it."""
+    from mmroute import recipe as recipes
+    from mmroute.bench import crops, items
+
+    plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
+    found, shown = crops.measure_crops(model, recipes.read(recipe, set_), plan, _progress)
+    _draw(out, lambda: crops.picture(shown, f"{task}, {recipe}: what is copied, and the window of the closer look"))
+    _finish({**_origin("crops/1", model), **found.to_dict()}, crops.lines(found), out, json_)
+
+
+def _draw(out: Path | None, made: Callable[[], str]) -> None:
+    """The picture beside the file, where one is wanted."""
+    from mmroute.train.loop import replacing
+
     if out is not None:
         with replacing(out.with_suffix(".svg")) as beside:
-            beside.write_text(latents.picture(points, f"{task}, {recipe}: latents by step, two principal components"))
-    found = {**_origin("survey/1", model), "task": task, "recipe": recipe, "n": n, "seed": seed}
-    _finish({**found, "collapse": asdict(collapse), "points": [asdict(point) for point in points]}, lines, out, json_)
+            beside.write_text(made())
 
 
 def _progress(name: str, done: int, total: int) -> None:

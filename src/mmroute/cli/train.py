@@ -55,7 +55,8 @@ def vedas(
 ) -> None:
     """Teach a model to think in latents, in stages; killed at any moment, it goes on with --resume."""
     from mmroute.backbones.load import load
-    from mmroute.train.vedas import read_recipe, train_vedas
+    from mmroute.train.curriculum import read_recipe
+    from mmroute.train.vedas import train_vedas
 
     settings = read_recipe(recipe, _chosen(changes, task, seed))
     typer.echo(str(train_vedas(settings, load(model).to(device), out or Path("runs") / settings.name, resume)))

@@ -1,20 +1,30 @@
 """Interventions change what they say and nothing else, a swap calls for what the world does, and collapse is seen."""
 
+import itertools
 import json
+from contextlib import nullcontext
 from itertools import pairwise
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mmroute import hub
+from mmroute.backbones.images import prepare
 from mmroute.backbones.load import load
-from mmroute.bench import latents
+from mmroute.bench import latent_space, latents, record_latents
 from mmroute.bench.items import Plan, load_task
-from mmroute.bench.latents import CHANGES, INTERVENTIONS, collapse, intervene
+from mmroute.bench.latent_space import collapse
+from mmroute.bench.latents import CHANGES, INTERVENTIONS, intervene
+from mmroute.bench.record_latents import recorded
 from mmroute.errors import ConfigError
+from mmroute.reason import Session
 from mmroute.recipe import Recipe
+from mmroute.tasks._grid import step as moved
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.tasks.base import Spec
+from mmroute.think.base import Thought
 from mmroute.train.folder import write_folder
 from mmroute.train.small_model import Shape, build
 
@@ -69,7 +79,7 @@ def test_answers_are_the_untouched_ones_where_a_latent_replaces_itself(model):
     task = load_task("arrows:nano")
     samples = list(task.samples("test", 4))
     with latents.equip(model, Recipe(name="r", think={"name": "coconut", "num_latents": 3})) as (routed, think):
-        found = latents._recorded(routed, think, task, samples)
+        found = recorded(routed, think, task, samples)
         assert all(item.latents.shape == (3, 32) for item in found)
         same = latents._again(routed, think, found, found[1:] + found[:1], "none", 3)
         own = latents._again(routed, think, found, found, "shuffle", 3)  # each its own donor
@@ -77,6 +87,60 @@ def test_answers_are_the_untouched_ones_where_a_latent_replaces_itself(model):
     assert same == [item.answer for item in found]
     assert own == same
     assert other != same
+
+
+@torch.no_grad()
+def test_masked_latents_are_seen_by_nobody_and_go_on_as_states_alone(model):
+    """The stock model on the whole sequence under a mask of every pair, one row at a time."""
+    task = load_task("arrows:nano")
+    given = Recipe(name="r", think={"name": "coconut", "num_latents": 2, "max_new_tokens": 3})
+    with latents.equip(model, given) as (routed, think):
+        found = recorded(routed, think, task, list(task.samples("test", 3)))
+        got = latents._masked(routed, think, found)
+        scale, tokenizer = float(think.learned.scale), routed.processor.tokenizer
+        want = []
+        with routed.off():
+            for item in found:
+                batch = prepare(model, routed.processor, [item.chat])
+                place = routed.family.positions(model, batch["input_ids"], batch["attention_mask"],
+                                                batch["image_grid_thw"])  # fmt: skip
+                x = model.model.get_input_embeddings()(batch["input_ids"])
+                pictures = {k: batch[k] for k in routed.family.image_kwargs(batch)}
+                images = torch.cat(routed.family.image_features(model, pictures))
+                x = x.masked_scatter((routed.controller.table[batch["input_ids"]] == 1)[..., None], images)
+                hidden, ids = [], []
+                for step in range(2 + 3):
+                    n = x.shape[1]
+                    sees = torch.ones(n, n, dtype=torch.bool).tril()
+                    for column in hidden:
+                        sees[column + 1 :, column] = False
+                    h = model.model.language_model(inputs_embeds=x, position_ids=place, use_cache=False,
+                                                   attention_mask={"full_attention": sees[None, None]}
+                                                   ).last_hidden_state[:, -1:]  # fmt: skip
+                    if step < 2:
+                        hidden.append(n)
+                        new = h * scale
+                    else:
+                        ids.append(int(model.lm_head(h).argmax()))
+                        new = model.model.get_input_embeddings()(torch.tensor([[ids[-1]]]))
+                    x = torch.cat([x, new], 1)
+                    place = torch.cat([place, place.amax() + 1 + torch.zeros(3, 1, 1, dtype=torch.long)], 2)
+                want.append(tokenizer.decode(ids, skip_special_tokens=True))
+    assert got == want
+
+
+def test_forgotten_latents_leave_second_passes_too(model):
+    task = load_task("arrows:nano")
+    given = Recipe(name="r", think={"name": "coconut", "num_latents": 2}, deepen={"name": "vedas", "deepen_tokens": 4})
+    with latents.equip(model, given) as (routed, think), torch.no_grad():
+        chats = [task.messages(s, "latent") for s in task.samples("test", 2)]
+        session = Session(routed)
+        session.append(prepare(model, routed.processor, chats), think=think)
+        before = [session.cache.lengths(), session.cache.depth[0].lengths()]
+        session.think(think, [0, 1])
+        assert [session.cache.lengths(), session.cache.depth[0].lengths()] != before
+        latents.forget_latents(session.cache)
+        assert [session.cache.lengths(), session.cache.depth[0].lengths()] == before
 
 
 def test_what_a_donor_calls_for_is_where_the_own_arrows_lead():
@@ -101,6 +165,106 @@ def test_what_a_donor_calls_for_is_where_the_own_arrows_lead():
     maze = load_task("maze")
     pair = list(maze.samples("test", 2))
     assert latents._called_for(maze, pair[0], pair[1], "donor_first") is None
+
+
+class Reasoner:
+    """Stands for a model whose latents are the cells of the chain: the first is the start, each next one follows the
+    item's own arrows from the one before, whoever put it there, and the answer is the own colour at the last."""
+
+    def __init__(self, task, idle=False):
+        self.task, self.idle = task, idle
+        self.controller = SimpleNamespace(shape=SimpleNamespace(hidden=64))
+
+    def answer_many(self, chats, think, edit):
+        specs = [Spec.from_dict(sample.meta["spec"]) for sample in chats]
+        counts = [think.num_latents if think.config.stop == "fixed" else s.world["k"] + 1 for s in specs]
+        tiles = [self.task.tile(s, tuple(s.world["start"])) for s in specs]
+        for step in range(max(counts)):
+            z = torch.zeros(len(specs), 1, 64)
+            for b, tile in enumerate(tiles):
+                if tile is not None:
+                    z[b, 0, tile] = 1
+            blank = torch.zeros(len(specs), 1, dtype=torch.long)
+            z = edit(step, Thought(z, blank == 0, blank, blank[None], blank[:, 0], blank[:, :0], z[:, :0, 0])).embeds
+            for b, spec in enumerate(specs):
+                if step < counts[b]:
+                    cell = self.seen(spec, z[b, 0])
+                    tiles[b] = None if cell is None else self.task.tile(spec, cell)
+                    if step + 1 < counts[b] and cell is not None:
+                        arrow = spec.world["arrows"][cell[0]][cell[1]]
+                        tiles[b] = self.task.tile(spec, moved(cell, arrow))
+        return [
+            SimpleNamespace(text=f"answer: {self.says(spec, tile)}", latents=count)
+            for spec, tile, count in zip(specs, tiles, counts, strict=True)
+        ]
+
+    def seen(self, spec, z):
+        row, column = divmod(int(z.argmax()), spec.canvas)
+        cell = row - spec.offset[0], column - spec.offset[1]
+        return cell if bool(z.any()) and all(0 <= x < spec.n for x in cell) else None
+
+    def says(self, spec, tile):
+        if self.idle:
+            return self.task.choices(spec)[spec.answer].label
+        if tile is None:
+            return "nothing"
+        row, column = divmod(tile, spec.canvas)
+        colour = spec.world["colours"][row - spec.offset[0]][column - spec.offset[1]]
+        return self.task.choices(spec)[colour].label
+
+
+def asked(monkeypatch, idle):
+    task = load_task("arrows:tiny")
+    think = hub.load("think", "coconut", num_latents=8, stop="head")
+    monkeypatch.setattr(record_latents, "messages", lambda routed, task, sample, think: sample)
+    monkeypatch.setattr(latents, "equip", lambda model, recipe: nullcontext((Reasoner(task, idle), think)))
+    return intervene(None, Recipe(name="r", think={"name": "coconut"}), Plan(task="arrows:tiny", n=48, batch=16),
+                     [name for name in CHANGES if name != "mask"])  # fmt: skip
+
+
+def test_of_a_model_that_reasons_in_cells_both_swaps_call_for_what_comes(monkeypatch):
+    report = asked(monkeypatch, idle=False)
+    assert report.accuracy == 1
+    assert report.effects["none"].accuracy == 1
+    assert report.effects["zero"].accuracy == 0
+    for name in ("donor_first", "donor_last"):
+        effect = report.effects[name]
+        assert effect.predicted == 1
+        assert effect.accuracy < 0.7, "most donors call for another colour"
+        assert effect.high < 0
+    assert report.effects["shuffle"].accuracy == report.effects["donor_last"].accuracy, "the last one decides"
+    assert report.effects["fewer_steps"].accuracy < 0.3
+
+
+def test_a_model_that_does_not_use_its_latents_is_found_out(monkeypatch):
+    report = asked(monkeypatch, idle=True)
+    assert all(e.accuracy == 1 and e.diff == 0 for e in report.effects.values())
+    assert report.effects["donor_first"].predicted < 0.7
+    assert report.effects["donor_last"].predicted < 0.7
+    assert report.collapse.cosine_inputs < 0.95
+
+
+def test_collapse_is_what_its_formulas_say_pair_by_pair():
+    generator = torch.Generator().manual_seed(3)
+    found = [torch.randn(n, 8, generator=generator) + 1 for n in (3, 2, 3, 1)]
+
+    def cosine(a, b):
+        return float(a @ b / a.norm() / b.norm())
+
+    steps = [[z[t] for z in found if len(z) > t] for t in range(3)]
+    across = [fmean(cosine(a, b) for a, b in itertools.combinations(rows, 2)) for rows in steps]
+    along = [cosine(z[s], z[t]) for z in found for s, t in itertools.combinations(range(len(z)), 2)]
+    between = []
+    for rows in steps:
+        mean = sum(rows) / len(rows)
+        between.append(sum(float((z - mean) @ (z - mean)) for z in rows) / sum(float(z @ z) for z in rows))
+    every = torch.cat(found)
+    eigen = torch.linalg.eigvalsh((every - every.mean(0)).T @ (every - every.mean(0))).clamp(min=0).sqrt()
+    got = collapse(found)
+    assert got.cosine_inputs == pytest.approx(fmean(across), rel=1e-4)
+    assert got.cosine_steps == pytest.approx(fmean(along), rel=1e-4)
+    assert got.between_inputs == pytest.approx(fmean(between), rel=1e-4)
+    assert got.effective_rank == pytest.approx(float(eigen.sum() ** 2 / eigen.square().sum()), rel=1e-2)
 
 
 def test_collapse_is_seen_and_variety_is_not_taken_for_it():
@@ -131,16 +295,32 @@ def test_what_cannot_be_asked_is_refused(model):
 
 def test_a_survey_places_every_latent_and_reads_the_words_that_supervision_reads(model):
     think = {"name": "coconut", "num_latents": 3}
-    found, points = latents.survey(model, Recipe(name="r", think=think), Plan(task="arrows:nano", n=6, batch=4))
+    given = Recipe(name="r", think=think), Plan(task="arrows:nano", n=6, batch=4)
+    found, points, near = latent_space.survey(model, *given)
     assert [(p.item, p.step) for p in points[:4]] == [(points[0].item, t) for t in (1, 2, 3)] + [(points[3].item, 1)]
     assert len(points) == 18
     assert all(len(p.words) == 3 for p in points)
     assert sum(p.x for p in points) == pytest.approx(0, abs=1e-2), "centred"
     assert sum(p.x**2 for p in points) >= sum(p.y**2 for p in points), "the wider axis first"
-    svg = latents.picture(points, "a < b")
+    svg = latent_space.picture(points, "a < b")
     assert svg.count("<circle") == 18
     assert "a &lt; b" in svg
     assert not found.collapsed or found.cosine_inputs > 0.95
+    spread = latent_space.survey(model, *given, plane="tsne")[1]
+    assert [(p.item, p.step, p.words) for p in spread] == [(p.item, p.step, p.words) for p in points]
+    assert (spread[0].x, spread[0].y) != (points[0].x, points[0].y)
+    task = load_task("arrows:nano")
+    to_image, to_words = [], []
+    with latents.equip(model, given[0]) as (routed, thinker):
+        for item in recorded(routed, thinker, task, list(task.samples("test", 6))):
+            ids = prepare(model, routed.processor, [item.chat])
+            tokens = routed.family.image_features(model, {k: ids[k] for k in routed.family.image_kwargs(ids)})[0]
+            table = model.model.language_model.embed_tokens.weight
+            for z in item.latents:
+                to_image.append(max(float(torch.cosine_similarity(z, t, dim=0)) for t in tokens))
+                to_words.append(max(float(torch.cosine_similarity(z, w, dim=0)) for w in table.detach()))
+    assert near.visual == pytest.approx(fmean(to_image), abs=1e-4)
+    assert near.words == pytest.approx(fmean(to_words), abs=1e-4)
 
 
 def test_the_commands_print_and_write_what_was_found(model, tmp_path):

@@ -89,6 +89,27 @@ def test_every_step_and_every_position_is_counted(name, loaded):
     assert Trace.from_json(answer.trace.to_json()) == answer.trace
 
 
+@pytest.mark.parametrize("depth", [False, True])
+def test_the_papers_setting_enters_325_positions(depth, loaded, monkeypatch):
+    """220 of the prompt, 3 latents with 32 copies each, 7 answer tokens of which the last enters nothing."""
+    model = loaded("qwen2_5_vl")
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    boards = [picture(i, (48, 48)) for i in range(3)]  # 36 tokens each, so that 96 can be copied
+
+    def asked_in(letters):
+        return [user_message("a" * letters, boards)]
+
+    with thinking(model, depth=depth, replay_tokens=32, max_new_tokens=7) as routed:
+        empty, one = (prepare(model, routed.processor, asked_in(n))["input_ids"].shape[1] for n in (1, 2))
+        assert one == empty + 1, "a letter is a token"
+        prompt = asked_in(1 + 220 - empty)
+        answer = routed.answer_many(prompt)[0]
+    assert answer.prompt_tokens == 220
+    assert [len(r["columns"]) for r in answer.trace.replayed] == [32] * 3
+    assert (answer.latents, len(answer.ids), answer.ar_steps) == (3, 7, 10)
+    assert answer.trace.token_forwards == 325 == 220 + 3 * (32 + 1) + 7 - 1
+
+
 @pytest.mark.parametrize("name", ["vedas", "coconut"])
 def test_no_latents_is_answering_directly(name, loaded):
     model = loaded("llava")

@@ -16,11 +16,12 @@ from mmroute.engine.saving import from_pretrained
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError
 from mmroute.recipe import equip
 from mmroute.tasks._texts import VOCABULARY
+from mmroute.train.curriculum import read_recipe
 from mmroute.train.delta import tuned
 from mmroute.train.examples import IGNORED
 from mmroute.train.folder import write_folder
 from mmroute.train.small_model import Shape, build
-from mmroute.train.vedas import VedasRun, read_recipe, train_vedas
+from mmroute.train.vedas import VedasRun, train_vedas
 
 SMALL = {
     "hidden": 32,
@@ -79,7 +80,7 @@ def worked(model, tmp_path, mode, think=None, deepen=None, **train):
     given = recipe(think, deepen, latent_grad=mode, **train)
     with VedasRun(given, model, tmp_path / mode.replace(":", ""), False) as run:
         run.model.train()
-        out = run.work(lesson(run), "all")
+        out = run.passes.work(lesson(run), "all")
         return out, gradients(run, out)
 
 
@@ -163,7 +164,7 @@ def test_the_closer_look_teaches_the_language_model_and_never_the_tower(model, t
     given = recipe(recon_weight=1.0)
     with VedasRun(given, model, tmp_path / "a") as run:
         model.train()
-        out = run.work(lesson(run), "all")
+        out = run.passes.work(lesson(run), "all")
         out.coherence.backward()
         moved = {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
         assert all(f"model.language_model.layers.{i}.self_attn.{p}_proj.weight" in moved for i in (0, 3) for p in "qk")
@@ -224,8 +225,8 @@ def test_what_was_trained_answers_as_the_trainer_saw_it(model, tmp_path):
         with torch.no_grad():
             replaced = [len(g) for g in run.teacher.lesson(drawn, "latent").groups]
             batch = run.teacher.lesson(drawn, "latent")
-            _, H, labels = run._chunks(batch, replaced, replaced, training=False)
-            want = run._head(H)[:, 0].argmax(-1).tolist()
+            _, H, labels = run.passes.chunks(batch, replaced, replaced, training=False)
+            want = run.passes.head(H)[:, 0].argmax(-1).tolist()
     used = dataclasses.replace(given, trained=str(folder), train=None)
     with equip(model, used) as (routed, think):
         for (_, spec), steps, word in zip(drawn, replaced, want, strict=True):
@@ -258,12 +259,12 @@ def test_stages_replace_the_first_groups_and_leave_the_rest_written(model, tmp_p
         answer = [run.teacher.index["answer:"]]
         for replaced in range(4):
             here = [min(replaced, len(g)) for g in batch.groups]
-            _, labels = run._written(batch, here)
+            _, labels = run.passes.rest(batch, here)
             for b, groups in enumerate(batch.groups):
                 want = [i for g in groups[here[b] :] for i in g] + batch.answers[b]
                 assert labels[b][labels[b] != IGNORED].tolist() == want
         assert [a[0] for a in batch.answers] == answer * 3
-        keep = run.work(batch, "all", keep_last=True)
+        keep = run.passes.work(batch, "all", keep_last=True)
         assert len(keep.right) == 3
 
 
@@ -287,9 +288,9 @@ def test_fewer_latents_than_states_is_refused_with_the_number_needed(model, tmp_
     message = r"num_latents allows 1 latents of 1 each; raise it to \d"
     short = VedasRun(recipe({**VEDAS, "num_latents": 1}), model, tmp_path / "a")
     with short as run, pytest.raises(ConfigError, match=message):
-        run.work(lesson(run), "all")
+        run.passes.work(lesson(run), "all")
     with VedasRun(recipe({**VEDAS, "num_latents": 1}, groups=1), model, tmp_path / "b") as run:
-        assert run.work(lesson(run), "all").answer.isfinite()
+        assert run.passes.work(lesson(run), "all").answer.isfinite()
 
 
 def test_epochs_are_counted_in_items(model, tmp_path):
@@ -307,6 +308,22 @@ def test_a_shipped_training_recipe_trains_what_the_run_recipe_runs(name):
     assert read_recipe(name, ["train.stages.0.steps=7"]).train["stages"][0]["steps"] == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "against", "changed"),
+    [
+        ("sft-direct", "latent", {"think", "latents_per_group", "stages"}),
+        ("sft-cot", "latent", {"think", "stages"}),
+        ("random-depth", "latent-depth", {"deepen"}),
+        ("random-patches", "vedas", {"think"}),
+    ],
+)
+def test_a_control_differs_in_what_it_controls_and_takes_as_many_steps(name, against, changed):
+    control, real = (dataclasses.asdict(read_recipe(each)) for each in (name, against))
+    ours, theirs = ({**each, **each.pop("train"), "name": "", "train": None} for each in (control, real))
+    assert {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)} == changed
+    assert sum(s["steps"] for s in ours["stages"]) == sum(s["steps"] for s in theirs["stages"])
+
+
 def test_recomputing_layers_in_the_backward_pass_changes_no_gradient(model, tmp_path):
     """The attention on the image is computed inside what is recomputed; the closer look learns through it."""
     found = []
@@ -315,7 +332,7 @@ def test_recomputing_layers_in_the_backward_pass_changes_no_gradient(model, tmp_
             model.train()
             if checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": False})
-            found.append(gradients(run, run.work(lesson(run), "all")))
+            found.append(gradients(run, run.passes.work(lesson(run), "all")))
             model.activation_checkpointing_disable()
     assert relative(found[1], found[0]) == 0
 

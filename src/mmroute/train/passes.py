@@ -1,0 +1,280 @@
+"""One pass over a lesson as inference takes it: prompt, latent steps, then all that is written at once.
+
+Legend: B batch, N positions, M written positions, D hidden, K copies of image tokens.
+
+Source: Vedas (arXiv 2604.10500), sequence and loss of section 3.
+Deviates: gradient runs through all latents (`latent_grad: full`), the release cuts it; one number of latents for all
+    rows of a step, so that nothing is padded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mmroute.cache import Chunk, RaggedCache
+from mmroute.engine.attach import Routed
+from mmroute.engine.controller import MAX_HOPS
+from mmroute.errors import ConfigError
+from mmroute.rollout import Edit, Rollout, start
+from mmroute.think.base import Thinker, Thought
+from mmroute.train.coherence import TokenSR, coherence_loss
+from mmroute.train.curriculum import TrainConfig
+from mmroute.train.examples import IGNORED
+from mmroute.train.lessons import Lesson
+
+__all__ = ["Passes", "Worked"]
+
+
+@dataclass
+class Worked:
+    """What one pass over a lesson gave."""
+
+    answer: Tensor
+    """Cross-entropy of what is written."""
+    supervised: Tensor
+    """Cross-entropy of the states that latents stand for; 0 where none does."""
+    coherence: Tensor
+    right: list[bool]
+    """[row]: whether every written word is the most likely one."""
+    states_right: float
+    """Share of the supervised latents whose state the head reads off."""
+
+
+class Passes:
+    """Runs lessons through one attached model; holds no state of a run."""
+
+    def __init__(self, routed: Routed, think: Thinker, config: TrainConfig, sr: TokenSR | None = None) -> None:
+        """
+        Args:
+            routed: an attached model with its processor.
+            think: who takes the latent steps; attached with it.
+            config: how gradients run, and the closer look.
+            sr: the network of the closer look; None takes none.
+        """
+        self.routed, self.think, self.config, self.sr = routed, think, config, sr
+        self.model: Any = routed.model
+
+    def work(self, lesson: Lesson, latents: int | Literal["all"], keep_last: bool = False) -> Worked:
+        """One pass over a lesson as inference takes it: prompt, latent steps, then all that is written at once.
+
+        Args:
+            lesson: under the latent cue.
+            latents: groups that latents replace.
+            keep_last: leave every row its last group.
+
+        Raises:
+            ConfigError: a row needs more latents than the recipe's `think.num_latents`.
+        """
+        replaced = [min(len(g) - keep_last, len(g) if latents == "all" else latents) for g in lesson.groups]
+        counts = self.counts(replaced, latents)
+        training = torch.is_grad_enabled()
+        short = max(counts) < MAX_HOPS - 2  # one pass tells no more hops apart
+        if training and self.config.latent_grad == "none" and self.sr is None and short and not self._deepstack:
+            rollout, H, labels = self._one_pass(lesson, counts, replaced)
+        else:
+            rollout, H, labels = self.chunks(lesson, counts, replaced, training)
+        learned = labels != IGNORED
+        logits = self.head(H[learned])
+        loss = F.cross_entropy(logits, labels[learned])
+        right = learned.clone()
+        right[learned] = logits.argmax(-1) == labels[learned]
+        supervised, share = self._supervised(rollout, lesson, counts, replaced)
+        coherence = loss.new_zeros(())
+        if self.sr is not None and rollout.thoughts and training:
+            c = self.config
+            pictures, grids = lesson.images(), lesson.grids
+            coherence = coherence_loss(
+                self.routed, rollout, rollout.shares, self.sr, pictures, grids, c.window_share, c.window_cells
+            )
+        return Worked(loss, supervised, coherence, (right | ~learned).all(1).tolist(), share)
+
+    @property
+    def _deepstack(self) -> bool:
+        """Whether images reach inner layers too, which a pass over embeddings alone would leave out."""
+        return self.routed.family.name == "qwen3_vl"
+
+    def counts(self, replaced: list[int], latents: int | str) -> list[int]:
+        """[row]: latent steps. With a fixed number every row takes as many, whatever it has to say."""
+        c, limit = self.config.latents_per_group, self.think.num_latents
+        fixed = getattr(self.think.config, "stop", "fixed") == "fixed"
+        wanted = [c * n for n in replaced]
+        if fixed and c:
+            wanted = [limit if latents == "all" else min(limit, c * int(latents))] * len(replaced)
+        if max(c * n for n in replaced) > limit:
+            raise ConfigError(
+                f"an item has {max(replaced)} groups to replace, think.num_latents allows {limit} latents of "
+                f"{c} each; raise it to {c * max(replaced)}, or merge the steps with train.groups"
+            )
+        return wanted
+
+    def prompt(self, lesson: Lesson, cache: RaggedCache) -> Rollout:
+        """Enters the prompts; the latent steps are still to be taken."""
+        valid = lesson.mask.bool()
+        given: dict[str, Any] = dict(lesson.inputs)
+        if "inputs_embeds" not in given:
+            given["input_ids"] = lesson.ids
+        cache.next = Chunk(
+            modality=lesson.modality,
+            valid=valid,
+            protected=self.routed.controller.delimiters[lesson.ids],
+            watch=self.think.needs_row,
+        )
+        h = self.routed.controller.base(
+            **given, attention_mask=lesson.mask, position_ids=lesson.positions, past_key_values=cache
+        ).last_hidden_state
+        last = lesson.mask.sum(1) - 1
+        mind = start(
+            cache,
+            self.think,
+            hidden=h[torch.arange(len(h), device=h.device), last],
+            modality=lesson.modality,
+            valid=valid,
+            positions=lesson.positions if lesson.positions.ndim == 3 else lesson.positions[None],
+            grids=lesson.grids,
+            seeds=torch.arange(len(h), device=h.device),
+        )
+        return Rollout(self.routed, self.think, cache, mind, lesson.mask)
+
+    def chunks(
+        self, lesson: Lesson, counts: list[int], replaced: list[int], training: bool
+    ) -> tuple[Rollout, Float[Tensor, "B M D"], Tensor]:
+        """As inference runs, on a cache that gradients flow through."""
+        cache = self.routed.new_cache(differentiable=training)
+        rollout = self.prompt(lesson, cache)
+        rollout.edit = self._cut(max(counts))
+        mind = rollout.run(counts)
+        ids, labels = self.rest(lesson, replaced)
+        valid = labels != IGNORED
+        cache.start_hop(mind.step + 1)
+        cache.next = Chunk(modality=torch.zeros_like(ids), valid=valid, generated=valid)
+        places = mind.next_position[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        h = self.routed.controller.base(
+            inputs_embeds=self._words(ids),
+            attention_mask=torch.cat([rollout.mask, valid.to(rollout.mask.dtype)], 1),
+            position_ids=places.expand_as(ids) if lesson.positions.ndim == 2 else places.expand(3, -1, -1),
+            past_key_values=cache,
+        ).last_hidden_state
+        return rollout, torch.cat([mind.hidden[:, None], h[:, :-1]], 1), labels
+
+    def _cut(self, steps: int) -> Edit | None:
+        """Detaches what is fed back but for the last n steps."""
+        kind, _, number = self.config.latent_grad.partition(":")
+        if kind == "full":
+            return None
+        first = steps - int(number or 0)
+
+        def edit(step: int, thought: Thought) -> Thought:
+            if step >= first:
+                return thought
+            # The closer look goes on learning through the weights of the copies; the answer does not.
+            return replace(thought, embeds=thought.embeds.detach()) if self.sr is None else _latent_cut(thought)
+
+        return edit
+
+    def _one_pass(
+        self, lesson: Lesson, counts: list[int], replaced: list[int]
+    ) -> tuple[Rollout, Float[Tensor, "B M D"], Tensor]:
+        """`latent_grad: none`: the steps are taken without gradient, then all is entered at once as given."""
+        with torch.no_grad():
+            rollout = self.prompt(lesson, self.routed.new_cache())
+            mind = rollout.run(counts)
+        ids, labels = self.rest(lesson, replaced)
+        thoughts = rollout.thoughts
+        embeds = lesson.inputs.get("inputs_embeds")
+        if embeds is None:
+            embeds = self._entered(lesson)
+        valid = labels != IGNORED
+        axes = lesson.positions if lesson.positions.ndim == 3 else lesson.positions[None]
+        tail = (mind.next_position[:, None] + torch.arange(ids.shape[1], device=ids.device)).expand(len(axes), -1, -1)
+        places = torch.cat([axes, *(t.places for t in thoughts), tail], 2)
+        mask = torch.cat([rollout.mask.bool(), valid], 1)
+        hop = [torch.full_like(t.modality, i) for i, t in enumerate(thoughts, 1)]
+        nothing = [torch.zeros_like(t.valid) for t in thoughts]
+        h = self.routed.controller.base(
+            inputs_embeds=torch.cat([embeds, *(t.embeds for t in thoughts), self._words(ids)], 1),
+            modality=torch.cat([lesson.modality, *(t.modality for t in thoughts), torch.zeros_like(ids)], 1),
+            hop_ids=torch.cat([torch.zeros_like(lesson.ids), *hop, torch.full_like(ids, len(thoughts) + 1)], 1),
+            generated=torch.cat([torch.zeros_like(lesson.mask, dtype=torch.bool), *nothing, valid], 1),
+            protected=torch.cat([self.routed.controller.delimiters[lesson.ids], *nothing, valid & False], 1),
+            attention_mask=mask.long(),
+            position_ids=places if lesson.positions.ndim == 3 else places[0],
+            use_cache=False,
+        ).last_hidden_state
+        before = mask.shape[1] - ids.shape[1]
+        column = torch.arange(before, device=ids.device)
+        row = torch.arange(len(h), device=ids.device)
+        last = torch.where(mask[:, :before], column, -1).amax(1)
+        # What was fed back, with gradient: supervision reads the states that this pass computes.
+        ends = [lesson.mask.sum(1) - 1]
+        start_of = lesson.ids.shape[1]
+        for thought in thoughts:
+            start_of += thought.valid.shape[1]
+            ends.append(torch.where(thought.valid[:, -1], start_of - 1, ends[-1]))
+        rollout.fed = [h[row, end] for end in ends[:-1]]
+        return rollout, torch.cat([h[row, last][:, None], h[:, before:-1]], 1), labels
+
+    def _entered(self, lesson: Lesson) -> Tensor:
+        """Embeddings of the prompts with their images in place."""
+        features = torch.cat(self.routed.family.image_features(self.model, lesson.inputs))
+        words = self._words(lesson.ids)
+        at = self.routed.controller.table[lesson.ids] == 1
+        return words.masked_scatter(at[..., None].expand_as(words), features.to(words.dtype))
+
+    def written(self, lesson: Lesson) -> Tensor:
+        """Cross-entropy of whole written chains, in one pass."""
+        with torch.enable_grad():
+            _, H, labels = self.chunks(lesson, [0] * len(lesson.ids), [0] * len(lesson.ids), training=True)
+        learned = labels != IGNORED
+        return F.cross_entropy(self.head(H[learned]), labels[learned])
+
+    def rest(self, lesson: Lesson, replaced: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(B, M) ids of what latents do not replace, and the same with `IGNORED` behind each row's end."""
+        rows = [
+            [*(i for group in groups[n:] for i in group), *answer]
+            for groups, n, answer in zip(lesson.groups, replaced, lesson.answers, strict=True)
+        ]
+        labels = torch.full((len(rows), max(map(len, rows))), IGNORED)
+        for b, row in enumerate(rows):
+            labels[b, : len(row)] = torch.tensor(row)
+        labels = labels.to(lesson.device)
+        return labels.clamp(min=0), labels
+
+    def _supervised(
+        self, rollout: Rollout, lesson: Lesson, counts: list[int], replaced: list[int]
+    ) -> tuple[Tensor, float]:
+        """Each latent against the last word of the group it ends; steps behind the last group repeat its word."""
+        if not rollout.fed:
+            return self._nothing(lesson), 0.0
+        c = self.config.latents_per_group
+        want = torch.full((len(counts), len(rollout.fed)), IGNORED)
+        for b, (count, groups, n) in enumerate(zip(counts, lesson.groups, replaced, strict=True)):
+            for t in range(c - 1, count, c):
+                if n:
+                    want[b, t] = groups[min(t // c, n - 1)][-1]
+        want = want.to(lesson.device)
+        learned = want != IGNORED
+        if not bool(learned.any()):
+            return self._nothing(lesson), 0.0
+        logits = self.head(torch.stack(rollout.fed, 1)[learned])
+        right = (logits.argmax(-1) == want[learned]).float().mean()
+        return F.cross_entropy(logits, want[learned]), float(right)
+
+    def _nothing(self, lesson: Lesson) -> Tensor:
+        return torch.zeros((), device=lesson.device)
+
+    def head(self, h: Float[Tensor, "n D"]) -> Tensor:
+        return self.routed.family.head(self.model, h).float()
+
+    def _words(self, ids: Tensor) -> Tensor:
+        return self.routed.family.text_model(self.model).embed_tokens(ids)
+
+
+def _latent_cut(thought: Thought) -> Thought:
+    """Only the latent itself is cut off."""
+    embeds = torch.cat([thought.embeds[:, :-1], thought.embeds[:, -1:].detach()], 1)
+    return replace(thought, embeds=embeds)
