@@ -74,16 +74,16 @@ def test_one_pass_and_hop_by_hop_give_the_same_hidden_states(model, tmp_path, po
         run.pruner.export()
         batch = run.writer.batch(run._drawn(np.random.default_rng(0)))
         run.model.train()
-        one = run._one_pass(batch)
+        one = run.passes.at_once(batch)
         run.model.eval()
         with torch.no_grad():
-            other = run._hop_by_hop(batch, differentiable=False)
+            other = run.passes.hop_by_hop(batch, differentiable=False)
         real = batch.mask.bool()
         torch.testing.assert_close(one[real], other[real], rtol=0, atol=1e-4)
         assert any(c.after != c.before for c in run.routed.trace.closes)
         run.model.train()
         run.pruner.relax = Relaxation(settled=True)
-        again = run._hop_by_hop(batch, differentiable=True)
+        again = run.passes.hop_by_hop(batch, differentiable=True)
         torch.testing.assert_close(again[real], other[real], rtol=0, atol=1e-4)
 
 
@@ -97,7 +97,7 @@ def test_the_tiles_shortcut_is_the_processors_pixels(model, tmp_path):
         assert torch.equal(short.positions, long.positions)
         run.model.eval()
         with torch.no_grad():
-            one, other = (run._hop_by_hop(b, differentiable=False) for b in (short, long))
+            one, other = (run.passes.hop_by_hop(b, differentiable=False) for b in (short, long))
     real = short.mask.bool()
     torch.testing.assert_close(one[real], other[real], rtol=0, atol=2e-3)
 

@@ -1,0 +1,112 @@
+"""What a run of DARE's training shows of itself: held-out chains as inference runs them, what each layer kept, and how
+much of what was needed is in it.
+
+Legend: B batch, N columns.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mmroute.engine.controller import Controller
+from mmroute.prune.dare import Dare
+from mmroute.tokens import Modality, Tokens
+from mmroute.trace import Trace
+from mmroute.train.chains import Chains
+from mmroute.train.dare_passes import Passes
+from mmroute.train.examples import IGNORED
+
+__all__ = ["held_out", "kept_in_training"]
+
+
+@torch.no_grad()
+def held_out(passes: Passes, batches: Sequence[Chains]) -> dict[str, Any]:
+    """Chains and words that come out right, the ones before given, and what was kept by layer; hop by hop on a cache.
+
+    Args:
+        passes: of a model in evaluation mode whose traces are full.
+        batches: of one task.
+    """
+    chains, words, seen = [], [], []
+    for batch in batches:
+        said = passes.logits(passes.hop_by_hop(batch, differentiable=False), batch).argmax(-1)
+        learned = batch.labels != IGNORED
+        right = learned.clone()
+        right[learned] = said == batch.labels[learned]
+        chains += (right | ~learned).all(1).tolist()
+        words.append(float((right & learned).sum() / learned.sum()))
+        assert passes.routed.trace is not None
+        seen.append(_kept_at_inference(passes.routed.trace, batch))
+    return {
+        "n": len(chains),
+        "chain": round(float(np.mean(chains)), 4),
+        "word": round(float(np.mean(words)), 4),
+        **{key: np.round(np.mean([s[key] for s in seen], 0), 3).tolist() for key in seen[0]},
+    }
+
+
+def kept_in_training(controller: Controller, pruner: Dare, batch: Chains) -> dict[str, Any]:
+    """What the last call of stage A kept, by layer, and the rates it was asked for."""
+    tokens = controller.tokens
+    assert tokens is not None
+    masks = {i: keep.mask for i, keep in controller.aux.items()}
+    found = {key: np.round(values, 3).tolist() for key, values in _shares(tokens, masks, batch).items()}
+    rates = pruner.rates.table().detach().float()
+    logits = {i: keep.logits for i, keep in controller.aux.items()}
+    spread = [value.detach()[tokens.valid].std().item() for value in logits.values() if value is not None]
+    return {
+        "layers": sorted(masks),
+        **found,
+        "rates": [[[round(float(x), 4) for x in layers] for layers in hops[:4]] for hops in rates],
+        "logit_std": [round(x, 3) for x in spread],
+    }
+
+
+def _kept_at_inference(trace: Trace, batch: Chains) -> dict[str, list[float]]:
+    """By layer: shares that entered, and what is still cached of the text at the end."""
+    call, tokens = trace.calls[0], _tokens(batch)
+    masks = {}
+    for index, layer in enumerate(call.layers):
+        mask = torch.zeros_like(tokens.valid)
+        for row, columns in enumerate(layer.kept or []):
+            mask[row, columns] = True
+        masks[index] = mask
+    found = _shares(tokens, masks, batch)
+    end = trace.calls[-1].layers
+    total = batch.mask.sum()
+    found["cached"] = [sum(layer.stored) / float(total) for layer in end]
+    return found
+
+
+def _tokens(batch: Chains) -> Tokens:
+    valid = batch.mask.bool()
+    nothing = torch.zeros_like(valid)
+    position = torch.arange(valid.shape[1], device=valid.device).expand_as(batch.ids)
+    return Tokens(batch.modality, batch.hop, valid, nothing, batch.generated, position)
+
+
+def _shares(tokens: Tokens, masks: Mapping[int, Bool[Tensor, "B N"]], batch: Chains) -> dict[str, list[float]]:
+    """By layer, of the prompt: share of vision and text that ran, and recall, precision and lift of what is needed."""
+    given = tokens.valid & ~tokens.generated
+    vision = given & (tokens.modality == Modality.VISION)
+    text = given & (tokens.modality == Modality.TEXT)
+    out: dict[str, list[float]] = defaultdict(list)
+    for mask in masks.values():
+        kept = float((mask & vision).sum() / vision.sum())
+        out["vision"].append(kept)
+        out["text"].append(float((mask & text).sum() / text.sum()))
+        for name, truth in (("needed", batch.needed), ("board", batch.board)):
+            if truth is None:
+                continue
+            chosen = mask[vision].view(truth.shape)
+            hit = float((chosen & truth).sum())
+            recall = hit / float(truth.sum())
+            out[f"{name}_recall"].append(recall)
+            out[f"{name}_precision"].append(hit / max(float(chosen.sum()), 1.0))
+            out[f"{name}_lift"].append(recall / kept if kept else 0.0)
+    return dict(out)
