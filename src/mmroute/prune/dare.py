@@ -90,8 +90,9 @@ class Dare(Pruner):
         """Whether a layer's logit adds to the next one's, so that sets agree over layers."""
         relaxation: Literal["soft_topk", "paper_softmax"] = "soft_topk"
         """What the gates' gradient is taken of."""
-        gain: Literal["ste", "tanh", "score"] = "ste"
-        """What multiplies the update of a chosen position: 1, 1 + 0.2 tanh(logit), or the score."""
+        gain: Literal["ste", "tanh", "score", "none"] = "ste"
+        """What multiplies the update of a chosen position: 1, 1 + 0.2 tanh(logit), the score, or 1 without a gradient,
+        so that routers learn only from what a position's key and value are worth to others."""
         decode: Literal["keep", "threshold"] = "keep"
         """Whether a written position runs every layer, or those where it scores above what training text did."""
         cache_policy: Literal["auto", "append", "progressive", "capped"] = "auto"
@@ -274,15 +275,19 @@ class Dare(Pruner):
         key = str(site.layer)
         if key not in self.router:
             return torch.zeros(tokens.shape, device=x.device)
-        x = (x.detach() if self.config.detach_input else x).float()
-        if self.config.score_input == "rms":
-            x = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
-        both = self.router[key](x)
+        both = self.router[key](self.reads(x))
         own = torch.where(tokens.modality == Modality.VISION, both[..., Modality.VISION], both[..., Modality.TEXT])
         if self.config.carry:
             own = own + site.memo.get("dare carried", 0.0)
             site.memo["dare carried"] = own
         return own
+
+    def reads(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """What routers see of the stream, in fp32."""
+        x = (x.detach() if self.config.detach_input else x).float()
+        if self.config.score_input == "rms":
+            x = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+        return x
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:
         """At inference the best of each group by rate; in training the same with noise, gates and losses."""
@@ -310,7 +315,7 @@ class Dare(Pruner):
         return mask, ran.tolist()
 
     def _gain(self, logits: Tensor, tokens: Tokens) -> Tensor | None:
-        if self.config.gain == "ste":
+        if self.config.gain in ("ste", "none"):
             return None
         value = 1 + 0.2 * torch.tanh(logits) if self.config.gain == "tanh" else torch.sigmoid(logits)
         return torch.where(self._competes(tokens), value, 1.0)

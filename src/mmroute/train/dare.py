@@ -10,11 +10,11 @@ Deviates: two stages; schedules, rates of learning and clipping are ours (see `d
 
 import json
 import logging
+import math
 import sys
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmroute import calibrate
 from mmroute import recipe as recipes
 from mmroute.bench.items import load_task
 from mmroute.bench.schema import commit_of_source
@@ -37,11 +38,14 @@ from mmroute.prune.dare import Dare
 from mmroute.tasks.base import Generated, Spec
 from mmroute.train.chains import Chains, Writer
 from mmroute.train.dare_config import TrainConfig
+from mmroute.train.dare_distil import distil
 from mmroute.train.dare_learners import Learners
 from mmroute.train.dare_look import held_out, kept_in_training
+from mmroute.train.dare_losses import routing_losses
 from mmroute.train.dare_passes import Passes
 from mmroute.train.delta import save_delta, tuned
 from mmroute.train.examples import IGNORED
+from mmroute.train.follow import Follower
 from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, replacing, save_state
 from mmroute.train.recipe import as_yaml
 from mmroute.train.tuning import Tuning
@@ -52,16 +56,24 @@ logger = logging.getLogger(__name__)
 
 _LORA_TARGETS = "qkvo"
 _LOOKED_AT_ONCE = 48
+_CLIFF_ITEMS = 64
+_DISTILLED_FROM = 64
+"""Chains whose attention `init: distill` fits routers to."""
 
 
-def train_dare(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = False) -> Path:
+def train_dare(
+    recipe: recipes.Recipe, model: Any, out: Path, resume: bool = False, followers: Sequence[Follower] = ()
+) -> Path:
     """Trains what a recipe says and writes `out/router`: routers, rates, and the backbone's new weights if it learned.
+
+    Where the recipe names no cutoff layer the model's information cliff is measured first.
 
     Args:
         recipe: prunes with `dare` and has a `train` section.
         model: a loaded stock model with its processor; its weights are put back at the end.
         out: folder of the run.
         resume: go on from the state in `out`.
+        followers: who hears each line of the log.
 
     Returns:
         The folder that a recipe's `trained` takes.
@@ -71,7 +83,8 @@ def train_dare(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = Fal
         InputError: the folder holds a run and `resume` is off.
     """
     commit, dirty = commit_of_source()
-    with DareRun(recipe, model, out, resume) as run:
+    recipe = _with_cutoff(recipe, model)
+    with DareRun(recipe, model, out, resume, followers) as run:
         run.train()
         look = run.look(4 * run.config.eval_items)
         results = {
@@ -88,10 +101,30 @@ def train_dare(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = Fal
         return run.write(results)
 
 
+def _with_cutoff(recipe: recipes.Recipe, model: Any) -> recipes.Recipe:
+    """The recipe with the first deep layer of vision; as it is where it names one or needs none."""
+    pruner = recipe.build("prune")
+    if not isinstance(pruner, Dare) or recipe.train is None or recipe.prune is None:
+        return recipe  # what is wrong with it, the run says
+    if pruner.config.cutoff_layer is not None or pruner.config.vision_keep == 1:
+        return recipe
+    tasks = list(parse(TrainConfig, recipe.train, "train").tasks)
+    cliff = calibrate.measure_cliff(model, list(calibrate.gold(model, tasks, _CLIFF_ITEMS)))
+    logger.info("the information cliff is at layer %d: --set prune.cutoff_layer=%d", *[cliff.cutoff_layer] * 2)
+    return replace(recipe, prune={**recipe.prune, "cutoff_layer": cliff.cutoff_layer})
+
+
 class DareRun:
     """One run in one folder: `state.safetensors`, `log.jsonl`, and at its end `router`."""
 
-    def __init__(self, recipe: recipes.Recipe, model: Any, out: Path, resume: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: recipes.Recipe,
+        model: Any,
+        out: Path,
+        resume: bool = False,
+        followers: Sequence[Follower] = (),
+    ) -> None:
         """Opens the folder and attaches the model; see `train_dare`. Use it as a context manager."""
         pruner = recipe.build("prune")
         if not isinstance(pruner, Dare) or recipe.train is None:
@@ -109,6 +142,8 @@ class DareRun:
             self.tasks[name] = task
         if self.config.start is not None and self.config.backbone == "lora":
             raise ConfigError("train.start brings weights that adapters would hide; give train.backbone full or frozen")
+        if self.config.start is not None and self.config.init == "distill":
+            raise ConfigError("train.start brings routers, train.init distill makes new ones; give one of them")
         self.model, self._stack = model, ExitStack()
         rank = self.config.lora_rank
         self.tuning = Tuning(model, self.config.backbone, rank, 2 * rank, _LORA_TARGETS, self.config.seed, False)
@@ -128,7 +163,11 @@ class DareRun:
                 self._stack.close()
                 raise ConfigError(f"{out} was started with another recipe; give the same one, or another --out")
             self.progress = saved
-        self.journal = Journal(out / "log.jsonl", self.progress.log_bytes)
+        elif self.config.init == "distill":
+            rng = np.random.default_rng([self.config.seed, _DISTILLED_FROM, 0])  # no step draws these
+            drawn = (self._drawn(rng) for _ in range(math.ceil(_DISTILLED_FROM / self.config.batch)))
+            distil(self.passes, map(self.writer.batch, drawn))
+        self.journal = Journal(out / "log.jsonl", self.progress.log_bytes, followers)
         self._held: dict[tuple[str, int, int], Chains] = {}
 
     def __enter__(self) -> "DareRun":
@@ -156,6 +195,7 @@ class DareRun:
         """
         started, before = time.process_time(), self.progress.cpu_s
         progress, config = self.progress, self.config
+        self.journal.begin(progress.step, config.steps)
         while progress.step < config.steps:
             entry = self.step()
             progress.step += 1
@@ -180,6 +220,7 @@ class DareRun:
         batch = self.writer.batch(self._drawn(np.random.default_rng([config.seed, step])))
         self.model.train()
         learns = finding and self.pruner.config.scorer == "router"
+        wanted = self._unrouted(batch) if config.teacher_kl else None
         if learns:
             self.pruner.relax = self._relaxation(step / max(self.dense_steps, 1))
             h = self.passes.at_once(batch)
@@ -189,15 +230,17 @@ class DareRun:
             with warnings.catch_warnings():  # a control has frozen parts by design
                 warnings.filterwarnings("ignore", "training with every routing part frozen")
                 h = self.passes.hop_by_hop(batch, differentiable=True)
-        loss = F.cross_entropy(self.passes.logits(h, batch), batch.labels[batch.labels != IGNORED])
+        said = self.passes.logits(h, batch)
+        loss = F.cross_entropy(said, batch.labels[batch.labels != IGNORED])
         parts: dict[str, float] = {}
         total = loss
-        for name, value in self._auxiliary().items() if learns else ():
-            weight = config.hard_weight if name == "hard" else config.ratio_weight
-            if name == "ratio_vision_deep" and config.ratio_layers == "early":
-                weight = 0.0
-            total = total + weight * value
-            parts[name] = round(value.item(), 6)
+        if wanted is not None:
+            apart = F.kl_div(said.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True)
+            total = total + config.teacher_kl * apart
+            parts["teacher_kl"] = round(apart.item(), 6)
+        if learns:
+            routing, found = routing_losses(self.routed.controller.aux, self.pruner, config)
+            total, parts = total + routing, parts | found
         entry: dict[str, Any] = {"stage": "A" if finding else "B", "loss": round(loss.item(), 6), **parts}
         if total.requires_grad:
             total.backward()
@@ -238,16 +281,15 @@ class DareRun:
             vision_ramp=ramp(c.vision_ramp),
             text_ramp=ramp(c.text_ramp),
             gate_clip=c.gate_clip,
+            hard_reduction=c.hard_reduction,
+            ratio_side=c.ratio_side,
             generator=torch.Generator().manual_seed(seed),
         )
 
-    def _auxiliary(self) -> dict[str, Tensor]:
-        """The routing losses by name, mean over the layers that have them."""
-        found: dict[str, list[Tensor]] = defaultdict(list)
-        for keep in self.routed.controller.aux.values():
-            for name, value in keep.losses.items():
-                found[name].append(value)
-        return {name: torch.stack(values).mean() for name, values in found.items()}
+    def _unrouted(self, batch: Chains) -> Tensor:
+        """What the model that was given says of each word to write; (words, vocabulary)."""
+        with torch.no_grad(), self.tuning.original():
+            return self.passes.logits(self.passes.unrouted(batch), batch)
 
     # ------------------------------------------------------------------ looking
 

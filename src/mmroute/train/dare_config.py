@@ -40,9 +40,21 @@ class TrainConfig:
     """Peak rate of the keep rates' logits."""
     gate_clip: Share = 0.98
     """Quantile at which each layer's gate gradients are clipped."""
+    init: Literal["zero", "distill"] = "zero"
+    """Routers that rank nothing, or fitted to the attention that positions receive in the unrouted model."""
+    teacher_kl: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the divergence (nats a word) from what the model says unrouted, with the weights that it came with;
+    for runs that stay below the unrouted model. Costs a forward pass of it."""
     hard_weight: Annotated[float, Field(ge=0)] = 1.0
-    ratio_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the pull to the targets; `penalty` and `bernoulli` need one, `learned` meets the mean without."""
+    hard_reduction: Literal["mean", "sum"] = "mean"
+    """Over deep vision positions; the sum grows with pictures, batches and depth."""
+    ratio_weight: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the pull to the targets; if not given, 0 where the mean is exact (`learned`), else 1, or 10 for
+    `ratio_scope: mean`."""
+    ratio_scope: Literal["each", "mean"] = "each"
+    """Whether each layer and hop is pulled to the target, or their mean."""
+    ratio_side: Literal["both", "cap"] = "both"
+    """Whether a rate below the target is pulled up too."""
     ratio_layers: Literal["early", "all"] = "early"
     """Whether deep vision is pulled too."""
     backbone: Literal["full", "lora", "frozen"] = "full"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmroute import checks, hub
+from mmroute.engine.train import key_gate, update_gate
 from mmroute.errors import BudgetError, ConfigError
 from mmroute.prune._gates import Relaxation
 from mmroute.prune.dare import Dare
@@ -30,6 +31,7 @@ OTHERS = [
     {"scorer": "received", "rates": "fixed"},
     {"scorer": "diverse", "rates": "fixed"},
     {"decode": "threshold"},
+    {"gain": "none"},
     {"cache_policy": "capped", "kv_positions": 16},
 ]
 
@@ -55,6 +57,18 @@ def learn(pruner, layer=2, case=None):
 @pytest.mark.parametrize("options", OTHERS, ids=str)
 def test_every_way_keeps_the_contract(options):
     checks.check_pruner(hub.load("prune", "dare", **options))
+
+
+def test_without_a_gain_the_same_set_runs_and_only_keys_carry_gradient():
+    plain, tokens = learn(made())
+    bare, _ = learn(made(gain="none"))
+    assert torch.equal(bare.mask, plain.mask)
+    assert torch.equal(update_gate(bare), update_gate(plain).detach())
+    assert update_gate(plain).requires_grad and not update_gate(bare).requires_grad
+    keys, others = key_gate(bare, tokens).value, key_gate(plain, tokens).value
+    assert torch.equal(keys, others)
+    gradients = [torch.autograd.grad(k.sum(), keep.logits)[0] for k, keep in ((keys, bare), (others, plain))]
+    assert gradients[0].any() and torch.equal(*gradients)
 
 
 def test_learned_rates_have_the_mean_they_were_asked_for():
@@ -211,6 +225,31 @@ def test_the_hard_loss_lowers_deep_scores_above_the_threshold_only():
     assert above.any() and not above[vision].all()
     assert (keep.logits.grad[above] > 0).all()
     assert not keep.logits.grad[~above].any()
+
+
+def test_a_summed_hard_loss_is_the_mean_one_times_what_it_is_the_mean_of():
+    found = []
+    for reduction in ("mean", "sum"):
+        pruner = made(hard_threshold=0.5)
+        pruner.relax = Relaxation(hard_reduction=reduction)
+        keep, tokens = learn(pruner, layer=3)
+        found.append(keep.losses["hard"])
+    vision = tokens.valid & ~tokens.protected & ~tokens.generated & (tokens.modality == Modality.VISION)
+    hops = [float(torch.sigmoid(keep.logits)[vision & (tokens.hop == h)].sub(0.5).clamp(min=0).sum()) for h in (0, 1)]
+    assert float(found[1]) == pytest.approx(sum(hops), rel=1e-5)
+    assert float(found[0]) < float(found[1])
+
+
+def test_a_rate_below_a_target_that_is_a_cap_is_not_pulled():
+    for side, pulled in (("cap", False), ("both", True)):
+        pruner = made(rates="penalty")
+        pruner.relax = Relaxation(ratio_side=side)
+        with torch.no_grad():
+            pruner.rates.theta.fill_(-4.0)  # far below
+            pruner.rates.beta.zero_()
+        keep, _ = learn(pruner)
+        assert float(keep.losses["share_text"]) < 0.7
+        assert bool(keep.losses["ratio_text"] > 0) == pulled
 
 
 def test_scores_below_the_threshold_lower_deep_counts_and_then_the_rate():
