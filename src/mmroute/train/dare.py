@@ -1,4 +1,4 @@
-"""Trains DARE's routers on generated worlds: `mmroute train dare --recipe dare-lh`.
+"""Trains DARE's routers on generated worlds, and those of its controls: `mmroute train dare --recipe dare-lh`.
 
 Stage A finds: the dense executor, noise that falls to nothing, rates that come down (vision first, then text), and
 gradients for what was left out. Stage B settles: routers and rates stand still, the backbone gets used to them, hop by
@@ -35,12 +35,14 @@ from mmroute.engine.saving import load as load_parts
 from mmroute.errors import ConfigError, InputError
 from mmroute.prune._gates import Relaxation
 from mmroute.prune.dare import Dare
+from mmroute.prune.mod import MoD
+from mmroute.prune.symmetric import Symmetric
 from mmroute.tasks.base import Generated, Spec
 from mmroute.train.chains import Chains, Writer
 from mmroute.train.dare_config import TrainConfig
 from mmroute.train.dare_distil import distil
 from mmroute.train.dare_learners import Learners
-from mmroute.train.dare_look import held_out, kept_in_training
+from mmroute.train.dare_look import held_out, kept_in_training, rate_table
 from mmroute.train.dare_losses import routing_losses
 from mmroute.train.dare_passes import Passes
 from mmroute.train.delta import save_delta, tuned
@@ -69,7 +71,7 @@ def train_dare(
     Where the recipe names no cutoff layer the model's information cliff is measured first.
 
     Args:
-        recipe: prunes with `dare` and has a `train` section.
+        recipe: prunes with `dare`, `symmetric` or `mod` and has a `train` section.
         model: a loaded stock model with its processor; its weights are put back at the end.
         out: folder of the run.
         resume: go on from the state in `out`.
@@ -79,7 +81,7 @@ def train_dare(
         The folder that a recipe's `trained` takes.
 
     Raises:
-        ConfigError: the recipe is no recipe of DARE, or the folder's state belongs to another one.
+        ConfigError: the recipe has nothing that can be trained so, or the folder's state belongs to another one.
         InputError: the folder holds a run and `resume` is off.
     """
     commit, dirty = commit_of_source()
@@ -94,7 +96,7 @@ def train_dare(
             "base": model.config.name_or_path,
             "steps": run.progress.step,
             "cpu_s": run.progress.cpu_s,
-            "rates": run.pruner.rates.table().tolist(),
+            "rates": run.rates(),
             "held_out": "teacher-forced chains of the split val, every word right; hop by hop on a cache",
             "tasks": look,
         }
@@ -127,8 +129,10 @@ class DareRun:
     ) -> None:
         """Opens the folder and attaches the model; see `train_dare`. Use it as a context manager."""
         pruner = recipe.build("prune")
-        if not isinstance(pruner, Dare) or recipe.train is None:
-            raise ConfigError(f"recipe {recipe.name}: training needs prune.name dare and a section `train`")
+        if not isinstance(pruner, Dare | Symmetric | MoD) or recipe.train is None:
+            raise ConfigError(
+                f"recipe {recipe.name}: training needs prune.name dare, symmetric or mod, and a section `train`"
+            )
         self.recipe, self.out, self.pruner = recipe, out, pruner
         self.config = parse(TrainConfig, recipe.train, "train")
         self.state = out / "state.safetensors"
@@ -142,6 +146,8 @@ class DareRun:
             self.tasks[name] = task
         if self.config.start is not None and self.config.backbone == "lora":
             raise ConfigError("train.start brings weights that adapters would hide; give train.backbone full or frozen")
+        if self.config.init == "distill" and not isinstance(pruner, Dare):
+            raise ConfigError("train.init distill is for prune.name dare; leave it out for its controls")
         if self.config.start is not None and self.config.init == "distill":
             raise ConfigError("train.start brings routers, train.init distill makes new ones; give one of them")
         self.model, self._stack = model, ExitStack()
@@ -219,14 +225,15 @@ class DareRun:
         finding = step < self.dense_steps
         batch = self.writer.batch(self._drawn(np.random.default_rng([config.seed, step])))
         self.model.train()
-        learns = finding and self.pruner.config.scorer == "router"
+        learns = finding and self._is_learned
         wanted = self._unrouted(batch) if config.teacher_kl else None
+        relax = self._relaxation(step / max(self.dense_steps, 1)) if learns else Relaxation(settled=True)
+        if not isinstance(self.pruner, MoD):  # which has no soft stage, and rates that are given
+            self.pruner.relax = relax
+            self.pruner.export()
         if learns:
-            self.pruner.relax = self._relaxation(step / max(self.dense_steps, 1))
             h = self.passes.at_once(batch)
         else:
-            self.pruner.relax = Relaxation(settled=True)
-            self.pruner.export()
             with warnings.catch_warnings():  # a control has frozen parts by design
                 warnings.filterwarnings("ignore", "training with every routing part frozen")
                 h = self.passes.hop_by_hop(batch, differentiable=True)
@@ -246,15 +253,25 @@ class DareRun:
             total.backward()
             entry |= self.learners.step(rate_at(step, config.steps, config.warmup, config.floor), learns)
         if learns:
-            relax = self.pruner.relax
             entry |= {"temperature": round(relax.temperature, 4), "noise": round(relax.noise, 4)}
             entry |= {"ramp": {"vision": round(relax.vision_ramp, 3), "text": round(relax.text_ramp, 3)}}
             tokens = self.routed.controller.tokens
             assert tokens is not None
-            self.pruner.observe(tokens, self.routed.controller.aux)
+            if isinstance(self.pruner, Dare):
+                self.pruner.observe(tokens, self.routed.controller.aux)
             if (step + 1) % 25 == 0:
                 entry |= kept_in_training(self.routed.controller, self.pruner, batch)
         return entry
+
+    @property
+    def _is_learned(self) -> bool:
+        """Whether anything but the backbone learns; not where DARE's counts are filled by a control's scores."""
+        return not isinstance(self.pruner, Dare) or self.pruner.config.scorer == "router"
+
+    def rates(self) -> list[list[list[float]]]:
+        """[text, vision][hop][layer]: share of what enters that runs."""
+        hops = self.pruner.config.max_hops if isinstance(self.pruner, Dare) else 1
+        return rate_table(self.pruner, self.routed.controller.shape.layers, hops)
 
     def _drawn(self, rng: np.random.Generator) -> list[tuple[Generated, Spec]]:
         names = list(self.tasks)

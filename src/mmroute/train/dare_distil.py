@@ -39,6 +39,7 @@ def distil(passes: Passes, batches: Iterable[Chains]) -> None:
         batches: chains; a few dozen are enough.
     """
     controller, pruner, model = passes.routed.controller, passes.pruner, passes.routed.model
+    assert isinstance(pruner, Dare)
     listener = _Listener(pruner)
     before, controller.pruner = controller.pruner, listener
     model.eval()

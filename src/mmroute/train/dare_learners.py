@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mmroute.prune.dare import Dare
+from mmroute.prune.mod import MoD
+from mmroute.prune.symmetric import Symmetric
 from mmroute.train.dare_config import TrainConfig
 from mmroute.train.loop import Optimisers
 
@@ -15,7 +17,9 @@ __all__ = ["Learners"]
 class Learners:
     """Everything that an update moves, and what a resumed run needs of it."""
 
-    def __init__(self, backbone: Optimisers | None, pruner: Dare, config: TrainConfig, hidden: int) -> None:
+    def __init__(
+        self, backbone: Optimisers | None, pruner: Dare | Symmetric | MoD, config: TrainConfig, hidden: int
+    ) -> None:
         self.backbone, self.pruner, self.config = backbone, pruner, config
         rows = list(pruner.router.parameters())
         taken = {id(p) for p in rows}

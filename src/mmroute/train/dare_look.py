@@ -14,14 +14,18 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mmroute.engine.controller import Controller
-from mmroute.prune.dare import Dare
+from mmroute.prune._rates import ROUTED
+from mmroute.prune.base import Pruner
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Trace
 from mmroute.train.chains import Chains
 from mmroute.train.dare_passes import Passes
 from mmroute.train.examples import IGNORED
 
-__all__ = ["held_out", "kept_in_training"]
+__all__ = ["held_out", "kept_in_training", "rate_table"]
+
+
+_REPORTED_HOPS = 4
 
 
 @torch.no_grad()
@@ -50,19 +54,24 @@ def held_out(passes: Passes, batches: Sequence[Chains]) -> dict[str, Any]:
     }
 
 
-def kept_in_training(controller: Controller, pruner: Dare, batch: Chains) -> dict[str, Any]:
-    """What the last call of stage A kept, by layer, and the rates it was asked for."""
+def rate_table(pruner: Pruner, layers: int, hops: int) -> list[list[list[float]]]:
+    """[text, vision][hop][layer]: share of what enters that runs, as inference reads it."""
+    shares = [[[pruner.rate(i, layers, h, m) for i in range(layers)] for h in range(hops)] for m in ROUTED]
+    return [[[1.0 if share is None else share for share in row] for row in rows] for rows in shares]
+
+
+def kept_in_training(controller: Controller, pruner: Pruner, batch: Chains) -> dict[str, Any]:
+    """What the last call of stage A kept, by layer, and the rates that it asked for, of the first hops."""
     tokens = controller.tokens
     assert tokens is not None
     masks = {i: keep.mask for i, keep in controller.aux.items()}
     found = {key: np.round(values, 3).tolist() for key, values in _shares(tokens, masks, batch).items()}
-    rates = pruner.rates.table().detach().float()
     logits = {i: keep.logits for i, keep in controller.aux.items()}
     spread = [value.detach()[tokens.valid].std().item() for value in logits.values() if value is not None]
     return {
         "layers": sorted(masks),
         **found,
-        "rates": [[[round(float(x), 4) for x in layers] for layers in hops[:4]] for hops in rates],
+        "rates": np.round(rate_table(pruner, controller.shape.layers, _REPORTED_HOPS), 4).tolist(),
         "logit_std": [round(x, 3) for x in spread],
     }
 

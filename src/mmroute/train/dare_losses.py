@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmroute.prune._rates import ROUTED, target
-from mmroute.prune.base import Keep
+from mmroute.prune.base import Keep, Pruner
 from mmroute.prune.dare import Dare
 from mmroute.train.dare_config import TrainConfig
 
@@ -19,7 +19,7 @@ __all__ = ["routing_losses"]
 
 
 def routing_losses(
-    keeps: Mapping[int, Keep], pruner: Dare, config: TrainConfig
+    keeps: Mapping[int, Keep], pruner: Pruner, config: TrainConfig
 ) -> tuple[Tensor | float, dict[str, float]]:
     """The weighted sum of the routing losses of one call, and each of them as it is, by name.
 
@@ -53,12 +53,12 @@ def routing_losses(
     return total, {name: round(value.item(), 6) for name, value in losses.items()}
 
 
-def _weight(name: str, pruner: Dare, config: TrainConfig) -> float:
+def _weight(name: str, pruner: Pruner, config: TrainConfig) -> float:
     if name == "hard":
         return config.hard_weight
     if name.endswith("_deep") and config.ratio_layers == "early":  # the target contradicts the hard loss there
         return 0.0
     if config.ratio_weight is not None:
         return config.ratio_weight
-    pulled = pruner.config.rates in ("penalty", "bernoulli")
+    pulled = isinstance(pruner, Dare) and pruner.config.rates in ("penalty", "bernoulli")
     return {"each": 1.0, "mean": 10.0}[config.ratio_scope] if pulled else 0.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmroute.cache import Chunk
 from mmroute.engine.attach import Routed
-from mmroute.prune.dare import Dare
+from mmroute.prune.base import Pruner
 from mmroute.train.chains import Chains
 from mmroute.train.examples import IGNORED
 
@@ -21,7 +21,7 @@ __all__ = ["Passes"]
 class Passes:
     """Forward passes of one attached model."""
 
-    def __init__(self, routed: Routed, pruner: Dare) -> None:
+    def __init__(self, routed: Routed, pruner: Pruner) -> None:
         self.routed, self.pruner = routed, pruner
 
     def at_once(self, batch: Chains) -> Float[Tensor, "B N D"]:

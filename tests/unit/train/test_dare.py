@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -261,6 +262,31 @@ def test_what_is_written_answers_as_the_run_did_and_the_base_is_as_before(model,
 def _blocks():
     task = mmroute.hub.load("tasks", "frozenlake", preset="nano")
     return task.messages(next(iter(task.samples("test", 1))), "cot")[0]["content"]
+
+
+@pytest.mark.parametrize("name", ["symmetric", "mod"])
+def test_the_learned_controls_are_trained_alike(model, tmp_path, name):
+    given = {"name": name, **({"keep": 0.6, "first_layer": 1} if name == "symmetric" else {"vision_keep": 0.6})}
+    side = recipes.Recipe(name=name, prune=given, train={**TRAIN, "steps": 4, "vision_ramp": (0, 0.1)})
+    with DareRun(side, model, tmp_path / "run") as run:
+        run.train(stop_after=2)
+        routers = {n: p.detach().clone() for n, p in run.pruner.named_parameters()}
+        assert all(routers[n].any() for n in routers if n.endswith("weight"))
+        batch = run.writer.batch(run._drawn(np.random.default_rng(0)))
+        run.model.eval()
+        with torch.no_grad():
+            one, other = run.passes.at_once(batch), run.passes.hop_by_hop(batch, differentiable=False)
+        real = batch.mask.bool()
+        torch.testing.assert_close(one[real], other[real], rtol=0, atol=1e-4)
+        run.train()
+        assert all(torch.equal(p, routers[n]) for n, p in run.pruner.named_parameters())  # stage B
+    folder = train_dare(side, model, tmp_path / "whole")
+    table = torch.tensor(json.loads((folder / "RESULTS.json").read_text())["rates"])
+    assert float(table[Modality.VISION].mean()) == pytest.approx(0.6, abs=1e-3)
+    with recipes.equip(model, replace(side, trained=str(folder))) as (routed, _):
+        assert all(r.weight.any() for r in routed.controller.pruner.router.values())
+    with pytest.raises(ConfigError, match="leave it out"):
+        DareRun(replace(side, train={**TRAIN, "init": "distill"}), model, tmp_path / "distilled")
 
 
 def test_a_recipe_without_a_cutoff_layer_is_trained_at_the_models_cliff(model, tmp_path, monkeypatch):
