@@ -41,7 +41,11 @@ _RECEIVED = 16
 """Last queries of a row whose attention `received` averages."""
 _SLACK = 64
 """Positions that a trim frees beyond the bound, so that not every step trims; a quarter of a small bound."""
-_Schedule = Literal["auto", "flat", "two_level"] | tuple[Annotated[float, Field(ge=0, le=1)], ...]
+_Schedule = (
+    Literal["auto", "flat", "two_level", "cosine"]
+    | Annotated[str, Field(pattern=r"^@.+")]
+    | tuple[Annotated[float, Field(ge=0, le=1)], ...]
+)
 _Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -59,7 +63,8 @@ class Dare(Pruner):
         rates: Literal["learned", "penalty", "bernoulli", "fixed"] = "learned"
         """Learned with an exact mean; pulled by a loss; by each position's own coin; or a schedule."""
         vision_schedule: _Schedule = "auto"
-        """Where learned rates start (auto: flat) or fixed ones stay (auto: two_level); a list has one per layer."""
+        """Where learned rates start (auto: flat) or fixed ones stay (auto: two_level). A list has one per layer;
+        `@PATH` takes the prompt's from a folder of trained routers or from what `mmroute calibrate schedule` wrote."""
         text_schedule: _Schedule = "auto"
         """The same for text; auto is flat."""
         hop_table: Literal["factorised", "full"] = "factorised"

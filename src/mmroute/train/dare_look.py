@@ -14,8 +14,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mmroute.engine.controller import Controller
+from mmroute.prune import _closing
 from mmroute.prune._rates import ROUTED
-from mmroute.prune.base import Pruner
+from mmroute.prune.base import Keep, Pruner
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Trace
 from mmroute.train.chains import Chains
@@ -73,7 +74,38 @@ def kept_in_training(controller: Controller, pruner: Pruner, batch: Chains) -> d
         **found,
         "rates": np.round(rate_table(pruner, controller.shape.layers, _REPORTED_HOPS), 4).tolist(),
         "logit_std": [round(x, 3) for x in spread],
+        "noise_overlap": _overlap(controller.aux, tokens),
+        "found_by_last_hop": _by_hop(controller.aux, tokens),
     }
+
+
+def _overlap(keeps: Mapping[int, Keep], tokens: Tokens) -> dict[str, list[float | None]]:
+    """By modality and layer: share of the chosen positions of the prompt that would be chosen without noise."""
+    out: dict[str, list[float | None]] = {}
+    for m in ROUTED:
+        among = tokens.valid & ~tokens.generated & ~tokens.protected & (tokens.modality == m) & (tokens.hop == 0)
+        out[m.name.lower()] = shares = []
+        for keep in keeps.values():
+            count = (keep.mask & among).sum(1).float()
+            if keep.logits is None or not count.any():
+                shares.append(None)
+                continue
+            clean = _closing.best(keep.logits.detach(), among, torch.zeros_like(among), count, torch.ones_like(count))
+            shares.append(round(float((keep.mask & clean).sum() / count.sum()), 3))
+    return out
+
+
+def _by_hop(keeps: Mapping[int, Keep], tokens: Tokens) -> dict[str, list[list[float | None]]]:
+    """[hop][layer] by modality: share of the hop's positions whose keys the last hop still finds."""
+    last = int(tokens.hop[tokens.valid].max())
+    out: dict[str, list[list[float | None]]] = {}
+    for m in ROUTED:
+        out[m.name.lower()] = rows = []
+        for hop in range(min(last + 1, _REPORTED_HOPS)):
+            of = tokens.valid & (tokens.modality == m) & (tokens.hop == hop)
+            found = [k.mask if k.alive is None else k.mask & (k.alive[:, -1].detach() > 0.5) for k in keeps.values()]
+            rows.append([round(float((f & of).sum() / of.sum()), 3) if of.any() else None for f in found])
+    return out
 
 
 def _kept_at_inference(trace: Trace, batch: Chains) -> dict[str, list[float]]:

@@ -10,6 +10,7 @@ import torch
 from mmroute import checks, hub
 from mmroute.engine.train import key_gate, update_gate
 from mmroute.errors import BudgetError, ConfigError
+from mmroute.prune import _borrowed
 from mmroute.prune._gates import Relaxation
 from mmroute.prune.dare import Dare
 from mmroute.tokens import Modality, Tokens
@@ -82,6 +83,36 @@ def test_learned_rates_have_the_mean_they_were_asked_for():
     torch.testing.assert_close(rates[Modality.VISION, :, 5], pruner.rates.deep_share[5].double().expand(8))
     rates[Modality.TEXT, 0, 3].backward()
     assert pruner.rates.theta.grad.any() and pruner.rates.beta.grad.any()
+
+
+def test_a_cosine_falls_behind_the_whole_layers_and_has_its_mean():
+    table = made(rates="fixed", vision_schedule="cosine", vision_keep=0.5).rates.table()[Modality.VISION, 0]
+    assert table[:2].tolist() == [1, 1]
+    assert float(table.mean()) == pytest.approx(0.5, abs=1e-6)
+    assert (table[2:].diff() <= 0).all() and table[2] > table[3]
+
+
+def test_a_schedule_is_read_from_trained_routers_and_from_a_calibration(tmp_path):
+    trained = _borrowed.borrow("@dare-lh")
+    for start in ({"rates": "fixed"}, {"rates": "penalty", "variant": "l"}):
+        table = made(vision_schedule="@dare-lh", cutoff_layer=L, vision_keep=0.6, **start).rates
+        with torch.no_grad():
+            if start["rates"] == "penalty":
+                assert table.theta.shape == (2, 1, L)
+            found = table._start(Modality.VISION)
+        kept = [trained.rate(i, L, 0, Modality.VISION) if i >= 2 else 1.0 for i in range(L)]
+        assert found.tolist() == pytest.approx(kept)
+        assert min(kept) < 0.1 < 0.3 < max(kept[2:])
+    recipe = tmp_path / "calibrated.yaml"
+    recipe.write_text(
+        "prune: {name: schedule, scorer: random, vision: [1, 1, 0.5, 0.25, 0, 0], text: [1, 0.5, 0.5, 0.5, 0.5, 0.5]}\n"
+    )
+    pruner = made(rates="fixed", vision_schedule=f"@{recipe}", text_schedule=f"@{recipe}")
+    table = pruner.rates.table()
+    assert table[Modality.VISION, 3].tolist() == [1, 1, 0.5, 0.25, 0, 0]
+    assert table[Modality.TEXT, 0].tolist() == [1, 0.5, 0.5, 0.5, 0.5, 0.5]
+    with pytest.raises(ConfigError, match="no routers in"):
+        made(vision_schedule="@nowhere")
 
 
 def test_rates_leave_room_for_what_is_protected_and_keep_their_mean():
