@@ -14,6 +14,7 @@ Deviates: skip with re-entry; rates are shares of the full count, protected posi
 Checked: equations (tests/unit/prune/test_dare.py), masking (tests/equivalence/test_dare.py).
 """
 
+import functools
 import logging
 from typing import Annotated, Any, Literal
 
@@ -156,6 +157,8 @@ class Dare(Pruner):
                 )
             return
         self.rates = KeepRates(self.config, shape.layers)
+        if self.config.cutoff_layer is None and self.config.vision_keep < 1:
+            _tell_of_half(shape.layers)
         self.num_layers, self._hidden = shape.layers, shape.hidden
         for layer in range(shape.layers):
             if self.acts(layer, shape.layers):
@@ -387,3 +390,12 @@ class Dare(Pruner):
             weight[int(m)] = slots.seen[:, m] * (1.0 if share is None else share)
         room = self.cap - min(_SLACK, self.cap // 4)
         return _closing.capped(score, slots.modality, slots.valid, slots.protected, room, weight)
+
+
+@functools.cache
+def _tell_of_half(layers: int) -> None:  # once, however many budgets a bench has
+    log.warning(
+        "dare: no cutoff_layer is given, so vision counts as deep in the later half of %d layers; "
+        "`mmroute calibrate cliff` measures it",
+        layers,
+    )
