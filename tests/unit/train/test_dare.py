@@ -271,7 +271,9 @@ def test_the_learned_controls_are_trained_alike(model, tmp_path, name):
     with DareRun(side, model, tmp_path / "run") as run:
         run.train(stop_after=2)
         routers = {n: p.detach().clone() for n, p in run.pruner.named_parameters()}
-        assert all(routers[n].any() for n in routers if n.endswith("weight"))
+        # What vision becomes in the last layer nobody reads, so a router that learns by its gain alone learns nothing.
+        learned = {"router.1.weight", "router.2.weight", *(["router.3.weight"] if name == "symmetric" else [])}
+        assert {n for n, p in routers.items() if n.endswith("weight") and p.any()} == learned
         batch = run.writer.batch(run._drawn(np.random.default_rng(0)))
         run.model.eval()
         with torch.no_grad():
@@ -284,7 +286,7 @@ def test_the_learned_controls_are_trained_alike(model, tmp_path, name):
     table = torch.tensor(json.loads((folder / "RESULTS.json").read_text())["rates"])
     assert float(table[Modality.VISION].mean()) == pytest.approx(0.6, abs=1e-3)
     with recipes.equip(model, replace(side, trained=str(folder))) as (routed, _):
-        assert all(r.weight.any() for r in routed.controller.pruner.router.values())
+        assert routed.controller.pruner.router["2"].weight.any()
     with pytest.raises(ConfigError, match="leave it out"):
         DareRun(replace(side, train={**TRAIN, "init": "distill"}), model, tmp_path / "distilled")
 
