@@ -86,7 +86,7 @@ class Gates:
         coin = c.rates == "bernoulli"
         z = mask.float()
         losses: dict[str, Tensor] = {}
-        kept: dict[str, tuple[Tensor | float, float]] = {}
+        kept: dict[str, tuple[Tensor, int]] = {}
         for g in given:
             m = Modality(g.modality)
             deep = self.rates.is_deep(site.layer, m)
@@ -116,13 +116,13 @@ class Gates:
             apart = realised - target(self.config, m)
             apart = apart.clamp(min=0) if relax.ratio_side == "cap" else apart
             losses[f"ratio_{name}"] = losses.get(f"ratio_{name}", 0.0) + apart.square()
-            sum_, count = kept.get(name, (0.0, 0.0))
-            kept[name] = sum_ + realised * sum(g.size), count + sum(g.size)
+            total, count = kept.get(name, (torch.zeros_like(realised), 0))
+            kept[name] = total + realised * sum(g.size), count + sum(g.size)
             if deep:
                 above = ((torch.sigmoid(logits) - c.hard_threshold).clamp(min=0) * among).sum()
                 above = above if relax.hard_reduction == "sum" else above / among.sum().clamp(min=1)
                 losses["hard"] = losses.get("hard", 0.0) + above
-        losses |= {f"share_{name}": sum_ / max(count, 1.0) for name, (sum_, count) in kept.items()}
+        losses |= {f"share_{name}": total / max(count, 1) for name, (total, count) in kept.items()}
         if c.scope == "drop":  # who was left out before stays out, and that gate goes on acting
             z = site.memo["dare open"] = z * site.memo.get("dare open", 1.0)
         mask = z.detach() > 0.5

@@ -12,6 +12,7 @@ Deviates: everything; where attention ranks badly so do these routers, until tra
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -50,7 +51,7 @@ def distil(passes: Passes, batches: Iterable[Chains]) -> None:
         controller.pruner = before
     for (layer, modality), sums in listener.heard.items():
         weight, bias = sums.solve()
-        router = pruner.router[str(layer)]
+        router: Any = pruner.router[str(layer)]
         router.weight[modality], router.bias[modality] = weight, bias
     pruner.export()
 

@@ -84,7 +84,8 @@ def _overlap(keeps: Mapping[int, Keep], tokens: Tokens) -> dict[str, list[float 
     out: dict[str, list[float | None]] = {}
     for m in ROUTED:
         among = tokens.valid & ~tokens.generated & ~tokens.protected & (tokens.modality == m) & (tokens.hop == 0)
-        out[m.name.lower()] = shares = []
+        shares: list[float | None] = []
+        out[m.name.lower()] = shares
         for keep in keeps.values():
             count = (keep.mask & among).sum(1).float()
             if keep.logits is None or not count.any():
@@ -100,7 +101,8 @@ def _by_hop(keeps: Mapping[int, Keep], tokens: Tokens) -> dict[str, list[list[fl
     last = int(tokens.hop[tokens.valid].max())
     out: dict[str, list[list[float | None]]] = {}
     for m in ROUTED:
-        out[m.name.lower()] = rows = []
+        rows: list[list[float | None]] = []
+        out[m.name.lower()] = rows
         for hop in range(min(last + 1, _REPORTED_HOPS)):
             of = tokens.valid & (tokens.modality == m) & (tokens.hop == hop)
             found = [k.mask if k.alive is None else k.mask & (k.alive[:, -1].detach() > 0.5) for k in keeps.values()]
