@@ -279,8 +279,8 @@ def test_a_rate_below_a_target_that_is_a_cap_is_not_pulled():
             pruner.rates.theta.fill_(-4.0)  # far below
             pruner.rates.beta.zero_()
         keep, _ = learn(pruner)
-        assert keep.losses["share_text"] < 0.7
-        assert bool(keep.losses["ratio_text"] > 0) == pulled
+        assert keep.losses["share_vision"] < 0.4
+        assert bool(keep.losses["ratio_vision"] > 0) == pulled
 
 
 def test_scores_below_the_threshold_lower_deep_counts_and_then_the_rate():
