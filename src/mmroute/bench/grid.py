@@ -63,6 +63,8 @@ class Grid:
     split: str = "test"
     n: Annotated[int, Field(ge=1)] = 1000
     """Items per task and seed."""
+    min_hops: Annotated[int, Field(ge=0)] = 0
+    """Items whose chain has fewer hops are passed over."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default_factory=lambda: [0])
     """Which items: another seed, other items; a table pools them."""
     vision: list[_Share] = Field(default_factory=lambda: [0.4])
@@ -73,6 +75,8 @@ class Grid:
     """Share of vision among a prompt's positions: what one rate for both is worth, for `symmetric`."""
     budget: Literal["plan", "own"] = "plan"
     """Whether methods are run at these budgets, or each as it is."""
+    controls: bool = True
+    """Whether each method that chooses is run again with random positions at its counts."""
     methods: Annotated[dict[str, Method], Field(min_length=1)]
     batch: Annotated[int, Field(ge=1)] = 64
     """Conversations answered at once; changes no answer."""
@@ -137,7 +141,7 @@ def cases(grid: Grid, shape: Shape) -> list[Case]:
     shared: dict[str, Case] = {_counts(c.recipe, shape): c for c in found if _is_random(c.recipe) and not c.infeasible}
     out = []
     for case in found:
-        if case.recipe.prune is None or case.infeasible or _is_random(case.recipe):
+        if not grid.controls or case.recipe.prune is None or case.infeasible or _is_random(case.recipe):
             out.append(case)
             continue
         control = _control(case)

@@ -6,6 +6,7 @@ Legend: B batch, N positions of a prompt, P vision positions of it.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +36,8 @@ class Plan:
     split: str = "test"
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Options of the task, such as `hop_images: observed`."""
+    min_hops: int = 0
+    """Items whose chain has fewer hops are passed over."""
     context: str = "accumulate"
     """Which pictures a hop still sees: `accumulate`, all of them."""
     batch: int = 16
@@ -72,11 +75,14 @@ def draw(task: Task, plan: Plan) -> list[Sample]:
             f"context is 'accumulate', given {plan.context!r}: a session keeps what it has seen; only exported "
             "conversations (`mmroute data export`) know markov2"
         )
-    samples = list(task.samples(plan.split, plan.n, offset=plan.seed * SEED_STRIDE))
+    most = SEED_STRIDE if plan.min_hops else plan.n
+    drawn = task.samples(plan.split, most, offset=plan.seed * SEED_STRIDE)
+    samples = list(islice((s for s in drawn if len(s.hops) >= plan.min_hops), plan.n))
     if len(samples) < plan.n:
+        long = f" of {plan.min_hops} hops or more" if plan.min_hops else ""
         raise InputError(
-            f"{plan.task}: split {plan.split!r} has {len(samples)} items from seed {plan.seed} on, {plan.n} were asked "
-            "for; lower --n or --seed"
+            f"{plan.task}: split {plan.split!r} has {len(samples)} items{long} from seed {plan.seed} on, {plan.n} were "
+            "asked for; lower --n or --seed"
         )
     return samples
 

@@ -54,6 +54,7 @@ def result_of(
             scorer=outcome.scores[0].scorer,
             hop_images=getattr(options, "hop_images", "none"),
             context=plan.context,
+            min_hops=plan.min_hops,
             groups=group_sizes(outcome.samples),
         ),
         quality=_quality(outcome),

@@ -62,9 +62,10 @@ def _is_bench(path: Path) -> bool:
 def _section(sheet: Sheet, folder: Path) -> str:
     first = sheet.lines[0].results[0]
     seeds = sorted({r.task.seed for line in sheet.lines for r in line.results})
+    long = f" of {first.task.min_hops} hops or more" if first.task.min_hops else ""
     said = (
         f"## {sheet.name}\n\n"
-        f"Model {first.model.id} ({first.model.layers} layers), {first.task.n} items per task and seed "
+        f"Model {first.model.id} ({first.model.layers} layers), {first.task.n} items{long} per task and seed "
         f"({', '.join(map(str, seeds))}), split {first.task.split}, greedy, {first.machine.dtype}. "
         "Asked: mean share of vision (and text) positions that run a layer, or (kv) whose keys stay. FLOPs and KV: "
         "whole answers, what choosing costs included, over `none`. Chains: right word for word. Differences in points "

@@ -130,6 +130,8 @@ class Task:
     """Whether the task shows a picture after every hop."""
     context: str = "accumulate"
     """What of these pictures the model still sees at a later hop."""
+    min_hops: int = 0
+    """Items whose chain has fewer hops were passed over."""
     groups: str = ""
     """Sizes, in order, of the groups of items that succeed and fail together: "4,4,4"."""
 

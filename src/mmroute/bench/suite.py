@@ -77,6 +77,7 @@ class Suite:
                     seed=seed,
                     split=grid.split,
                     settings=grid.task,
+                    min_hops=grid.min_hops,
                     context=grid.context,
                     batch=grid.batch,
                 )
@@ -92,6 +93,7 @@ class Suite:
                     "n": grid.n,
                     "seed": seed,
                     "forced": grid.forced,
+                    **({"min_hops": grid.min_hops} if grid.min_hops else {}),  # files of other benches keep their names
                 }
 
                 def file_of(case: Case, about: dict[str, Any] = about, task: str = task, seed: int = seed) -> str:

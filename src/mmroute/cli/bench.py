@@ -12,7 +12,7 @@ __all__ = ["bench"]
 
 
 def bench(
-    recipe: Annotated[str, typer.Option(help="Name (bench-spatial, bench-ablate) or .yaml file.")],
+    recipe: Annotated[str, typer.Option(help="Name (bench-spatial, bench-ablate, bench-kv) or .yaml file.")],
     model: Annotated[str, typer.Option(help="Bundled name, checkpoint folder or Hub id; the recipe's if empty.")] = "",
     tasks: Annotated[str, typer.Option(help="Tasks, comma-separated; the recipe's if empty.")] = "",
     methods: Annotated[str, typer.Option(help="Of the recipe's methods these, comma-separated.")] = "",

@@ -7,6 +7,10 @@ import typer
 
 __all__ = ["app"]
 
+_Board = Annotated[
+    Path | None, typer.Option("--tensorboard", help="Folder for TensorBoard to read; nothing if not given.")
+]
+
 app = typer.Typer(help="Train models and their parts.", no_args_is_help=True)
 
 
@@ -23,18 +27,21 @@ def backbone(
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stands.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    tensorboard: _Board = None,
     seed: Annotated[int | None, typer.Option(help="Of weights and data; the recipe's own if not given.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Recipe option, path=value; repeatable.")] = None,
 ) -> None:
     """Train a small stock model from scratch on generated worlds; killed at any moment, it goes on with --resume."""
     from mmroute.config import overrides
     from mmroute.train.backbone import train_backbone
+    from mmroute.train.follow import following
     from mmroute.train.recipe import load_recipe
 
     given = overrides(changes or [])
     if seed is not None:
         given["seed"] = seed
-    folder = train_backbone(load_recipe(recipe, given), out, device, resume)
+    with following(tensorboard) as followers:
+        folder = train_backbone(load_recipe(recipe, given), out, device, resume, followers)
     typer.echo(str(folder))
 
 
@@ -50,16 +57,21 @@ def vedas(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stands.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    tensorboard: _Board = None,
     seed: Annotated[int | None, typer.Option(help="Of data; the recipe's own if not given.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Recipe option, path=value; repeatable.")] = None,
 ) -> None:
     """Teach a model to think in latents, in stages; killed at any moment, it goes on with --resume."""
     from mmroute.backbones.load import load
     from mmroute.train.curriculum import read_recipe
+    from mmroute.train.follow import following
     from mmroute.train.vedas import train_vedas
 
     settings = read_recipe(recipe, _chosen(changes, task, seed))
-    typer.echo(str(train_vedas(settings, load(model).to(device), out or Path("runs") / settings.name, resume)))
+    loaded, run = load(model).to(device), out or Path("runs") / settings.name
+    with following(tensorboard) as followers:
+        folder = train_vedas(settings, loaded, run, resume, followers)
+    typer.echo(str(folder))
 
 
 def _chosen(changes: list[str] | None, task: list[str] | None, seed: int | None) -> list[str]:
@@ -83,6 +95,8 @@ def dare(
         Path, typer.Option(help="Folder of the run; the routers come to lie in its folder `router`.")
     ] = Path("runs/dare-lh"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stands.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    tensorboard: _Board = None,
     seed: Annotated[int | None, typer.Option(help="Of data and noise; the recipe's own if not given.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Recipe option, path=value; repeatable.")] = None,
 ) -> None:
@@ -90,8 +104,12 @@ def dare(
     from mmroute import recipe as recipes
     from mmroute.backbones.load import load
     from mmroute.train.dare import train_dare
+    from mmroute.train.follow import following
 
-    typer.echo(str(train_dare(recipes.read(recipe, _chosen(changes, task, seed)), load(model), out, resume)))
+    settings, loaded = recipes.read(recipe, _chosen(changes, task, seed)), load(model, device=device)
+    with following(tensorboard) as followers:
+        folder = train_dare(settings, loaded, out, resume, followers)
+    typer.echo(str(folder))
 
 
 @app.command()

@@ -3,12 +3,14 @@
 Legend: b budget, L layers, K first pruned layer.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from mmroute.errors import BudgetError, ConfigError
 
-__all__ = ["check_budget", "constant", "geometric", "scaled", "two_level"]
+__all__ = ["check_budget", "constant", "cosine", "geometric", "scaled", "two_level"]
 
 
 def check_budget(budget: float) -> None:
@@ -113,3 +115,17 @@ def two_level(
         )
     middle = [min(max(left / between, 0.0), 1.0)] * between if between else []
     return [1.0] * first + middle + [deep_keep] * deep
+
+
+@functools.cache
+def cosine(mean: float, num_layers: int, swing: float = 0.5) -> tuple[float, ...]:
+    """A share per layer that falls as a cosine does, clip(offset + swing cos(pi l / (L - 1)), 0, 1), its mean exact."""
+    wave = [swing * math.cos(math.pi * layer / max(num_layers - 1, 1)) for layer in range(num_layers)]
+    if num_layers == 1:
+        wave = [0.0]
+    low, high = -swing, 1 + swing
+    for _ in range(60):
+        offset = (low + high) / 2
+        total = sum(min(max(offset + w, 0.0), 1.0) for w in wave)
+        low, high = (offset, high) if total < mean * num_layers else (low, offset)
+    return tuple(min(max(high + w, 0.0), 1.0) for w in wave)

@@ -7,7 +7,7 @@ Deviates: `capped` trains as `progressive` does: a bound that inference trims to
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,6 +35,10 @@ class Relaxation:
     text_ramp: float = 1.0
     gate_clip: float = 0.98
     """Quantile at which the gradient of each layer's gates is clipped; 1 clips nothing."""
+    hard_reduction: Literal["mean", "sum"] = "mean"
+    """How the hard loss of a layer is put together from its positions."""
+    ratio_side: Literal["both", "cap"] = "both"
+    """Whether a share below its target counts in the ratio loss."""
     generator: torch.Generator | None = None
     settled: bool = False
     """Routers and rates stand still: training chooses as inference does, and only the backbone learns."""
@@ -82,6 +86,7 @@ class Gates:
         coin = c.rates == "bernoulli"
         z = mask.float()
         losses: dict[str, Tensor] = {}
+        kept: dict[str, tuple[Tensor, int]] = {}
         for g in given:
             m = Modality(g.modality)
             deep = self.rates.is_deep(site.layer, m)
@@ -104,14 +109,20 @@ class Gates:
                         hard = hard & (torch.sigmoid(logits) > c.hard_threshold)
                     soft = soft * torch.sigmoid((logits - eps) / relax.temperature)
             z = torch.where(among, straight_through(hard, soft), z)
-            name = f"ratio_{m.name.lower()}{'_deep' if deep else ''}"
+            name = f"{m.name.lower()}{'_deep' if deep else ''}"
             size = torch.tensor([max(n, 1) for n in g.size], device=z.device)
             column = (tokens.modality == m) & (tokens.hop == g.hop) & tokens.valid & ~tokens.generated
-            realised = (z * column).sum(1) / size
-            losses[name] = losses.get(name, 0.0) + (realised.mean() - target(self.config, m)).square()
+            realised = ((z * column).sum(1) / size).mean()
+            apart = realised - target(self.config, m)
+            apart = apart.clamp(min=0) if relax.ratio_side == "cap" else apart
+            losses[f"ratio_{name}"] = losses.get(f"ratio_{name}", 0.0) + apart.square()
+            total, count = kept.get(name, (torch.zeros_like(realised), 0))
+            kept[name] = total + realised * sum(g.size), count + sum(g.size)
             if deep:
-                above = (torch.sigmoid(logits) - c.hard_threshold).clamp(min=0)
-                losses["hard"] = losses.get("hard", 0.0) + (above * among).sum() / among.sum().clamp(min=1)
+                above = ((torch.sigmoid(logits) - c.hard_threshold).clamp(min=0) * among).sum()
+                above = above if relax.hard_reduction == "sum" else above / among.sum().clamp(min=1)
+                losses["hard"] = losses.get("hard", 0.0) + above
+        losses |= {f"share_{name}": total / max(count, 1) for name, (total, count) in kept.items()}
         if c.scope == "drop":  # who was left out before stays out, and that gate goes on acting
             z = site.memo["dare open"] = z * site.memo.get("dare open", 1.0)
         mask = z.detach() > 0.5
@@ -120,6 +131,8 @@ class Gates:
             ran = counted.tolist()
         clip_outliers(z, relax.gate_clip)
         alive = self._alive(z, noisy, tokens, site, rates)
+        if c.gain == "none":  # keys stay gated, updates do not: the same numbers, without their gradient
+            alive, z = z[:, None] if alive is None else alive, z.detach()
         return Keep(mask, ran, logits=logits, z=z, alive=alive, gain=gain, losses=losses)
 
     def _routes(self, group: Group) -> bool:

@@ -4,14 +4,17 @@ Legend: H hops with rates of their own, L layers; modality 0 is text, 1 is visio
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mmroute.config import read_yaml
 from mmroute.errors import BudgetError, ConfigError
-from mmroute.prune._budget import two_level
+from mmroute.prune._borrowed import borrow
+from mmroute.prune._budget import cosine, two_level
 from mmroute.prune._topk import soft_topk
 from mmroute.tokens import Modality, Tokens
 
@@ -166,6 +169,11 @@ class KeepRates(nn.Module):
             shares = two_level(target, layers, self.cutoff, first_layer=c.first_layer, deep_keep=self.deep_cap)
         elif given == "flat":
             shares = [1.0] * first + [target] * (layers - first)
+        elif given == "cosine":
+            left = max(target * layers - first, 1e-6)  # what cannot be met is said where it must be
+            shares = [1.0] * first + list(cosine(min(left / max(layers - first, 1), 1.0), layers - first))
+        elif isinstance(given, str):
+            shares = _borrowed(given, layers, modality)
         elif len(given) == layers:
             shares = list(given)
         else:
@@ -205,3 +213,11 @@ class KeepRates(nn.Module):
                         if total > 0:
                             share = (mask & given & (hop == h)).sum() / total
                             self.realised[m, h, layer].lerp_(share, 1 - _EMA)
+
+
+def _borrowed(given: str, layers: int, modality: Modality) -> list[float]:
+    """What a trained or calibrated method keeps of a prompt, by layer."""
+    path = Path(given[1:])
+    other = borrow(read_yaml(path).get("prune") or {} if path.is_file() else given)
+    shares = [other.rate(i, layers, 0, modality) if other.acts(i, layers) else None for i in range(layers)]
+    return [1.0 if share is None else share for share in shares]

@@ -14,6 +14,7 @@ Deviates: skip with re-entry; rates are shares of the full count, protected posi
 Checked: equations (tests/unit/prune/test_dare.py), masking (tests/equivalence/test_dare.py).
 """
 
+import functools
 import logging
 from typing import Annotated, Any, Literal
 
@@ -41,7 +42,11 @@ _RECEIVED = 16
 """Last queries of a row whose attention `received` averages."""
 _SLACK = 64
 """Positions that a trim frees beyond the bound, so that not every step trims; a quarter of a small bound."""
-_Schedule = Literal["auto", "flat", "two_level"] | tuple[Annotated[float, Field(ge=0, le=1)], ...]
+_Schedule = (
+    Literal["auto", "flat", "two_level", "cosine"]
+    | Annotated[str, Field(pattern=r"^@.+")]
+    | tuple[Annotated[float, Field(ge=0, le=1)], ...]
+)
 _Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -59,7 +64,8 @@ class Dare(Pruner):
         rates: Literal["learned", "penalty", "bernoulli", "fixed"] = "learned"
         """Learned with an exact mean; pulled by a loss; by each position's own coin; or a schedule."""
         vision_schedule: _Schedule = "auto"
-        """Where learned rates start (auto: flat) or fixed ones stay (auto: two_level); a list has one per layer."""
+        """Where learned rates start (auto: flat) or fixed ones stay (auto: two_level). A list has one per layer;
+        `@PATH` takes the prompt's from a folder of trained routers or from what `mmroute calibrate schedule` wrote."""
         text_schedule: _Schedule = "auto"
         """The same for text; auto is flat."""
         hop_table: Literal["factorised", "full"] = "factorised"
@@ -90,8 +96,9 @@ class Dare(Pruner):
         """Whether a layer's logit adds to the next one's, so that sets agree over layers."""
         relaxation: Literal["soft_topk", "paper_softmax"] = "soft_topk"
         """What the gates' gradient is taken of."""
-        gain: Literal["ste", "tanh", "score"] = "ste"
-        """What multiplies the update of a chosen position: 1, 1 + 0.2 tanh(logit), or the score."""
+        gain: Literal["ste", "tanh", "score", "none"] = "ste"
+        """What multiplies the update of a chosen position: 1, 1 + 0.2 tanh(logit), the score, or 1 without a gradient,
+        so that routers learn only from what a position's key and value are worth to others."""
         decode: Literal["keep", "threshold"] = "keep"
         """Whether a written position runs every layer, or those where it scores above what training text did."""
         cache_policy: Literal["auto", "append", "progressive", "capped"] = "auto"
@@ -150,6 +157,8 @@ class Dare(Pruner):
                 )
             return
         self.rates = KeepRates(self.config, shape.layers)
+        if self.config.cutoff_layer is None and self.config.vision_keep < 1:
+            _tell_of_half(shape.layers)
         self.num_layers, self._hidden = shape.layers, shape.hidden
         for layer in range(shape.layers):
             if self.acts(layer, shape.layers):
@@ -274,15 +283,19 @@ class Dare(Pruner):
         key = str(site.layer)
         if key not in self.router:
             return torch.zeros(tokens.shape, device=x.device)
-        x = (x.detach() if self.config.detach_input else x).float()
-        if self.config.score_input == "rms":
-            x = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
-        both = self.router[key](x)
+        both = self.router[key](self.reads(x))
         own = torch.where(tokens.modality == Modality.VISION, both[..., Modality.VISION], both[..., Modality.TEXT])
         if self.config.carry:
             own = own + site.memo.get("dare carried", 0.0)
             site.memo["dare carried"] = own
         return own
+
+    def reads(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """What routers see of the stream, in fp32."""
+        x = (x.detach() if self.config.detach_input else x).float()
+        if self.config.score_input == "rms":
+            x = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+        return x
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:
         """At inference the best of each group by rate; in training the same with noise, gates and losses."""
@@ -310,7 +323,7 @@ class Dare(Pruner):
         return mask, ran.tolist()
 
     def _gain(self, logits: Tensor, tokens: Tokens) -> Tensor | None:
-        if self.config.gain == "ste":
+        if self.config.gain in ("ste", "none"):
             return None
         value = 1 + 0.2 * torch.tanh(logits) if self.config.gain == "tanh" else torch.sigmoid(logits)
         return torch.where(self._competes(tokens), value, 1.0)
@@ -377,3 +390,12 @@ class Dare(Pruner):
             weight[int(m)] = slots.seen[:, m] * (1.0 if share is None else share)
         room = self.cap - min(_SLACK, self.cap // 4)
         return _closing.capped(score, slots.modality, slots.valid, slots.protected, room, weight)
+
+
+@functools.cache
+def _tell_of_half(layers: int) -> None:  # once, however many budgets a bench has
+    log.warning(
+        "dare: no cutoff_layer is given, so vision counts as deep in the later half of %d layers; "
+        "`mmroute calibrate cliff` measures it",
+        layers,
+    )

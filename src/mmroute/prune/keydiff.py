@@ -8,7 +8,7 @@ Checked: twin (tests/unit/prune/test_twins.py; on five families the sets equal t
     tests/conformance/test_prune_on_models.py); not run against the release.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from jaxtyping import Float
 from pydantic import Field
@@ -16,15 +16,14 @@ from torch import Tensor
 
 from mmroute.config import options
 from mmroute.prune import _rank
-from mmroute.prune._budget import constant
-from mmroute.prune.base import Pruner, Site
-from mmroute.tokens import Modality, Tokens
-from mmroute.trace import Shape
+from mmroute.prune._cache_only import ByKey
+from mmroute.prune.base import Site
+from mmroute.tokens import Tokens
 
 __all__ = ["KeyDiff"]
 
 
-class KeyDiff(Pruner):
+class KeyDiff(ByKey):
     """Training-free, cache only: all positions run, and those whose keys resemble the rest are forgotten."""
 
     @options
@@ -36,26 +35,8 @@ class KeyDiff(Pruner):
         start_layer: Annotated[int, Field(ge=0)] = 0
         """First layer, counted from 0, whose cache is pruned."""
 
-    action = "kv_only"
-    needs = frozenset({"keys"})
+    flops_per_number = 4  # a norm, and a product with the mean
     config: Config
-
-    @classmethod
-    def plan(cls, budget: float, num_layers: int, start_layer: int = 0) -> dict[str, Any]:
-        """Options that make the mean share of cached vision keys over all layers `budget`, or BudgetError."""
-        return {"vision_keep": constant(budget, num_layers, start_layer), "start_layer": start_layer}
-
-    def acts(self, layer: int, num_layers: int) -> bool:
-        return layer >= self.config.start_layer
-
-    def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
-        if layer < self.config.start_layer or modality is Modality.LATENT:
-            return None
-        return self.config.vision_keep if modality is Modality.VISION else self.config.text_keep
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
         return _rank.key_difference(site.keys(site.layer), tokens.valid)
-
-    def overhead(self, layer: int, shape: Shape, new: int) -> int:
-        # A norm, and a product with the mean.
-        return 4 * shape.kv_heads * shape.head_dim * new if layer >= self.config.start_layer else 0

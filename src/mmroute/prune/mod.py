@@ -11,8 +11,6 @@ Deviates: the cosine's offset is solved again after clipping, so that the mean o
 Checked: twin (tests/unit/prune/test_learned_controls.py); not run against the release.
 """
 
-import functools
-import math
 from typing import Annotated, Any
 
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 from mmroute.config import options
 from mmroute.engine.select import top
 from mmroute.errors import ConfigError
-from mmroute.prune._budget import check_budget
+from mmroute.prune._budget import check_budget, cosine
 from mmroute.prune.base import Keep, Pruner, Site
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
@@ -71,10 +69,10 @@ class MoD(Pruner):
                 nn.init.zeros_(row.bias)
 
     def acts(self, layer: int, num_layers: int) -> bool:
-        return _shares(self.config.vision_keep, self.config.swing, num_layers)[layer] < 1
+        return cosine(self.config.vision_keep, num_layers, self.config.swing)[layer] < 1
 
     def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
-        share = _shares(self.config.vision_keep, self.config.swing, num_layers)[layer]
+        share = cosine(self.config.vision_keep, num_layers, self.config.swing)[layer]
         return share if modality is Modality.VISION and share < 1 else None
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
@@ -91,17 +89,3 @@ class MoD(Pruner):
 
     def overhead(self, layer: int, shape: Shape, new: int) -> int:
         return 2 * shape.hidden * new if self.acts(layer, shape.layers) else 0
-
-
-@functools.cache
-def _shares(mean: float, swing: float, num_layers: int) -> tuple[float, ...]:
-    """clip(offset + swing cos(pi l / (L - 1)), 0, 1) with the offset that makes the mean exact."""
-    wave = [swing * math.cos(math.pi * layer / max(num_layers - 1, 1)) for layer in range(num_layers)]
-    if num_layers == 1:
-        wave = [0.0]
-    low, high = -swing, 1 + swing
-    for _ in range(60):
-        offset = (low + high) / 2
-        total = sum(min(max(offset + w, 0.0), 1.0) for w in wave)
-        low, high = (offset, high) if total < mean * num_layers else (low, offset)
-    return tuple(min(max(high + w, 0.0), 1.0) for w in wave)

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from mmroute.config import options
 from mmroute.errors import ConfigError
-from mmroute.prune._budget import constant
-from mmroute.prune.base import Pruner, Site
-from mmroute.tokens import Modality, Tokens
+from mmroute.prune._cache_only import CacheOnly
+from mmroute.prune.base import Site
+from mmroute.tokens import Tokens
 
 __all__ = ["SnapKV"]
 
 
-class SnapKV(Pruner):
+class SnapKV(CacheOnly):
     """Training-free, cache only: all positions run, and what the end of the prompt does not look at is forgotten."""
 
     @options
@@ -43,7 +43,6 @@ class SnapKV(Pruner):
         pool: Literal["mean", "max"] = "mean"
         """How it is pooled."""
 
-    action = "kv_only"
     needs = frozenset({"rows"})
     config: Config
 
@@ -51,16 +50,6 @@ class SnapKV(Pruner):
         super().__init__(**given)
         if self.config.kernel % 2 == 0:
             raise ConfigError(f"prune.snapkv.kernel: {self.config.kernel} given, a window around a position is odd")
-
-    @classmethod
-    def plan(cls, budget: float, num_layers: int) -> dict[str, Any]:
-        """Options that make the mean share of cached vision keys over all layers `budget`."""
-        return {"vision_keep": constant(budget, num_layers, 0)}
-
-    def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
-        if modality is Modality.LATENT:
-            return None
-        return self.config.vision_keep if modality is Modality.VISION else self.config.text_keep
 
     def queries(self, tokens: Tokens, site: Site) -> tuple[Int[Tensor, "B Q"], Float[Tensor, "B G Q"]]:
         width = self._width(tokens, site)

@@ -8,7 +8,7 @@ Deviates: separate shares for vision and text, text whole by default: the window
 Checked: twin (tests/unit/prune/test_twins_of_peers.py); not run against the release.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from mmroute.config import options
 from mmroute.prune import _rank
-from mmroute.prune._budget import constant
-from mmroute.prune.base import Pruner, Site
-from mmroute.tokens import Modality, Tokens
+from mmroute.prune._cache_only import CacheOnly
+from mmroute.prune.base import Site
+from mmroute.tokens import Tokens
 
 __all__ = ["Streaming"]
 
 
-class Streaming(Pruner):
+class Streaming(CacheOnly):
     """Training-free, cache only, blind to content: sinks and recency."""
 
     @options
@@ -36,18 +36,7 @@ class Streaming(Pruner):
         sinks: Annotated[int, Field(ge=0)] = 4
         """First positions of the sequence that stay before any other."""
 
-    action = "kv_only"
     config: Config
-
-    @classmethod
-    def plan(cls, budget: float, num_layers: int) -> dict[str, Any]:
-        """Options that make the mean share of cached vision keys over all layers `budget`."""
-        return {"vision_keep": constant(budget, num_layers, 0)}
-
-    def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
-        if modality is Modality.LATENT:
-            return None
-        return self.config.vision_keep if modality is Modality.VISION else self.config.text_keep
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
         recent = torch.arange(tokens.shape[1], device=x.device).expand(tokens.shape).float()

@@ -118,7 +118,7 @@ class Symmetric(Pruner):
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:
         """Hop by hop the best of text and vision together; in training with noise and gates."""
         logits = self.scores(x, tokens, site)
-        learns = site.training and logits.requires_grad
+        learns = site.training and not self.relax.settled and logits.requires_grad
         if learns and self.relax.noise > 0:
             logits = logits + self.relax.noise * logistic_noise(logits, self.relax.generator)
         rates = self.rates()[0, 0].float() if learns else None

@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from mmroute.train.exam import examine_all
 from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas, place_words
 from mmroute.train.fast import Positions, run_text
 from mmroute.train.folder import copy_weights, write_folder
+from mmroute.train.follow import Follower
 from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, save_state
 from mmroute.train.recipe import Phase, Recipe, as_yaml, at
 from mmroute.train.small_model import MERGE, PATCH, build
@@ -46,7 +48,9 @@ _PLACE_SEED = 1
 """Keeps the randomness of held-out items apart from that of training steps, which starts with the run's seed."""
 
 
-def train_backbone(recipe: Recipe, out: Path, device: str = "cpu", resume: bool = False) -> Path:
+def train_backbone(
+    recipe: Recipe, out: Path, device: str = "cpu", resume: bool = False, followers: Sequence[Follower] = ()
+) -> Path:
     """Trains what the recipe says, examines it, and writes the checkpoint folder `out/model`.
 
     Args:
@@ -54,6 +58,7 @@ def train_backbone(recipe: Recipe, out: Path, device: str = "cpu", resume: bool 
         out: folder of the run.
         device: `cpu` or `cuda`.
         resume: go on from the state in `out`.
+        followers: who hears each line of the log.
 
     Returns:
         The checkpoint folder.
@@ -63,7 +68,7 @@ def train_backbone(recipe: Recipe, out: Path, device: str = "cpu", resume: bool 
         MmrouteError: the disk is full; the last state is intact.
     """
     commit, dirty = commit_of_source()
-    run = Run(recipe, out, device, resume)
+    run = Run(recipe, out, device, resume, followers)
     progress = run.train()
     results = {
         "command": "mmroute " + " ".join(sys.argv[1:]),
@@ -86,7 +91,14 @@ def train_backbone(recipe: Recipe, out: Path, device: str = "cpu", resume: bool 
 class Run:
     """One training run in one folder: `state.safetensors`, `log.jsonl`, and at its end the model folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, device: str = "cpu", resume: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: str = "cpu",
+        resume: bool = False,
+        followers: Sequence[Follower] = (),
+    ) -> None:
         """Opens the folder.
 
         Args:
@@ -94,6 +106,7 @@ class Run:
             out: folder of the run; made if missing.
             device: `cpu` or `cuda`.
             resume: go on from the folder's state; without a state it starts at the beginning.
+            followers: who hears each line of the log.
 
         Raises:
             ConfigError: the device is missing, or the folder's state belongs to another recipe.
@@ -124,7 +137,7 @@ class Run:
             self.progress = saved
         elif self.state.exists():
             raise InputError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
-        self.journal = Journal(out / "log.jsonl", self.progress.log_bytes)
+        self.journal = Journal(out / "log.jsonl", self.progress.log_bytes, followers)
         self._held_out: dict[tuple[str, str, int], Batch] = {}
 
     def train(self, stop_after: int | None = None) -> Progress:
@@ -136,6 +149,7 @@ class Run:
         started, before = time.process_time(), self.progress.cpu_s
         progress, recipe = self.progress, self.recipe
         batches = None
+        self.journal.begin(progress.step, sum(phase.steps for phase in recipe.phases))
         while progress.phase < len(recipe.phases):
             phase = recipe.phases[progress.phase]
             if batches is None:

@@ -1,131 +1,92 @@
-"""Trains DARE's routers on generated worlds: `mmroute train dare --recipe dare-lh`.
+"""Trains DARE's routers on generated worlds, and those of its controls: `mmroute train dare --recipe dare-lh`.
 
 Stage A finds: the dense executor, noise that falls to nothing, rates that come down (vision first, then text), and
 gradients for what was left out. Stage B settles: routers and rates stand still, the backbone gets used to them, hop by
 hop on a cache, as inference runs. The backbone must be able to do the task unrouted before.
 
-Legend: B batch, N columns, L layers, P vision tokens of one image.
-
 Source: DARE trains routers and backbone together with straight-through gates.
-Deviates: two stages; schedules, rates of learning and clipping are ours (see `TrainConfig`).
+Deviates: two stages; schedules, rates of learning and clipping are ours (see `dare_config.py`).
 """
 
 import json
 import logging
+import math
 import sys
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from mmroute import calibrate
 from mmroute import recipe as recipes
 from mmroute.bench.items import load_task
 from mmroute.bench.schema import commit_of_source
-from mmroute.cache import Chunk
-from mmroute.config import options, parse
+from mmroute.config import parse
 from mmroute.engine.attach import Routed, attach
 from mmroute.engine.saving import load as load_parts
 from mmroute.errors import ConfigError, InputError
 from mmroute.prune._gates import Relaxation
 from mmroute.prune.dare import Dare
+from mmroute.prune.mod import MoD
+from mmroute.prune.symmetric import Symmetric
 from mmroute.tasks.base import Generated, Spec
-from mmroute.tokens import Modality, Tokens
 from mmroute.train.chains import Chains, Writer
+from mmroute.train.dare_config import TrainConfig
+from mmroute.train.dare_distil import distil
+from mmroute.train.dare_learners import Learners
+from mmroute.train.dare_look import held_out, kept_in_training, rate_table
+from mmroute.train.dare_losses import routing_losses
+from mmroute.train.dare_passes import Passes
 from mmroute.train.delta import save_delta, tuned
 from mmroute.train.examples import IGNORED
+from mmroute.train.follow import Follower
 from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, replacing, save_state
 from mmroute.train.recipe import as_yaml
 from mmroute.train.tuning import Tuning
 
-__all__ = ["DareRun", "TrainConfig", "train_dare"]
+__all__ = ["DareRun", "train_dare"]
 
 logger = logging.getLogger(__name__)
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0)]
 _LORA_TARGETS = "qkvo"
+_LOOKED_AT_ONCE = 48
+_CLIFF_ITEMS = 64
+_DISTILLED_FROM = 64
+"""Chains whose attention `init: distill` fits routers to."""
 
 
-@options
-class TrainConfig:
-    """The `train` section of a recipe."""
-
-    tasks: dict[str, Annotated[float, Field(gt=0)]]
-    """Weight of each world, `name` or `name:preset`."""
-    start: str | None = None
-    """Folder `router` of an earlier run: this one begins with its routers, rates and backbone; fresh ones if not given.
-    Then `noise` is best 0 and both ramps [0, 0]: new noise undoes what was found."""
-    steps: Annotated[int, Field(ge=1)] = 400
-    batch: Annotated[int, Field(ge=1)] = 24
-    dense_share: Share = 0.5
-    """Share of the steps that is stage A."""
-    vision_ramp: tuple[Share, Share] = (0.0, 0.25)
-    """Where in stage A the vision rate comes down from 1."""
-    text_ramp: tuple[Share, Share] = (0.40, 0.65)
-    noise: Annotated[float, Field(ge=0)] = 1.0
-    """Scale of the logistic noise at the start; gone at `noise_until`."""
-    noise_until: Rate = 0.8
-    temperature: tuple[Rate, Rate] = (1.0, 0.3)
-    """At the start, and from `temperature_until` on."""
-    temperature_until: Rate = 0.9
-    router_lr: Rate | None = None
-    """Peak rate of the routers; 1.28 / hidden size if not given."""
-    rate_lr: Rate = 0.05
-    """Peak rate of the keep rates' logits."""
-    gate_clip: Share = 0.98
-    """Quantile at which each layer's gate gradients are clipped."""
-    hard_weight: Annotated[float, Field(ge=0)] = 1.0
-    ratio_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the pull to the targets; `penalty` and `bernoulli` need one, `learned` meets the mean without."""
-    ratio_layers: Literal["early", "all"] = "early"
-    """Whether deep vision is pulled too."""
-    backbone: Literal["full", "lora", "frozen"] = "full"
-    muon: Rate = 2e-3
-    """Peak rate of the backbone's matrices under `full`."""
-    adamw: Rate = 5e-4
-    """Peak rate of the rest under `full`, of everything under `lora`."""
-    lora_rank: Annotated[int, Field(ge=1)] = 8
-    warmup: Annotated[int, Field(ge=1)] = 15
-    floor: Share = 0.05
-    """Share of the peak at the end of the cosine."""
-    clip: Rate = 1.0
-    """Largest norm of the backbone's gradient."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    save_every: Annotated[int, Field(ge=1)] = 50
-    eval_every: Annotated[int, Field(ge=1)] = 100
-    eval_items: Annotated[int, Field(ge=1)] = 48
-    """Held-out items per task at each look."""
-
-
-def train_dare(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = False) -> Path:
+def train_dare(
+    recipe: recipes.Recipe, model: Any, out: Path, resume: bool = False, followers: Sequence[Follower] = ()
+) -> Path:
     """Trains what a recipe says and writes `out/router`: routers, rates, and the backbone's new weights if it learned.
 
+    Where the recipe names no cutoff layer the model's information cliff is measured first.
+
     Args:
-        recipe: prunes with `dare` and has a `train` section.
+        recipe: prunes with `dare`, `symmetric` or `mod` and has a `train` section.
         model: a loaded stock model with its processor; its weights are put back at the end.
         out: folder of the run.
         resume: go on from the state in `out`.
+        followers: who hears each line of the log.
 
     Returns:
         The folder that a recipe's `trained` takes.
 
     Raises:
-        ConfigError: the recipe is no recipe of DARE, or the folder's state belongs to another one.
+        ConfigError: the recipe has nothing that can be trained so, or the folder's state belongs to another one.
         InputError: the folder holds a run and `resume` is off.
     """
     commit, dirty = commit_of_source()
-    with DareRun(recipe, model, out, resume) as run:
+    recipe = _with_cutoff(recipe, model)
+    with DareRun(recipe, model, out, resume, followers) as run:
         run.train()
         look = run.look(4 * run.config.eval_items)
         results = {
@@ -135,21 +96,43 @@ def train_dare(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = Fal
             "base": model.config.name_or_path,
             "steps": run.progress.step,
             "cpu_s": run.progress.cpu_s,
-            "rates": run.pruner.rates.table().tolist(),
+            "rates": run.rates(),
             "held_out": "teacher-forced chains of the split val, every word right; hop by hop on a cache",
             "tasks": look,
         }
         return run.write(results)
 
 
+def _with_cutoff(recipe: recipes.Recipe, model: Any) -> recipes.Recipe:
+    """The recipe with the first deep layer of vision; as it is where it names one or needs none."""
+    pruner = recipe.build("prune")
+    if not isinstance(pruner, Dare) or recipe.train is None or recipe.prune is None:
+        return recipe  # what is wrong with it, the run says
+    if pruner.config.cutoff_layer is not None or pruner.config.vision_keep == 1:
+        return recipe
+    tasks = list(parse(TrainConfig, recipe.train, "train").tasks)
+    cliff = calibrate.measure_cliff(model, list(calibrate.gold(model, tasks, _CLIFF_ITEMS)))
+    logger.info("the information cliff is at layer %d: --set prune.cutoff_layer=%d", *[cliff.cutoff_layer] * 2)
+    return replace(recipe, prune={**recipe.prune, "cutoff_layer": cliff.cutoff_layer})
+
+
 class DareRun:
     """One run in one folder: `state.safetensors`, `log.jsonl`, and at its end `router`."""
 
-    def __init__(self, recipe: recipes.Recipe, model: Any, out: Path, resume: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: recipes.Recipe,
+        model: Any,
+        out: Path,
+        resume: bool = False,
+        followers: Sequence[Follower] = (),
+    ) -> None:
         """Opens the folder and attaches the model; see `train_dare`. Use it as a context manager."""
         pruner = recipe.build("prune")
-        if not isinstance(pruner, Dare) or recipe.train is None:
-            raise ConfigError(f"recipe {recipe.name}: training needs prune.name dare and a section `train`")
+        if not isinstance(pruner, Dare | Symmetric | MoD) or recipe.train is None:
+            raise ConfigError(
+                f"recipe {recipe.name}: training needs prune.name dare, symmetric or mod, and a section `train`"
+            )
         self.recipe, self.out, self.pruner = recipe, out, pruner
         self.config = parse(TrainConfig, recipe.train, "train")
         self.state = out / "state.safetensors"
@@ -163,6 +146,10 @@ class DareRun:
             self.tasks[name] = task
         if self.config.start is not None and self.config.backbone == "lora":
             raise ConfigError("train.start brings weights that adapters would hide; give train.backbone full or frozen")
+        if self.config.init == "distill" and not isinstance(pruner, Dare):
+            raise ConfigError("train.init distill is for prune.name dare; leave it out for its controls")
+        if self.config.start is not None and self.config.init == "distill":
+            raise ConfigError("train.start brings routers, train.init distill makes new ones; give one of them")
         self.model, self._stack = model, ExitStack()
         rank = self.config.lora_rank
         self.tuning = Tuning(model, self.config.backbone, rank, 2 * rank, _LORA_TARGETS, self.config.seed, False)
@@ -172,7 +159,8 @@ class DareRun:
         if self.config.start is not None:
             load_parts(self.routed, self.config.start)
             self._stack.enter_context(tuned(model, Path(self.config.start)))
-        self.learners = _Learners(backbone, pruner, self.config, self.routed.controller.shape.hidden)
+        self.learners = Learners(backbone, pruner, self.config, self.routed.controller.shape.hidden)
+        self.passes = Passes(self.routed, pruner)
         self.writer = Writer(self.routed, recipe.build("think"))
         self.progress = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
         if resume and self.state.exists():
@@ -181,8 +169,12 @@ class DareRun:
                 self._stack.close()
                 raise ConfigError(f"{out} was started with another recipe; give the same one, or another --out")
             self.progress = saved
-        self.journal = Journal(out / "log.jsonl", self.progress.log_bytes)
-        self._held: dict[tuple[str, int], Chains] = {}
+        elif self.config.init == "distill":
+            rng = np.random.default_rng([self.config.seed, _DISTILLED_FROM, 0])  # no step draws these
+            drawn = (self._drawn(rng) for _ in range(math.ceil(_DISTILLED_FROM / self.config.batch)))
+            distil(self.passes, map(self.writer.batch, drawn))
+        self.journal = Journal(out / "log.jsonl", self.progress.log_bytes, followers)
+        self._held: dict[tuple[str, int, int], Chains] = {}
 
     def __enter__(self) -> "DareRun":
         return self
@@ -209,6 +201,7 @@ class DareRun:
         """
         started, before = time.process_time(), self.progress.cpu_s
         progress, config = self.progress, self.config
+        self.journal.begin(progress.step, config.steps)
         while progress.step < config.steps:
             entry = self.step()
             progress.step += 1
@@ -232,39 +225,53 @@ class DareRun:
         finding = step < self.dense_steps
         batch = self.writer.batch(self._drawn(np.random.default_rng([config.seed, step])))
         self.model.train()
-        learns = finding and self.pruner.config.scorer == "router"
-        if learns:
-            self.pruner.relax = self._relaxation(step / max(self.dense_steps, 1))
-            h = self._one_pass(batch)
-        else:
-            self.pruner.relax = Relaxation(settled=True)
+        learns = finding and self._is_learned
+        wanted = self._unrouted(batch) if config.teacher_kl else None
+        relax = self._relaxation(step / max(self.dense_steps, 1)) if learns else Relaxation(settled=True)
+        if not isinstance(self.pruner, MoD):  # which has no soft stage, and rates that are given
+            self.pruner.relax = relax
             self.pruner.export()
+        if learns:
+            h = self.passes.at_once(batch)
+        else:
             with warnings.catch_warnings():  # a control has frozen parts by design
                 warnings.filterwarnings("ignore", "training with every routing part frozen")
-                h = self._hop_by_hop(batch, differentiable=True)
-        loss, _ = self._loss(h, batch)
+                h = self.passes.hop_by_hop(batch, differentiable=True)
+        said = self.passes.logits(h, batch)
+        loss = F.cross_entropy(said, batch.labels[batch.labels != IGNORED])
         parts: dict[str, float] = {}
         total = loss
-        for name, value in self._auxiliary().items() if learns else ():
-            weight = config.hard_weight if name == "hard" else config.ratio_weight
-            if name == "ratio_vision_deep" and config.ratio_layers == "early":
-                weight = 0.0
-            total = total + weight * value
-            parts[name] = round(value.item(), 6)
+        if wanted is not None:
+            apart = F.kl_div(said.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True)
+            total = total + config.teacher_kl * apart
+            parts["teacher_kl"] = round(apart.item(), 6)
+        if learns:
+            routing, found = routing_losses(self.routed.controller.aux, self.pruner, config)
+            total, parts = total + routing, parts | found
         entry: dict[str, Any] = {"stage": "A" if finding else "B", "loss": round(loss.item(), 6), **parts}
         if total.requires_grad:
             total.backward()
             entry |= self.learners.step(rate_at(step, config.steps, config.warmup, config.floor), learns)
         if learns:
-            relax = self.pruner.relax
             entry |= {"temperature": round(relax.temperature, 4), "noise": round(relax.noise, 4)}
             entry |= {"ramp": {"vision": round(relax.vision_ramp, 3), "text": round(relax.text_ramp, 3)}}
             tokens = self.routed.controller.tokens
             assert tokens is not None
-            self.pruner.observe(tokens, self.routed.controller.aux)
+            if isinstance(self.pruner, Dare):
+                self.pruner.observe(tokens, self.routed.controller.aux)
             if (step + 1) % 25 == 0:
-                entry |= self._report(batch, tokens)
+                entry |= kept_in_training(self.routed.controller, self.pruner, batch)
         return entry
+
+    @property
+    def _is_learned(self) -> bool:
+        """Whether anything but the backbone learns; not where DARE's counts are filled by a control's scores."""
+        return not isinstance(self.pruner, Dare) or self.pruner.config.scorer == "router"
+
+    def rates(self) -> list[list[list[float]]]:
+        """[text, vision][hop][layer]: share of what enters that runs."""
+        hops = self.pruner.config.max_hops if isinstance(self.pruner, Dare) else 1
+        return rate_table(self.pruner, self.routed.controller.shape.layers, hops)
 
     def _drawn(self, rng: np.random.Generator) -> list[tuple[Generated, Spec]]:
         names = list(self.tasks)
@@ -291,139 +298,35 @@ class DareRun:
             vision_ramp=ramp(c.vision_ramp),
             text_ramp=ramp(c.text_ramp),
             gate_clip=c.gate_clip,
+            hard_reduction=c.hard_reduction,
+            ratio_side=c.ratio_side,
             generator=torch.Generator().manual_seed(seed),
         )
 
-    # ------------------------------------------------------------------ passes
-
-    def _one_pass(self, batch: Chains) -> Float[Tensor, "B N D"]:
-        """All hops at once; the gates stand for hop closes."""
-        return self.routed.controller.base(
-            **self._given(batch),
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            hop_ids=batch.hop,
-            generated=batch.generated,
-            use_cache=False,
-        ).last_hidden_state
-
-    def _given(self, batch: Chains) -> dict[str, Tensor]:
-        if "inputs_embeds" not in batch.inputs:
-            return {"input_ids": batch.ids, **batch.inputs}
-        return {**batch.inputs, "modality": batch.modality, "protected": self._delimiters(batch)}
-
-    def _delimiters(self, batch: Chains) -> Bool[Tensor, "B N"]:
-        return self.routed.controller.delimiters[batch.ids]
-
-    def _hop_by_hop(self, batch: Chains, differentiable: bool) -> Float[Tensor, "B N D"]:
-        """As inference runs: each hop enters the cache, and is closed before the next but one reads it."""
-        cache = self.routed.new_cache(differentiable=differentiable)
-        out = []
-        for h, (start, end) in enumerate(batch.spans):
-            if h >= 2 and self.pruner.closes:
-                cache.close_hop(self.pruner, [h - 1] * len(batch.ids))
-            here = slice(start, end)
-            cache.next = Chunk(
-                modality=batch.modality[:, here],
-                hop=batch.hop[:, here],
-                valid=batch.mask[:, here],
-                protected=self._delimiters(batch)[:, here],
-                generated=batch.generated[:, here],
-            )
-            given: dict[str, Any] = {"input_ids": batch.ids[:, here]}
-            if "inputs_embeds" in batch.inputs:
-                given = {"inputs_embeds": batch.inputs["inputs_embeds"][:, here]}
-            elif h == 0:
-                given |= {k: v[:, here] if k == "mm_token_type_ids" else v for k, v in batch.inputs.items()}
-            call = self.routed.controller.base(
-                **given,
-                attention_mask=batch.mask[:, :end],
-                position_ids=batch.positions[..., here],
-                past_key_values=cache,
-            )
-            out.append(call.last_hidden_state)
-        return torch.cat(out, dim=1)
-
-    def _loss(self, h: Float[Tensor, "B N D"], batch: Chains) -> tuple[Tensor, Bool[Tensor, "B N"]]:
-        """Cross-entropy of the words to write, and which of them are the most likely ones."""
-        column = torch.arange(h.shape[1], device=h.device)
-        last = torch.where(batch.mask.bool(), column, -1).cummax(1).values
-        before = torch.cat([last.new_zeros(len(last), 1), last[:, :-1]], dim=1)  # gaps lie between hops
-        learned = batch.labels != IGNORED
-        at = h.gather(1, before[..., None].expand(-1, -1, h.shape[-1]))[learned]
-        logits = self.model.get_output_embeddings()(at).float()
-        right = learned.clone()
-        right[learned] = logits.argmax(-1) == batch.labels[learned]
-        return F.cross_entropy(logits, batch.labels[learned]), right
-
-    def _auxiliary(self) -> dict[str, Tensor]:
-        """The routing losses by name, mean over the layers that have them."""
-        found: dict[str, list[Tensor]] = defaultdict(list)
-        for keep in self.routed.controller.aux.values():
-            for name, value in keep.losses.items():
-                found[name].append(value)
-        return {name: torch.stack(values).mean() for name, values in found.items()}
+    def _unrouted(self, batch: Chains) -> Tensor:
+        """What the model that was given says of each word to write; (words, vocabulary)."""
+        with torch.no_grad(), self.tuning.original():
+            return self.passes.logits(self.passes.unrouted(batch), batch)
 
     # ------------------------------------------------------------------ looking
 
-    @torch.no_grad()
     def look(self, items: int) -> dict[str, dict[str, Any]]:
         """By task, on held-out items and as inference runs: chains and words right, and what was kept."""
         self.model.eval()
         self.routed.full_trace = True
-        out = {}
-        for name, task in self.tasks.items():
-            chains, words, seen = [], [], []
-            for start in range(0, items, 48):
-                key = (name, start)
-                if key not in self._held:
-                    specs = [task.spec("val", i) for i in range(start, min(start + 48, items))]
-                    self._held[key] = self.writer.batch([(task, spec) for spec in specs])
-                batch = self._held[key]
-                _, right = self._loss(self._hop_by_hop(batch, differentiable=False), batch)
-                learned = batch.labels != IGNORED
-                chains += (right | ~learned).all(1).tolist()
-                words.append(float((right & learned).sum() / learned.sum()))
-                seen.append(self._kept_at_inference(batch))
-            out[name] = {
-                "n": len(chains),
-                "chain": round(float(np.mean(chains)), 4),
-                "word": round(float(np.mean(words)), 4),
-                **{key: np.round(np.mean([s[key] for s in seen], 0), 3).tolist() for key in seen[0]},
-            }
+        out = {name: held_out(self.passes, self._val(name, items)) for name in self.tasks}
         self.routed.full_trace = False
         return out
 
-    def _kept_at_inference(self, batch: Chains) -> dict[str, list[float]]:
-        """By layer: shares that entered, and what is still cached of the text at the end."""
-        trace = self.routed.trace
-        assert trace is not None
-        call, tokens = trace.calls[0], _tokens(batch)
-        masks = {}
-        for index, layer in enumerate(call.layers):
-            mask = torch.zeros_like(tokens.valid)
-            for row, columns in enumerate(layer.kept or []):
-                mask[row, columns] = True
-            masks[index] = mask
-        found = _shares(tokens, masks, batch)
-        end = trace.calls[-1].layers
-        total = batch.mask.sum()
-        found["cached"] = [sum(layer.stored) / float(total) for layer in end]
-        return found
-
-    def _report(self, batch: Chains, tokens: Tokens) -> dict[str, Any]:
-        """What stage A kept in this step, by layer."""
-        masks = {i: keep.mask for i, keep in self.routed.controller.aux.items()}
-        found = {key: np.round(values, 3).tolist() for key, values in _shares(tokens, masks, batch).items()}
-        rates = self.pruner.rates.table().detach().float()
-        logits = {i: keep.logits for i, keep in self.routed.controller.aux.items()}
-        spread = [value.detach()[tokens.valid].std().item() for value in logits.values() if value is not None]
-        return {
-            "layers": sorted(masks),
-            **found,
-            "rates": [[[round(float(x), 4) for x in layers] for layers in hops[:4]] for hops in rates],
-            "logit_std": [round(x, 3) for x in spread],
-        }
+    def _val(self, name: str, items: int) -> list[Chains]:
+        out = []
+        for start in range(0, items, _LOOKED_AT_ONCE):
+            key = (name, start, min(start + _LOOKED_AT_ONCE, items))
+            if key not in self._held:
+                task = self.tasks[name]
+                self._held[key] = self.writer.batch([(task, task.spec("val", i)) for i in range(*key[1:])])
+            out.append(self._held[key])
+        return out
 
     # ------------------------------------------------------------------ writing
 
@@ -439,97 +342,6 @@ class DareRun:
             with replacing(folder / name) as beside:
                 beside.write_text(text)
         return folder
-
-
-class _Learners:
-    """Everything that an update moves, and what a resumed run needs of it."""
-
-    def __init__(self, backbone: Optimisers | None, pruner: Dare, config: TrainConfig, hidden: int) -> None:
-        self.backbone, self.pruner, self.config = backbone, pruner, config
-        rows = list(pruner.router.parameters())
-        taken = {id(p) for p in rows}
-        rates = [p for p in pruner.parameters() if id(p) not in taken]
-        groups = [{"params": rows, "peak": config.router_lr or 1.28 / hidden}]
-        if rates:
-            groups.append({"params": rates, "peak": config.rate_lr})
-        self.routers = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
-
-    def step(self, share: float, routers: bool) -> dict[str, float]:
-        """One update at this share of the peak rates; clears the gradients. Returns gradient norms."""
-        norms = {}
-        if self.backbone is not None:
-            both = (self.backbone.muon, self.backbone.adamw)
-            weights = [p for optimiser in both for group in optimiser.param_groups for p in group["params"]]
-            norms["grad_backbone"] = round(float(nn.utils.clip_grad_norm_(weights, self.config.clip)), 4)
-            if self.config.backbone == "full":
-                self.backbone.step(share * self.config.muon, share * self.config.adamw)
-            else:
-                self.backbone.step(share * self.config.adamw, share * self.config.adamw)
-        if routers:
-            sizes = []
-            for name, p in self.pruner.router.named_parameters():
-                if p.grad is not None and name.endswith("weight"):
-                    size = p.grad.norm(dim=1, keepdim=True)
-                    sizes.append(float(size.max()))
-                    p.grad.div_(size.clamp_min(1.0))
-            norms["grad_router"] = round(max(sizes, default=0.0), 4)
-            for group in self.routers.param_groups:
-                group["lr"] = share * group["peak"]
-            self.routers.step()
-        self.routers.zero_grad(set_to_none=True)
-        return norms
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All moments and the pruner's averages, by name."""
-        out = {} if self.backbone is None else {f"backbone.{k}": v for k, v in self.backbone.tensors().items()}
-        for index, state in self.routers.state_dict()["state"].items():
-            out |= {f"router.{index}.{key}": value for key, value in state.items()}
-        return out | {f"average.{name}": value for name, value in self.pruner.named_buffers()}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Takes what `tensors` gave."""
-        by_owner: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for name, value in tensors.items():
-            owner, _, rest = name.partition(".")
-            by_owner[owner][rest] = value
-        if self.backbone is not None:
-            self.backbone.load(by_owner["backbone"])
-        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for name, value in by_owner["router"].items():
-            index, key = name.split(".", 1)
-            state[int(index)][key] = value
-        self.routers.load_state_dict({"state": dict(state), "param_groups": self.routers.state_dict()["param_groups"]})
-        for name, value in self.pruner.named_buffers():
-            value.copy_(by_owner["average"][name])
-
-
-def _tokens(batch: Chains) -> Tokens:
-    valid = batch.mask.bool()
-    nothing = torch.zeros_like(valid)
-    position = torch.arange(valid.shape[1], device=valid.device).expand_as(batch.ids)
-    return Tokens(batch.modality, batch.hop, valid, nothing, batch.generated, position)
-
-
-def _shares(tokens: Tokens, masks: Mapping[int, Bool[Tensor, "B N"]], batch: Chains) -> dict[str, list[float]]:
-    """By layer, of the prompt: share of vision and text that ran, and recall, precision and lift of what is needed."""
-    given = tokens.valid & ~tokens.generated
-    vision = given & (tokens.modality == Modality.VISION)
-    text = given & (tokens.modality == Modality.TEXT)
-    out: dict[str, list[float]] = defaultdict(list)
-    for mask in masks.values():
-        kept = float((mask & vision).sum() / vision.sum())
-        out["vision"].append(kept)
-        out["text"].append(float((mask & text).sum() / text.sum()))
-        for name, truth in (("needed", batch.needed), ("board", batch.board)):
-            if truth is None:
-                continue
-            chosen = mask[vision].view(truth.shape)
-            hit = float((chosen & truth).sum())
-            recall = hit / float(truth.sum())
-            out[f"{name}_recall"].append(recall)
-            out[f"{name}_precision"].append(hit / max(float(chosen.sum()), 1.0))
-            out[f"{name}_lift"].append(recall / kept if kept else 0.0)
-    return dict(out)
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmroute.errors import CheckpointMismatch, MmrouteError
+from mmroute.train.follow import Follower
 
 __all__ = ["Journal", "Optimisers", "Progress", "load_state", "rate_at", "replacing", "save_state", "unwritable"]
 
@@ -57,11 +58,11 @@ def unwritable(path: Path, error: Exception) -> MmrouteError:
 
 
 class Journal:
-    """An append-only JSONL file that can be cut back to where a checkpoint stands."""
+    """An append-only JSONL file that can be cut back to where a checkpoint stands, and who else hears its lines."""
 
-    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+    def __init__(self, path: Path, keep_bytes: int = 0, followers: Sequence[Follower] = ()) -> None:
         """Drops what was written after `keep_bytes`."""
-        self.path = path
+        self.path, self.followers = path, followers
         self.num_bytes = keep_bytes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,16 @@ class Journal:
                 file.truncate(keep_bytes)
         except OSError as error:
             raise unwritable(path, error) from error
+
+    def begin(self, done: int, total: int) -> None:
+        """Tells the followers where the run stands, before its first line.
+
+        Args:
+            done: steps of it that are over.
+            total: steps in all, at most.
+        """
+        for follower in self.followers:
+            follower.begin(done, total)
 
     def write(self, **entry: Any) -> None:
         """Appends one line.
@@ -83,6 +94,8 @@ class Journal:
         except OSError as error:
             raise unwritable(self.path, error) from error
         self.num_bytes += len(line)
+        for follower in self.followers:
+            follower.hear(entry)
 
 
 @dataclass

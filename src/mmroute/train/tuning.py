@@ -1,6 +1,7 @@
 """Which weights of a loaded model a run trains, and putting the model back as it was."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -79,6 +80,24 @@ class Tuning:
             else:
                 out[name] = getattr(found, leaf).detach()
         return out
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """The weights that the model came with, adapters aside, until the block ends; for passes without gradient."""
+        own = dict(self.model.named_parameters())
+        held = {n: own[n].data for n in self.before if n in own}  # what has an adapter has another name, and is frozen
+        adapted = [m for m in self.model.modules() if hasattr(m, "get_base_layer")] if self._adapted else []
+        try:
+            for name, value in held.items():
+                own[name].data = self.before[name].to(value.dtype)
+            for module in adapted:
+                module.enable_adapters(False)
+            yield
+        finally:
+            for name, value in held.items():
+                own[name].data = value
+            for module in adapted:
+                module.enable_adapters(True)
 
     def restore(self) -> None:
         """The model as it was given, without adapters."""

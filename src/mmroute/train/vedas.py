@@ -33,6 +33,7 @@ from mmroute.tasks.base import Generated, Spec
 from mmroute.train.coherence import TokenSR
 from mmroute.train.curriculum import Stage, TrainConfig
 from mmroute.train.delta import save_delta
+from mmroute.train.follow import Follower
 from mmroute.train.learners import Learners
 from mmroute.train.lessons import Teacher
 from mmroute.train.loop import Journal, Progress, load_state, rate_at, replacing, save_state
@@ -45,7 +46,9 @@ __all__ = ["VedasRun", "train_vedas"]
 logger = logging.getLogger(__name__)
 
 
-def train_vedas(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = False) -> Path:
+def train_vedas(
+    recipe: recipes.Recipe, model: Any, out: Path, resume: bool = False, followers: Sequence[Follower] = ()
+) -> Path:
     """Trains what a recipe says and writes `out/latent`: routers and other parts, and the backbone's new weights.
 
     Args:
@@ -53,6 +56,7 @@ def train_vedas(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = Fa
         model: a loaded stock model with its processor; its weights are put back at the end.
         out: folder of the run.
         resume: go on from the state in `out`.
+        followers: who hears each line of the log.
 
     Returns:
         The folder that a recipe's `trained` takes.
@@ -62,7 +66,7 @@ def train_vedas(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = Fa
         InputError: the folder holds a run and `resume` is off.
     """
     commit, dirty = commit_of_source()
-    with VedasRun(recipe, model, out, resume) as run:
+    with VedasRun(recipe, model, out, resume, followers) as run:
         run.train()
         results = {
             "command": "mmroute " + " ".join(sys.argv[1:]),
@@ -81,7 +85,14 @@ def train_vedas(recipe: recipes.Recipe, model: Any, out: Path, resume: bool = Fa
 class VedasRun:
     """One run in one folder: `state.safetensors`, `log.jsonl`, and at its end `latent`."""
 
-    def __init__(self, recipe: recipes.Recipe, model: Any, out: Path, resume: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: recipes.Recipe,
+        model: Any,
+        out: Path,
+        resume: bool = False,
+        followers: Sequence[Follower] = (),
+    ) -> None:
         """Opens the folder and attaches the model; see `train_vedas`. Use it as a context manager."""
         think = recipe.build("think")
         if recipe.train is None or think.style != "latent":
@@ -119,7 +130,7 @@ class VedasRun:
                 if saved.recipe != self.progress.recipe:
                     raise ConfigError(f"{out} was started with another recipe; give the same one, or another --out")
                 self.progress = saved
-            self.journal = Journal(out / "log.jsonl", self.progress.log_bytes)
+            self.journal = Journal(out / "log.jsonl", self.progress.log_bytes, followers)
         except BaseException:
             self._stack.close()
             raise
@@ -145,6 +156,7 @@ class VedasRun:
         """
         started, before = time.process_time(), self.progress.cpu_s
         progress, c = self.progress, self.config
+        self.journal.begin(progress.step, sum(self.lengths))
         while not progress.finished:
             if progress.phase_step == 0 and self.stage.reset_optimizer:
                 self.learners.reset()

@@ -98,6 +98,17 @@ def test_a_recipe_s_own_budget_is_what_its_pruner_says():
     ]
 
 
+def test_policies_of_one_router_are_methods_without_controls():
+    chosen = grid.read("bench-kv")
+    shape = replace(SHAPE, hidden=128)
+    cases = {c.row: c for c in grid.cases(chosen, shape)}
+    policies = {row: case.recipe.prune.get("cache_policy") for row, case in cases.items() if case.recipe.prune}
+    assert policies == {row: row for row in ("append", "progressive", "capped")}
+    assert {case.recipe.trained for case in cases.values()} == {None, "dare-lh"}
+    assert not any(case.control for case in cases.values())
+    assert all(case.control for case in grid.cases(replace(chosen, controls=True), shape) if case.row != "none")
+
+
 def test_trained_methods_name_their_folder_or_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"method dare-lh: trained: no routers in 'runs/dare-lh/router'.*--methods"):
         grid.cases(grid.read("bench-ablate", methods=["none", "dare-lh"]), SHAPE)
@@ -106,7 +117,7 @@ def test_trained_methods_name_their_folder_or_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "sets", "methods", "message"),
     [
-        ("bench-spatiol", [], [], "no bench recipe 'bench-spatiol'; one of bench-ablate, bench-gate, bench-spatial"),
+        ("bench-spatiol", [], [], "no bench recipe 'bench-spatiol'; one of bench-ablate, bench-gate, bench-kv, bench-"),
         ("bench-spatial", [], ["fastb"], "has no method fastb; it has none, random"),
         ("bench-spatial", ["vision=[1.2]"], [], r"bench bench-spatial\.vision\.0: .*less than or equal to 1"),
         ("bench-spatial", ["visoin=[1]"], [], "no such option; known: name, model"),

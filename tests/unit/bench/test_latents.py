@@ -317,7 +317,7 @@ def test_a_survey_places_every_latent_and_reads_the_words_that_supervision_reads
             tokens = routed.family.image_features(model, {k: ids[k] for k in routed.family.image_kwargs(ids)})[0]
             table = model.model.language_model.embed_tokens.weight
             for z in item.latents:
-                to_image.append(max(float(torch.cosine_similarity(z, t, dim=0)) for t in tokens))
+                to_image.append(max(float(torch.cosine_similarity(z, t, dim=0).detach()) for t in tokens))
                 to_words.append(max(float(torch.cosine_similarity(z, w, dim=0)) for w in table.detach()))
     assert near.visual == pytest.approx(fmean(to_image), abs=1e-4)
     assert near.words == pytest.approx(fmean(to_words), abs=1e-4)

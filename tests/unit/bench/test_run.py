@@ -168,6 +168,14 @@ def test_plans_that_cannot_be_met_are_refused(changes, error, message):
         run.draw(Colours(), plan(**changes))
 
 
+def test_chains_that_are_too_short_are_passed_over():
+    task = run.load_task("maze")
+    long = [s.id for s in task.samples("test", 60) if len(s.hops) >= 10]
+    assert [s.id for s in run.draw(task, run.Plan("maze", len(long), min_hops=10))] == long != []
+    with pytest.raises(InputError, match="0 items of 99 hops or more"):
+        run.draw(Colours(), plan(seed=2, min_hops=99))
+
+
 def test_a_preset_is_named_behind_a_colon():
     assert run.load_task("colours:wide").preset == "wide"
     assert run.load_task("colours").preset == "small"

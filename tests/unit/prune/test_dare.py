@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from mmroute import checks, hub
+from mmroute.engine.train import key_gate, update_gate
 from mmroute.errors import BudgetError, ConfigError
+from mmroute.prune import _borrowed
 from mmroute.prune._gates import Relaxation
-from mmroute.prune.dare import Dare
+from mmroute.prune.dare import Dare, _tell_of_half
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 
@@ -30,6 +32,7 @@ OTHERS = [
     {"scorer": "received", "rates": "fixed"},
     {"scorer": "diverse", "rates": "fixed"},
     {"decode": "threshold"},
+    {"gain": "none"},
     {"cache_policy": "capped", "kv_positions": 16},
 ]
 
@@ -57,6 +60,18 @@ def test_every_way_keeps_the_contract(options):
     checks.check_pruner(hub.load("prune", "dare", **options))
 
 
+def test_without_a_gain_the_same_set_runs_and_only_keys_carry_gradient():
+    plain, tokens = learn(made())
+    bare, _ = learn(made(gain="none"))
+    assert torch.equal(bare.mask, plain.mask)
+    assert torch.equal(update_gate(bare), update_gate(plain).detach())
+    assert update_gate(plain).requires_grad and not update_gate(bare).requires_grad
+    keys, others = key_gate(bare, tokens).value, key_gate(plain, tokens).value
+    assert torch.equal(keys, others)
+    gradients = [torch.autograd.grad(k.sum(), keep.logits)[0] for k, keep in ((keys, bare), (others, plain))]
+    assert gradients[0].any() and torch.equal(*gradients)
+
+
 def test_learned_rates_have_the_mean_they_were_asked_for():
     pruner = made(cutoff_layer=5, vision_keep=0.5, text_keep=0.8)
     pruner.rates.hop_counts.copy_(torch.tensor([[0.5, 0.3, 0.2, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]))
@@ -68,6 +83,36 @@ def test_learned_rates_have_the_mean_they_were_asked_for():
     torch.testing.assert_close(rates[Modality.VISION, :, 5], pruner.rates.deep_share[5].double().expand(8))
     rates[Modality.TEXT, 0, 3].backward()
     assert pruner.rates.theta.grad.any() and pruner.rates.beta.grad.any()
+
+
+def test_a_cosine_falls_behind_the_whole_layers_and_has_its_mean():
+    table = made(rates="fixed", vision_schedule="cosine", vision_keep=0.5).rates.table()[Modality.VISION, 0]
+    assert table[:2].tolist() == [1, 1]
+    assert float(table.mean()) == pytest.approx(0.5, abs=1e-6)
+    assert (table[2:].diff() <= 0).all() and table[2] > table[3]
+
+
+def test_a_schedule_is_read_from_trained_routers_and_from_a_calibration(tmp_path):
+    trained = _borrowed.borrow("@dare-lh")
+    for start in ({"rates": "fixed"}, {"rates": "penalty", "variant": "l"}):
+        table = made(vision_schedule="@dare-lh", cutoff_layer=L, vision_keep=0.6, **start).rates
+        with torch.no_grad():
+            if start["rates"] == "penalty":
+                assert table.theta.shape == (2, 1, L)
+            found = table._start(Modality.VISION)
+        kept = [trained.rate(i, L, 0, Modality.VISION) if i >= 2 else 1.0 for i in range(L)]
+        assert found.tolist() == pytest.approx(kept)
+        assert min(kept) < 0.1 < max(kept[2:]) < 1
+    recipe = tmp_path / "calibrated.yaml"
+    recipe.write_text(
+        "prune: {name: schedule, scorer: random, vision: [1, 1, 0.5, 0.25, 0, 0], text: [1, 0.5, 0.5, 0.5, 0.5, 0.5]}\n"
+    )
+    pruner = made(rates="fixed", vision_schedule=f"@{recipe}", text_schedule=f"@{recipe}")
+    table = pruner.rates.table()
+    assert table[Modality.VISION, 3].tolist() == [1, 1, 0.5, 0.25, 0, 0]
+    assert table[Modality.TEXT, 0].tolist() == [1, 0.5, 0.5, 0.5, 0.5, 0.5]
+    with pytest.raises(ConfigError, match="no routers in"):
+        made(vision_schedule="@nowhere")
 
 
 def test_rates_leave_room_for_what_is_protected_and_keep_their_mean():
@@ -213,6 +258,31 @@ def test_the_hard_loss_lowers_deep_scores_above_the_threshold_only():
     assert not keep.logits.grad[~above].any()
 
 
+def test_a_summed_hard_loss_is_the_mean_one_times_what_it_is_the_mean_of():
+    found = []
+    for reduction in ("mean", "sum"):
+        pruner = made(hard_threshold=0.5)
+        pruner.relax = Relaxation(hard_reduction=reduction)
+        keep, tokens = learn(pruner, layer=3)
+        found.append(float(keep.losses["hard"].detach()))
+    vision = tokens.valid & ~tokens.protected & ~tokens.generated & (tokens.modality == Modality.VISION)
+    above = (torch.sigmoid(keep.logits.detach()) - 0.5).clamp(min=0)[vision]
+    assert found[1] == pytest.approx(float(above.sum()), rel=1e-5)
+    assert 0 < found[0] < found[1]
+
+
+def test_a_rate_below_a_target_that_is_a_cap_is_not_pulled():
+    for side, pulled in (("cap", False), ("both", True)):
+        pruner = made(rates="penalty")
+        pruner.relax = Relaxation(ratio_side=side)
+        with torch.no_grad():
+            pruner.rates.theta.fill_(-4.0)  # far below
+            pruner.rates.beta.zero_()
+        keep, _ = learn(pruner)
+        assert keep.losses["share_vision"] < 0.4
+        assert bool(keep.losses["ratio_vision"] > 0) == pulled
+
+
 def test_scores_below_the_threshold_lower_deep_counts_and_then_the_rate():
     pruner = made(cutoff_layer=3, deep_vision_keep=0.5, vision_keep=0.6)
     keep, tokens = learn(pruner, layer=3)
@@ -258,6 +328,13 @@ def test_settled_routers_choose_in_training_what_they_choose_at_inference():
     pruner.eval()
     case = checks.made_up()
     assert torch.equal(keep.mask, pruner.keep(case.hidden(2), case.tokens, case.site(pruner, 2, L)).mask)
+
+
+def test_half_of_the_layers_is_said_to_be_a_guess_once(caplog):
+    _tell_of_half.cache_clear()
+    for cutoff in (4, None, None):
+        Dare(cutoff_layer=cutoff).fit(checks.made_up_shape(L))
+    assert [record.message.count("calibrate cliff") for record in caplog.records] == [1]
 
 
 def test_untrained_routers_are_said_to_be_untrained(caplog):

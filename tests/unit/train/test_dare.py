@@ -1,8 +1,10 @@
 """The trainer of routers: both passes agree, a killed run goes on as if it had not been, and what is saved works."""
 
+import copy
 import functools
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import safetensors.torch
 import torch
 
 import mmroute
+from mmroute import calibrate
 from mmroute import recipe as recipes
 from mmroute.backbones.load import load
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError
@@ -74,16 +77,16 @@ def test_one_pass_and_hop_by_hop_give_the_same_hidden_states(model, tmp_path, po
         run.pruner.export()
         batch = run.writer.batch(run._drawn(np.random.default_rng(0)))
         run.model.train()
-        one = run._one_pass(batch)
+        one = run.passes.at_once(batch)
         run.model.eval()
         with torch.no_grad():
-            other = run._hop_by_hop(batch, differentiable=False)
+            other = run.passes.hop_by_hop(batch, differentiable=False)
         real = batch.mask.bool()
         torch.testing.assert_close(one[real], other[real], rtol=0, atol=1e-4)
         assert any(c.after != c.before for c in run.routed.trace.closes)
         run.model.train()
         run.pruner.relax = Relaxation(settled=True)
-        again = run._hop_by_hop(batch, differentiable=True)
+        again = run.passes.hop_by_hop(batch, differentiable=True)
         torch.testing.assert_close(again[real], other[real], rtol=0, atol=1e-4)
 
 
@@ -97,7 +100,7 @@ def test_the_tiles_shortcut_is_the_processors_pixels(model, tmp_path):
         assert torch.equal(short.positions, long.positions)
         run.model.eval()
         with torch.no_grad():
-            one, other = (run._hop_by_hop(b, differentiable=False) for b in (short, long))
+            one, other = (run.passes.hop_by_hop(b, differentiable=False) for b in (short, long))
     real = short.mask.bool()
     torch.testing.assert_close(one[real], other[real], rtol=0, atol=2e-3)
 
@@ -152,6 +155,83 @@ def test_stage_b_moves_the_backbone_and_nothing_of_the_router(model, tmp_path):
         assert not torch.equal(model.model.language_model.layers[2].mlp.up_proj.weight, backbone)
 
 
+@pytest.mark.parametrize("backbone", ["full", "lora"])
+def test_the_teacher_is_the_stock_model_with_the_weights_it_came_with(model, tmp_path, backbone):
+    if backbone == "lora":
+        pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        run = DareRun(recipe(backbone=backbone, teacher_kl=0.5), model, tmp_path)
+    with run:
+        batch = run.writer.batch(run._drawn(np.random.default_rng(3)))
+        teacher = run._unrouted(batch)
+        row, real = 1, batch.mask[1].bool()
+        with torch.no_grad(), run.routed.off():  # the same row alone, without the gaps between its hops
+            alone = model(
+                inputs_embeds=batch.inputs["inputs_embeds"][row, real][None],
+                attention_mask=batch.mask[row, real][None],
+                position_ids=batch.positions[:, row, real][:, None],
+            ).logits[0]
+        written = (batch.labels[row, real] != IGNORED).nonzero()[:, 0]
+        first = int((batch.labels[:row] != IGNORED).sum())
+        torch.testing.assert_close(teacher[first : first + len(written)], alone[written - 1], rtol=0, atol=1e-4)
+        run.train(stop_after=5)
+        moved = run.tuning.weights()
+        assert any(not torch.equal(moved[n], p) for n, p in run.tuning.before.items())
+        torch.testing.assert_close(run._unrouted(batch), teacher, rtol=0, atol=0)
+        now = run.tuning.weights()
+        assert all(torch.equal(now[n], p) for n, p in moved.items())
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(entry["teacher_kl"] > 0 for entry in entries[2:5])  # stages A and B
+
+
+def test_the_teachers_weight_pulls_towards_what_it_says(model, tmp_path):
+    apart = []
+    for weight in (0.0, 200.0):
+        with DareRun(
+            recipe(teacher_kl=weight, steps=12, dense_share=0.0, clip=1e6, warmup=1), model, tmp_path / str(weight)
+        ) as run:
+            batch = run.writer.batch(run._drawn(np.random.default_rng(3)))
+            run.train()
+            with torch.no_grad():
+                said = run.passes.logits(run.passes.hop_by_hop(batch, differentiable=False), batch)
+                apart.append(float((said.softmax(-1) - run._unrouted(batch).softmax(-1)).abs().sum(-1).mean()))
+    assert apart[1] < 0.5 * apart[0]
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_distilled_routers_rank_as_the_unrouted_models_attention_does(model, folder, tmp_path, carry):
+    with DareRun(recipe({"carry": carry}, init="distill"), model, tmp_path) as run:
+        batch = run.writer.batch(run._drawn(np.random.default_rng(5)))
+        delimiters = run.routed.controller.delimiters[batch.ids]
+        routers = {int(i): copy.deepcopy(r) for i, r in run.pruner.router.items()}
+    stock = load(folder, dtype="float32", attention="eager")
+    with torch.no_grad():
+        seen = stock.model.language_model(
+            inputs_embeds=batch.inputs["inputs_embeds"],
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            output_attentions=True,
+            output_hidden_states=True,
+        )
+    logits, found = 0.0, []
+    for layer in (1, 2, 3):
+        x = seen.hidden_states[layer]
+        own = routers[layer](x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()).detach()
+        logits = own + (logits if carry else 0.0)
+        paid = seen.attentions[layer - 1].mean(1)
+        for m in (Modality.VISION, Modality.TEXT):
+            alike = []
+            for row, written in enumerate(batch.generated):
+                among = (batch.modality[row] == m) & batch.mask[row].bool() & ~written & ~delimiters[row]
+                among[:2] = False  # protected, like delimiters: they do not compete
+                received = paid[row, written].mean(0).log()
+                alike.append(torch.corrcoef(torch.stack([received[among], logits[row, among, int(m)]]))[0, 1])
+            found.append(torch.stack(alike).mean())
+    assert min(found) > 0.1
+    assert torch.stack(found).mean() > 0.4
+
+
 @pytest.mark.parametrize("backbone", ["full", "frozen", "lora"])
 def test_what_is_written_answers_as_the_run_did_and_the_base_is_as_before(model, tmp_path, backbone):
     before = weights(model)
@@ -184,6 +264,47 @@ def _blocks():
     return task.messages(next(iter(task.samples("test", 1))), "cot")[0]["content"]
 
 
+@pytest.mark.parametrize("name", ["symmetric", "mod"])
+def test_the_learned_controls_are_trained_alike(model, tmp_path, name):
+    given = {"name": name, **({"keep": 0.6, "first_layer": 1} if name == "symmetric" else {"vision_keep": 0.6})}
+    side = recipes.Recipe(name=name, prune=given, train={**TRAIN, "steps": 4, "vision_ramp": (0, 0.1)})
+    with DareRun(side, model, tmp_path / "run") as run:
+        run.train(stop_after=2)
+        routers = {n: p.detach().clone() for n, p in run.pruner.named_parameters()}
+        # What vision becomes in the last layer nobody reads, so a router that learns by its gain alone learns nothing.
+        learned = {"router.1.weight", "router.2.weight", *(["router.3.weight"] if name == "symmetric" else [])}
+        assert {n for n, p in routers.items() if n.endswith("weight") and p.any()} == learned
+        batch = run.writer.batch(run._drawn(np.random.default_rng(0)))
+        run.model.eval()
+        with torch.no_grad():
+            one, other = run.passes.at_once(batch), run.passes.hop_by_hop(batch, differentiable=False)
+        real = batch.mask.bool()
+        torch.testing.assert_close(one[real], other[real], rtol=0, atol=1e-4)
+        run.train()
+        assert all(torch.equal(p, routers[n]) for n, p in run.pruner.named_parameters())  # stage B
+    folder = train_dare(side, model, tmp_path / "whole")
+    table = torch.tensor(json.loads((folder / "RESULTS.json").read_text())["rates"])
+    assert float(table[Modality.VISION].mean()) == pytest.approx(0.6, abs=1e-3)
+    with recipes.equip(model, replace(side, trained=str(folder))) as (routed, _):
+        assert routed.controller.pruner.router["2"].weight.any()
+    with pytest.raises(ConfigError, match="leave it out"):
+        DareRun(replace(side, train={**TRAIN, "init": "distill"}), model, tmp_path / "distilled")
+
+
+def test_a_recipe_without_a_cutoff_layer_is_trained_at_the_models_cliff(model, tmp_path, monkeypatch):
+    given = {k: v for k, v in PRUNE.items() if k != "cutoff_layer"}
+    asked = []
+
+    def cliff(model, batches):
+        asked.append(sum(len(b.completion) for b in batches))
+        return calibrate.Cliff([1.0] * 5, [1.0] * 5, 0.1, 3, asked[0])
+
+    monkeypatch.setattr(calibrate, "measure_cliff", cliff)
+    folder = train_dare(recipes.Recipe(name="test", prune=given, train={**TRAIN, "steps": 1}), model, tmp_path)
+    assert asked == [64]
+    assert recipes.read(str(folder / "recipe.yaml")).prune["cutoff_layer"] == 3
+
+
 def test_a_control_takes_a_routers_counts(model, tmp_path):
     folder = train_dare(recipe(), model, tmp_path)
     keeps = []
@@ -207,6 +328,8 @@ def test_a_run_begins_where_an_earlier_one_ended(model, tmp_path):
         run.train()
         run.write({})
     assert all(torch.equal(stock[n], p) for n, p in model.named_parameters())
+    with pytest.raises(ConfigError, match="give one of them"):
+        DareRun(recipe(start=str(folder), init="distill"), model, tmp_path / "third")
     with pytest.raises(ConfigError, match="full or frozen"):
         DareRun(recipe(start=str(folder), backbone="lora"), model, tmp_path / "third")
 
