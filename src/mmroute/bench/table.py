@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +39,14 @@ def table_of(folder: Path, allow_dirty: bool = False) -> str:
         return engine_table(engine)
     if kinds == {"result/1"}:
         return result_table(_read_results(paths, allow_dirty))
+    if kinds <= {"gate/1", "gateway/1"} and len(kinds) == 1:
+        from mmroute.bench import gate_report, gate_schema, gateway_report  # they write their tables with this module
+
+        gate = kinds == {"gate/1"}
+        found = [(gate_schema.read_gate if gate else gate_schema.read_gateway)(path) for path in paths]
+        _refuse_dirty(paths, found, allow_dirty)
+        write = gate_report.section if gate else gateway_report.section
+        return "\n\n".join("\n".join(write(each)) for each in found) + "\n"
     raise InputError(f"{folder}: files of {' and '.join(sorted(kinds))}; keep one kind in a folder")
 
 
@@ -73,7 +81,7 @@ def headline(folder: Path, allow_dirty: bool = False) -> str:
     )
 
 
-def _refuse_dirty(paths: list[Path], results: Sequence[schema.Result | schema.EngineResult], allow: bool) -> None:
+def _refuse_dirty(paths: list[Path], results: Sequence[Any], allow: bool) -> None:
     dirty = [path.name for path, result in zip(paths, results, strict=True) if result.run.dirty]
     if dirty and not allow:
         raise InputError(f"{', '.join(dirty)}: made from source that was not committed; commit, then run again")

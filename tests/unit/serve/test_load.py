@@ -5,7 +5,8 @@ import asyncio
 import pytest
 from gateways import rig
 
-from mmroute.bench.gateway import SETTINGS, judged, load
+from mmroute.bench.gateway import judged, load
+from mmroute.bench.gateway_processes import SETTINGS
 from mmroute.bench.upstream import expected_answer
 
 
