@@ -45,6 +45,10 @@ FAULTS: tuple[dict[str, Any], ...] = (
 )
 
 
+LEAVING_TOKENS = 60
+"""Of answers whose client may leave: long enough for it to leave in every phase."""
+
+
 async def load(urls: dict[str, str], n: int, concurrency: int, seed: int) -> dict[str, Any]:
     """Sends `n` requests, `concurrency` at a time, and looks at every answer.
 
@@ -96,12 +100,14 @@ async def _one(http: httpx.AsyncClient, i: int, draw: random.Random) -> list[str
     leaves = draw.random() < 1 / 16
     body = request_body(question, stream=stream, script=fault)
     if leaves:
-        body["script"] = {role: {"gap_s": 0.01, "tokens": 60, **fault.get(role, {})} for role in ("draft", "target")}
+        body["script"] = {
+            role: {"gap_s": 0.01, "tokens": LEAVING_TOKENS, **fault.get(role, {})} for role in ("draft", "target")
+        }
     try:
         if leaves:
             async with asyncio.timeout(draw.uniform(0.0, 0.4)):
-                await ask(http, body)
-            return ["gone"]  # the answer was faster than the client's patience
+                status, route, text, error = await ask(http, body)
+            return judged(question, route, text, error, status, LEAVING_TOKENS)  # faster than the client's patience
         status, route, text, error = await ask(http, body)
     except TimeoutError:
         return ["gone"]
@@ -110,15 +116,15 @@ async def _one(http: httpx.AsyncClient, i: int, draw: random.Random) -> list[str
     return judged(question, route, text, error, status)
 
 
-def judged(question: str, route: str, text: str, error: Any, status: int) -> list[str]:
+def judged(question: str, route: str, text: str, error: Any, status: int, tokens: int = 8) -> list[str]:
     """What an answer is: whole, an error, or broken off with one; and what is wrong with it."""
     if error is not None:
         shaped = isinstance(error, dict) and {"message", "type", "param", "code"} <= error.keys()
-        wanted = expected_answer(route or "draft", question)
+        wanted = expected_answer(route or "draft", question, tokens)
         out = ["broken"] if status == 200 else ["error", f"error {status}"]
         out += [] if shaped else ["unshaped"]
         return out + (["leaked"] if text and not wanted.startswith(text) else [])
-    wanted = expected_answer(route, question)
+    wanted = expected_answer(route, question, tokens)
     if text == wanted:
         return ["whole"]
     if text.count(wanted) > 1:

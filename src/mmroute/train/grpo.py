@@ -5,10 +5,10 @@ is a mean over its own tokens: two rating tokens would vanish beside the hundred
 
 Source: PRP (arXiv 2606.30217): task-specific optimisation of rating and reasoning tokens, dynamic score replacement;
 GRPO (2402.03300) for the group's advantage and the clipped ratio.
-Deviates: formulas are our reading. The rating is sampled at the suffix position (`gate.prp`), so no answer ever saw it; the
-answers of replaced samples are left out of the loss all the same, as where the rating stands in the text. The target's
-rating is rewarded by its label: its answers are not sampled here. Ratings alone (`rating.grpo`) need no answers and are
-the default; answers are trained only with `train_reasoning`, and then the draft's answers change.
+Deviates: formulas are our reading. The rating is sampled at the suffix position (`gate.prp`), so no answer ever saw it;
+the answers of replaced samples are left out of the loss all the same, as where the rating stands in the text. The
+target's rating is rewarded by its label: its answers are not sampled here. Ratings alone (`rating.grpo`) need no
+answers and are the default; they are trained only with `train_reasoning`, and then the draft's answers change.
 
 Legend: B queries, R ratings (draft, target), K levels, G samples of one query, T tokens of an answer.
 """
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from mmroute import backbones
 from mmroute.backbones.images import prepare
@@ -144,22 +145,28 @@ def token_logps(
         answers: token ids.
     """
     given = dict(prepare(model, model.processor, list(chats)))
-    family = backbones.of(model)
-    T, device = max(map(len, answers)), given["input_ids"].device
-    written = torch.zeros(len(answers), T, dtype=torch.long, device=device)
-    real = torch.zeros(len(answers), T, dtype=torch.bool, device=device)
+    family, mask = backbones.of(model), given["attention_mask"]
+    base, cache = family.base_model(model), DynamicCache(config=family.text_model(model).config)
+    positions = family.positions(model, given["input_ids"], mask, given.get("image_grid_thw"))
+    state = base(**given, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+    T = max(map(len, answers))
+    written = torch.zeros(len(answers), T, dtype=torch.long, device=mask.device)
+    real = torch.zeros(len(answers), T, dtype=torch.bool, device=mask.device)
     for row, ids in enumerate(answers):
-        written[row, : len(ids)] = torch.tensor(ids, device=device)
+        written[row, : len(ids)] = torch.tensor(ids, device=mask.device)
         real[row, : len(ids)] = True
-    prompt = given["input_ids"].shape[1]
-    ids = torch.cat([given.pop("input_ids"), written], 1)
-    mask = torch.cat([given.pop("attention_mask"), real.long()], 1)
-    if "mm_token_type_ids" in given:
-        kinds = given.pop("mm_token_type_ids")
-        given["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(len(answers), T)], 1)
-    positions = family.positions(model, ids, mask, given.get("image_grid_thw"))
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **given, use_cache=False).logits
-    logp = logits[:, prompt - 1 : -1].float().log_softmax(-1)
+    if T > 1:  # a call of its own, as when it was written: an image token that was sampled is no image
+        top = positions.amax(0) if positions.ndim == 3 else positions
+        after = top.masked_fill(mask == 0, -1).amax(1, keepdim=True) + 1 + torch.arange(T - 1, device=mask.device)
+        more = base(
+            input_ids=written[:, :-1],
+            attention_mask=torch.cat([mask, real[:, :-1].long()], 1),
+            position_ids=after.expand(3, -1, -1) if positions.ndim == 3 else after,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        state = torch.cat([state, more.last_hidden_state], 1)
+    logp = model.get_output_embeddings()(state).float().log_softmax(-1)
     return logp.gather(-1, written[..., None])[..., 0], real
 
 

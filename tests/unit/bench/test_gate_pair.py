@@ -99,6 +99,7 @@ def test_an_evaluation_has_the_promised_fields_and_keeps_the_budget_exactly_at_i
     assert set(none["by_part"]) == {"lake", "hopeless"}
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_written_as_a_result_that_reads(trained: Path, folders: Path, tmp_path: Path) -> None:
     command = ["eval", "--recipe", str(folders / "nano.yaml"), "--set", f"gate.rater={trained / 'rater'}"]
     command += ["--n", "10", "--budget", "0.4", "--json", "--out", str(tmp_path / "r.json")]
