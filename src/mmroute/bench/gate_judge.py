@@ -70,7 +70,9 @@ class Scored:
         """These queries only, by mask."""
         if self.skipped:
             return self
-        part = {name: None if (v := getattr(self.ratings, name, None)) is None else v[index] for name in _COLUMNS}
+        part: dict[str, Any] = {
+            name: None if (v := getattr(self.ratings, name, None)) is None else v[index] for name in _COLUMNS
+        }
         ratings = None if self.ratings is None else replace(self.ratings, **part)
         return replace(self, score=self.score[index], ratings=ratings)
 
@@ -211,7 +213,7 @@ def judge(
 
 def _realised(score: Array, ids: Sequence[str], budget: float, start: float | None) -> float:
     """Share that the live policy sends, in the order of arrival."""
-    given = {"budget": budget} if start is None else {"budget": budget, "start": start}
+    given: dict[str, Any] = {"budget": budget} if start is None else {"budget": budget, "start": start}
     made = policy("budget", **given).decide_many([Rating(float(u)) for u in score], ids)
     return float(np.mean([decision.route == "target" for decision in made]))
 

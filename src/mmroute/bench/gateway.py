@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import httpx2 as httpx
 import typer
 
-from mmroute.bench.gateway_processes import SETTINGS, request_body, resident_mib, started
+from mmroute.bench.gateway_processes import request_body, resident_mib, settings_of, started
 from mmroute.bench.gateway_times import latency, throughput
 from mmroute.bench.upstream import expected_answer
 
@@ -49,11 +49,15 @@ LEAVING_TOKENS = 60
 """Of answers whose client may leave: long enough for it to leave in every phase."""
 
 
-async def load(urls: dict[str, str], n: int, concurrency: int, seed: int) -> dict[str, Any]:
+async def load(urls: dict[str, str], n: int, concurrency: int, seed: int, timeout: float = 60) -> dict[str, Any]:
     """Sends `n` requests, `concurrency` at a time, and looks at every answer.
 
     Args:
         urls: addresses of `gateway`, and of the scripted `draft` and `target` behind it.
+        n: requests.
+        concurrency: of them at a time.
+        seed: which faults and leavings.
+        timeout: seconds without a byte after which a request counts as lost.
 
     Returns:
         Counts by outcome; `lost`, `doubled`, `leaked`, `unshaped` and `left_running` must be 0.
@@ -62,7 +66,7 @@ async def load(urls: dict[str, str], n: int, concurrency: int, seed: int) -> dic
     gate = asyncio.Semaphore(concurrency)
     limits = httpx.Limits(max_connections=None)
     began = time.monotonic()
-    async with httpx.AsyncClient(base_url=urls["gateway"], timeout=60, limits=limits, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=urls["gateway"], timeout=timeout, limits=limits, trust_env=False) as http:
 
         async def one(i: int) -> None:
             async with gate:
@@ -170,6 +174,7 @@ def main(
     concurrency: Annotated[int, typer.Option(help="Of them at a time.", min=1)] = 64,
     rounds: Annotated[int, typer.Option(help="Requests for latency, of each kind; 0 times nothing.", min=0)] = 1000,
     seed: Annotated[int, typer.Option(help="Which faults and leavings.")] = 0,
+    patience: Annotated[float, typer.Option(help="Times all timeouts under load: for a busy machine.", min=1)] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file of all figures.")] = None,
 ) -> None:
     """Runs load, latency and throughput; prints a card, and one line of JSON last."""
@@ -180,12 +185,14 @@ def main(
     origin, began = schema.commit_of_source(), time.perf_counter()
     started_at, busy = datetime.now(UTC).isoformat(timespec="seconds"), os.getloadavg()[0]
     under_load, memory, times, rates = None, dict[str, float | None](), None, None
+    settings = settings_of(patience)
     if n:
-        with started() as processes:
-            asyncio.run(load(processes.urls, n // 10, concurrency, seed + 1))  # pools and caches are full by then
+        with started(settings) as processes:
+            first = load(processes.urls, n // 10, concurrency, seed + 1, 60 * patience)
+            asyncio.run(first)  # pools and caches are full by then
             gateway = processes.running["gateway"].pid
             memory["before"] = resident_mib(gateway)
-            under_load = asyncio.run(load(processes.urls, n, concurrency, seed))
+            under_load = asyncio.run(load(processes.urls, n, concurrency, seed, 60 * patience))
             memory["after"] = resident_mib(gateway)
     if rounds:
         with started({"timeouts": {}}) as processes:  # short ones are for faults; a busy machine is not one
@@ -197,7 +204,7 @@ def main(
         cpus=os.cpu_count() or 1,
         busy=busy,
         python=platform.python_version(),
-        settings=SETTINGS,
+        settings=settings,
         load=under_load,
         resident_mib=memory,
         latency=times,

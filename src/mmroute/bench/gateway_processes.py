@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-__all__ = ["SETTINGS", "Processes", "free_port", "request_body", "resident_mib", "started"]
+__all__ = ["SETTINGS", "Processes", "free_port", "request_body", "resident_mib", "settings_of", "started"]
 
 SETTINGS: dict[str, Any] = {
     "policy": {"name": "budget", "budget": 0.4},
@@ -23,6 +23,11 @@ SETTINGS: dict[str, Any] = {
     "circuit": {"failures": 1_000_000, "window_calls": 1_000_000},
     "drain_delay_s": 0,
 }
+
+
+def settings_of(patience: float) -> dict[str, Any]:
+    """Settings for a machine on which everything takes so many times as long."""
+    return {**SETTINGS, "timeouts": {name: patience * seconds for name, seconds in SETTINGS["timeouts"].items()}}
 
 
 def free_port() -> int:

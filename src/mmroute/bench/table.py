@@ -39,15 +39,24 @@ def table_of(folder: Path, allow_dirty: bool = False) -> str:
         return engine_table(engine)
     if kinds == {"result/1"}:
         return result_table(_read_results(paths, allow_dirty))
-    if kinds <= {"gate/1", "gateway/1"} and len(kinds) == 1:
-        from mmroute.bench import gate_report, gate_schema, gateway_report  # they write their tables with this module
-
-        gate = kinds == {"gate/1"}
-        found = [(gate_schema.read_gate if gate else gate_schema.read_gateway)(path) for path in paths]
-        _refuse_dirty(paths, found, allow_dirty)
-        write = gate_report.section if gate else gateway_report.section
-        return "\n\n".join("\n".join(write(each)) for each in found) + "\n"
+    if kinds == {"gate/1"} or kinds == {"gateway/1"}:
+        return _sections(paths, kinds == {"gate/1"}, allow_dirty)
     raise InputError(f"{folder}: files of {' and '.join(sorted(kinds))}; keep one kind in a folder")
+
+
+def _sections(paths: list[Path], of_gates: bool, allow_dirty: bool) -> str:
+    """Results that are whole sections each."""
+    from mmroute.bench import gate_report, gate_schema, gateway_report  # they write their tables with this module
+
+    if of_gates:
+        gates = [gate_schema.read_gate(path) for path in paths]
+        _refuse_dirty(paths, gates, allow_dirty)
+        texts = [gate_report.section(each) for each in gates]
+    else:
+        runs = [gate_schema.read_gateway(path) for path in paths]
+        _refuse_dirty(paths, runs, allow_dirty)
+        texts = [gateway_report.section(each) for each in runs]
+    return "\n\n".join("\n".join(lines) for lines in texts) + "\n"
 
 
 def _read_results(paths: list[Path], allow_dirty: bool) -> list[schema.Result]:

@@ -155,11 +155,12 @@ class _Kept:
         self.folder.mkdir(parents=True, exist_ok=True)
         beside = self.folder / ".part.npz"
         each = batch.values()
+        mean: list[Any] = [s.prefill.mean for s in each]
         np.savez(
             beside,
             digest=np.array(list(batch)),
             last=np.stack([s.prefill.last for s in each]),
-            mean=np.stack([s.prefill.mean for s in each]),
+            mean=np.stack(mean),
             end=np.stack([s.last for s in each]),
             text=np.array([s.text for s in each]),
         )

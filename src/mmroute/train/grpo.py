@@ -228,7 +228,7 @@ def fit_rollouts(
                     batch.loss().backward()
                     torch.nn.utils.clip_grad_norm_([*rater.parameters(), *reasons], 1.0)
                     optimiser.step()
-            said = Prompts.read(model, [chats[i] for i in held]).probs(gate) @ rating.levels(rater.levels, y)
+            said = Prompts.read(model, [chats[int(i)] for i in held]).probs(gate) @ rating.levels(rater.levels, y)
             errors.append(float(((rating.gain(said) - rating.gain(y[held])) ** 2).mean()))
             log.info("epoch %d: validation error %.4f", epoch + 1, errors[-1])
             if errors[-1] < best:
