@@ -1,13 +1,13 @@
 """Writes what a gate bench found: JSON for programs, tables for people, and the two curves as one SVG."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mmroute.bench import schema, table
-from mmroute.bench.gate_schema import Claims, Figures, GateResult, Judged
+from mmroute.bench.gate_schema import Claims, Figures, GateEval, GateResult, Judged
 from mmroute.errors import MissingExtra
 
-__all__ = ["draw", "lines", "section", "write"]
+__all__ = ["draw", "evaluations", "lines", "section", "write"]
 
 _COLUMNS = (
     ("APGR", "apgr", "{:.2f}"),
@@ -65,6 +65,24 @@ def section(result: GateResult) -> list[str]:
         )
         + ".",
     ]
+
+
+def evaluations(results: Sequence[GateEval]) -> list[str]:
+    """Evaluations of raters and policies, a line each."""
+    rows = []
+    for found in (result.summary for result in results):
+        low, high = found.ci95
+        rows.append([
+            found.recipe, str(found.seed), str(found.n), _number(found.budget, "{:.2f}"), f"{found.target_share:.3f}",
+            f"{found.accuracy:.3f} [{low:.3f}, {high:.3f}]",
+            *(f"{value:.3f}" for value in (found.accuracy_draft, found.accuracy_target, found.accuracy_random,
+                                           found.accuracy_oracle)),
+            _number(found.oracle_normalised_gain, "{:.3f}"),
+            f"{found.cost_ratio:.3f}", f"{found.time_ratio:.3f}", f"{found.rating_overhead:.2f}",
+        ])  # fmt: skip
+    head = ["recipe", "seed", "n", "asked share", "realised", "accuracy [95 %]", "draft", "target", "random", "oracle",
+            "ONG", "FLOPs", "seconds", "rating (decode steps)"]  # fmt: skip
+    return table.markdown(head, rows).splitlines()
 
 
 def _said(claims: Claims) -> Iterator[str]:

@@ -39,19 +39,24 @@ def table_of(folder: Path, allow_dirty: bool = False) -> str:
         return engine_table(engine)
     if kinds == {"result/1"}:
         return result_table(_read_results(paths, allow_dirty))
-    if kinds == {"gate/1"} or kinds == {"gateway/1"}:
-        return _sections(paths, kinds == {"gate/1"}, allow_dirty)
+    if kinds in ({"gate/1"}, {"gate-eval/1"}, {"gateway/1"}):
+        return _sections(paths, kinds.pop(), allow_dirty)
     raise InputError(f"{folder}: files of {' and '.join(sorted(kinds))}; keep one kind in a folder")
 
 
-def _sections(paths: list[Path], of_gates: bool, allow_dirty: bool) -> str:
-    """Results that are whole sections each."""
+def _sections(paths: list[Path], kind: str, allow_dirty: bool) -> str:
+    """What results of gates and of the gateway say."""
     from mmroute.bench import gate_report, gate_schema, gateway_report  # they write their tables with this module
 
-    if of_gates:
+    texts: list[list[str]]
+    if kind == "gate/1":
         gates = [gate_schema.read_gate(path) for path in paths]
         _refuse_dirty(paths, gates, allow_dirty)
         texts = [gate_report.section(each) for each in gates]
+    elif kind == "gate-eval/1":
+        evals = [gate_schema.read_gate_eval(path) for path in paths]
+        _refuse_dirty(paths, evals, allow_dirty)
+        texts = [gate_report.evaluations(evals)]
     else:
         runs = [gate_schema.read_gateway(path) for path in paths]
         _refuse_dirty(paths, runs, allow_dirty)

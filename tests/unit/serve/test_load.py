@@ -6,7 +6,7 @@ import pytest
 from gateways import rig
 
 from mmroute.bench.gateway import judged, load
-from mmroute.bench.gateway_processes import SETTINGS
+from mmroute.bench.gateway_processes import SETTINGS, settings_of
 from mmroute.bench.upstream import expected_answer
 
 
@@ -46,3 +46,10 @@ def test_under_load_and_faults_nothing_is_lost_doubled_leaked_or_left():
 )
 def test_the_judge_sees_what_is_wrong_with_an_answer(text, error, status, verdict):
     assert judged("q1", "draft", text, error, status) == verdict
+
+
+def test_patience_is_in_the_timeouts_and_nowhere_else():
+    assert settings_of(1) == SETTINGS
+    slow = settings_of(3)
+    assert slow["timeouts"] == {name: 3 * seconds for name, seconds in SETTINGS["timeouts"].items()}
+    assert {**slow, "timeouts": None} == {**SETTINGS, "timeouts": None}
