@@ -142,9 +142,14 @@ class Plan:
         return 2 * self.bench.train + len(self.bench.seeds) * self.bench.n * (2 + self.bench.samples)
 
     def left(self) -> int:
-        """How many of them are not in the folder yet; rows of other models there are counted as if they were these."""
-        files = (self.work / f"{name}.jsonl" for name in ("draft", "target", "samples"))
-        return max(0, self.answers - sum(file.read_bytes().count(b"\n") for file in files if file.exists()))
+        """How many of them are not in the folder yet; answers of other weights that lie there do not count."""
+        known = 0
+        for name, model in (("draft", self.draft), ("samples", self.draft), ("target", self.target)):
+            file, revision = self.work / f"{name}.jsonl", f'"{fingerprint(model)[:16]}"'
+            if file.exists():
+                with file.open(encoding="utf-8") as lines:
+                    known += sum(revision in line for line in lines if line.endswith("\n"))
+        return max(0, self.answers - known)
 
     def test(self, seed: int, n: int) -> Gathered:
         """Questions that are judged."""

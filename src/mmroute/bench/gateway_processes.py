@@ -17,7 +17,7 @@ __all__ = ["SETTINGS", "Processes", "free_port", "request_body", "resident_mib",
 
 SETTINGS: dict[str, Any] = {
     "policy": {"name": "budget", "budget": 0.4},
-    "timeouts": {"rating_s": 1.0, "first_byte_s": 1.5, "between_bytes_s": 5},
+    "timeouts": {"connect_s": 3, "pool_s": 5, "rating_s": 1.0, "first_byte_s": 1.5, "between_bytes_s": 5},
     "retries": {"backoff_s": 0.02, "share": 1.0},
     # Faults are drawn at random here, so a row of them says nothing about the server.
     "circuit": {"failures": 1_000_000, "window_calls": 1_000_000},
