@@ -12,13 +12,13 @@ from mmroute.bench.upstream import expected_answer
 
 def test_under_load_and_faults_nothing_is_lost_doubled_leaked_or_left():
     async def run():
-        async with rig(**SETTINGS) as r:
+        async with rig(**settings_of(3)) as r:
             urls = {"gateway": r.url, "draft": r.upstream_urls["draft"], "target": r.upstream_urls["target"]}
             found = await load(urls, 300, 64, seed=0)
             assert [found[k] for k in ("lost", "doubled", "leaked", "unshaped", "left_running")] == [0] * 5
             # How many are whole depends on how busy the machine is: a late answer is an error, as it should be.
-            assert found["outcomes"]["whole"] > 0
-            assert found["outcomes"]["gone"] > 0
+            assert found["outcomes"].get("whole", 0) > 0
+            assert found["outcomes"].get("gone", 0) > 0
             for side in r.counts():
                 assert side.started == side.finished + side.cancelled + side.failed
             totals = r.gateway.book.totals
