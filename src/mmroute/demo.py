@@ -1,5 +1,7 @@
 """`mmroute demo`: the bundled model looks at pictures, reasons in hops and answers, unrouted and routed, measured.
 
+Where the package holds a pair and its rater, also who of the two answers, decided before either does.
+
 No network. Writes `demo.json` (every figure with its settings) and `demo.html` (one self-contained page).
 """
 
@@ -15,6 +17,8 @@ from typing import Any
 from mmroute import hub, page, recipe
 from mmroute.backbones.images import prepare
 from mmroute.backbones.load import load
+from mmroute.bench.gate_pair import absent, evaluate, open_pair
+from mmroute.bench.gate_schema import GateSummary
 from mmroute.bench.measure import Spread, interleave, measure_generation
 from mmroute.bench.stats import wilson
 from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares
@@ -22,13 +26,16 @@ from mmroute.files import write_text
 from mmroute.page.story import tell
 from mmroute.reason import Answer
 from mmroute.tasks.base import Generated, Sample
+from mmroute.train.prp import sections
 
-__all__ = ["RECIPES", "TASKS", "Row", "example", "run", "write"]
+__all__ = ["RECIPES", "TASKS", "Row", "example", "gate", "run", "write"]
 
 TASKS = ("maze", "frozenlake")
 RECIPES = ("none", "schedule", "dare-l", "dare-lh")
+GATE = "prp-small"
 ROUNDS, WARMUP = 7, 2
 FORCED_TOKENS = 24
+TIMED_QUESTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,24 @@ def run(
     times = {size: _times(loaded, items, size) for size in (1, batch)}
     rows = [_row(name, size, items, answers, times[size]) for size in (1, batch) for name in recipes]
     return rows, views
+
+
+def gate(n: int = 60, say: Callable[[str], None] = lambda _: None, name: str = GATE) -> GateSummary | None:
+    """The pair of a recipe under its rater and its policy; None, and one line of why, where the pair is not there.
+
+    Args:
+        n: held-out questions of the recipe's mixture.
+        say: told what is going on.
+        name: recipe with a gate.
+    """
+    chosen = recipe.read(name)
+    gated, _ = sections(chosen)
+    missing = absent(gated)
+    if missing:
+        say(f"no rows of the gate: {', '.join(missing)} not bundled; `mmroute train prp --help` says how to make them")
+        return None
+    say(f"{name}: {n} questions to draft and target, and who of them answers")
+    return evaluate(chosen, *open_pair(gated), n=n, seed=0, num_timed=TIMED_QUESTIONS)
 
 
 def example(model: str = "tiny", name: str = "schedule", n: int = 30) -> page.View:

@@ -1,8 +1,10 @@
 """The demo on a random model: its rows are counted from its answers, its two files are whole or not there."""
 
 import json
+from dataclasses import asdict
 
 import pytest
+from pairs import write_pair, write_rater, write_recipe
 
 from mmroute import demo, recipe
 
@@ -77,3 +79,24 @@ def test_both_files_are_written_beside_and_renamed(ran, tmp_path, monkeypatch):
         demo.write(rows, views, out)
     assert (out / "demo.html").read_bytes() == before
     assert sorted(p.name for p in out.iterdir()) == ["demo.html", "demo.json"]
+
+
+def test_where_no_pair_is_bundled_one_line_says_so(tmp_path):
+    said = []
+    path = write_recipe(tmp_path, draft="absent-draft", target="tiny", rater="absent-rater")
+    assert demo.gate(4, said.append, str(path)) is None
+    assert said == [
+        "no rows of the gate: absent-draft, absent-rater not bundled; `mmroute train prp --help` says how to make them"
+    ]
+
+
+def test_a_pair_with_its_rater_gets_its_rows(tmp_path):
+    write_pair(tmp_path)
+    said = []
+    found = demo.gate(10, said.append, str(write_recipe(tmp_path, rater=str(write_rater(tmp_path)))))
+    assert (found.n, found.budget, len(said)) == (10, None, 1)
+    assert 0 <= found.target_share <= 1
+    assert 0 < found.cost_ratio_draft < 2
+    _, path = demo.write([], [], tmp_path, {"gate": asdict(found)})
+    assert json.loads((tmp_path / "demo.json").read_text())["gate"]["target_share"] == found.target_share
+    assert path.exists()

@@ -10,7 +10,7 @@ oracle-normalised gain is ours.
 Legend: n queries, J blocks of equal scores, R resamples, G groups.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "aiq",
     "apgr",
     "area",
+    "attainable",
     "cpt",
     "curve",
     "gain_area",
@@ -148,6 +149,26 @@ def oracle(pair: Pair, kind: str = "advantage", cost: Array | None = None) -> Ar
     rank = np.empty(len(score))
     rank[np.lexsort((-cost, score))] = np.arange(len(score))
     return rank
+
+
+def attainable(pair: Pair, kinds: Sequence[Hashable]) -> Array:
+    """What one can know before an answer who knows each kind of question by heart, and nothing of the single one.
+
+    The mean advantage of a query's kind over the other groups, drawn by one pseudo-count towards that of all of them.
+    No query's own outcome is in its score, so luck is in it as little as in a rating; the oracle has all of it.
+    """
+    groups = range(len(pair.draft)) if pair.groups is None else pair.groups
+    kind, own = (_codes(names) for names in (list(kinds), list(zip(kinds, groups, strict=True))))
+    gain, all_group = pair.advantage, _codes(list(groups))
+    less = lambda code: (np.bincount(code)[code], np.bincount(code, gain)[code])  # noqa: E731
+    (many, total), (own_many, own_total), (group_many, group_total) = less(kind), less(own), less(all_group)
+    rest = (gain.sum() - group_total) / np.maximum(len(gain) - group_many, 1)
+    return (total - own_total + rest) / (many - own_many + 1)
+
+
+def _codes(names: Sequence[Hashable]) -> np.ndarray:
+    code = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return np.array([code[name] for name in names])
 
 
 # ---------------------------------------------------------------------- over the share
@@ -316,33 +337,34 @@ def lift(c: Curve, share: float) -> float:
 def resampled(
     scores: Sequence[Array],
     pair: Pair,
-    measure: Callable[[Sequence[Curve]], float],
+    measure: Callable[[Sequence[Curve]], Mapping[str, float]],
     *,
     resamples: int = 2000,
     seed: int = 0,
-) -> Difference:
-    """A measure of one or more rankings on the same queries, with its 95 % interval: groups are drawn, not queries.
+) -> dict[str, Difference]:
+    """Measures of one or more rankings on the same queries, with 95 % intervals: groups are drawn, not queries.
 
     Args:
-        scores: the rankings; the measure gets their curves in this order.
+        scores: the rankings; `measure` gets their curves in this order.
         pair: the outcomes and their groups.
-        measure: for example `lambda curves: area(curves[0]) - area(curves[1])`.
+        measure: figures by name, for example `lambda curves: {"lead": area(curves[0]) - area(curves[1])}`.
         resamples: drawn sets of groups.
         seed: of the draw.
 
     Returns:
-        The measure on the queries as they are, and its percentile interval over resamples.
+        Each measure on the queries as they are, and its percentile interval over resamples.
     """
-    n = len(pair.draft)
-    names = list(range(n)) if pair.groups is None else list(pair.groups)
-    code = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    member = np.array([code[name] for name in names])
+    member = _codes(list(range(len(pair.draft)) if pair.groups is None else pair.groups))
+    num = int(member.max()) + 1
     rng = np.random.default_rng(seed)
-    found = np.empty(resamples)
-    for r in range(resamples):
-        times = np.bincount(rng.integers(0, len(code), len(code)), minlength=len(code)).astype(float)
-        found[r] = measure([curve(s, pair, weights=times[member]) for s in scores])
     value = measure([curve(s, pair) for s in scores])
-    known = found[~np.isnan(found)]  # a drawn set may hold no query on which the models differ
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-    return Difference(value, float(low), float(high))
+    found = np.empty((resamples, len(value)))
+    for r in range(resamples):
+        times = np.bincount(rng.integers(0, num, num), minlength=num).astype(float)
+        found[r] = list(measure([curve(s, pair, weights=times[member]) for s in scores]).values())
+    out = {}
+    for name, column in zip(value, found.T, strict=True):
+        known = column[~np.isnan(column)]  # a drawn set may hold no query on which the models differ
+        low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+        out[name] = Difference(value[name], float(low), float(high))
+    return out

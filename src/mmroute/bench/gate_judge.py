@@ -7,8 +7,8 @@ Legend: n queries.
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,14 @@ from jaxtyping import Float
 from mmroute import hub
 from mmroute.bench import deferral, reliability
 from mmroute.bench.deferral import Curve, Pair, curve
+from mmroute.bench.gate_schema import Intervals, Judged
 from mmroute.bench.outcomes.base import Outcomes, split_of_group
 from mmroute.config import options
 from mmroute.errors import ConfigError, InputError
 from mmroute.gate._policy import policy
 from mmroute.gate.base import Continuation, Evidence, Gate, Known, Prefill, Query, Rating, Ratings, charge
 
-__all__ = ["Case", "Judged", "Scored", "evidence_of", "judge", "judge_table", "score_gates"]
+__all__ = ["BUDGETS", "ON_DRAFT", "Case", "Scored", "costs_of", "evidence_of", "judge", "judge_table", "score_gates"]
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,19 @@ class Scored:
     """Mean cost of questions besides, per query."""
     skipped: str = ""
     """Why there is no score."""
+
+    def take(self, index: np.ndarray) -> "Scored":
+        """These queries only, by mask."""
+        if self.skipped:
+            return self
+        part: dict[str, Any] = {
+            name: None if (v := getattr(self.ratings, name, None)) is None else v[index] for name in _COLUMNS
+        }
+        ratings = None if self.ratings is None else replace(self.ratings, **part)
+        return replace(self, score=self.score[index], ratings=ratings)
+
+
+_COLUMNS = ("score", "draft", "target", "draft_probs", "target_probs")
 
 
 def evidence_of(
@@ -133,45 +147,36 @@ def score_gates(cases: Iterable[Case], train: Sequence[Evidence], test: Sequence
 # ---------------------------------------------------------------------- metrics
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What one gate is worth."""
-
-    title: str
-    needs: str
-    figures: dict[str, float | None]
-    at: dict[str, float]
-    """Accuracy by share of target calls."""
-    ratings: dict[str, dict[str, float | None]]
-    """Calibration of each rating."""
-    curve: dict[str, list[float]]
-    intervals: dict[str, tuple[float | None, float | None]]
-    skipped: str = ""
-
-
-def judge(scored: Scored, outcomes: Outcomes, rival: Array | None = None, resamples: int = 500) -> Judged:
+def judge(
+    scored: Scored,
+    outcomes: Outcomes,
+    rival: Array | None = None,
+    resamples: int = 500,
+    start: Mapping[float, float | None] | None = None,
+) -> Judged:
     """All figures of one ranking.
 
     Args:
         scored: the ranking.
         outcomes: the pair.
-        rival: another ranking of the same queries, for paired intervals of what this one gains on it.
-        resamples: drawn sets of groups.
+        rival: another ranking of the same queries, for paired intervals of what that one gains on this.
+        resamples: drawn sets of groups; 0 gives no intervals.
+        start: by share of target calls, the threshold of a budget policy's first decisions.
     """
     if scored.skipped:
-        return Judged(scored.title, scored.needs, {}, {}, {}, {}, {}, scored.skipped)
+        return Judged(
+            title=scored.title, needs=scored.needs, figures={}, at={}, realised={}, ratings={}, intervals={}, curve={},
+            skipped=scored.skipped,
+        )  # fmt: skip
     pair = outcomes.pair
     score = np.clip(scored.score, -1e9, 1e9)
-    costs = _costs(scored, outcomes)
+    costs = costs_of(scored, outcomes)
     made = curve(score, pair, **costs)
     best = curve(deferral.oracle(pair), pair, kept_cost=outcomes.draft_cost, sent_cost=outcomes.target_cost)
     target = float(outcomes.target_cost.mean())
-    policy_share = [
-        d.route == "target"
-        for d in policy("budget", budget=ON_DRAFT).decide_many([Rating(float(u)) for u in score], outcomes.ids)
-    ]
     a, c = float(made.at(ON_DRAFT)), float(made.cost_at(ON_DRAFT))
     bounds = (float(outcomes.draft_cost.mean()), target)
+    realised = {f"{b:.1f}": _realised(score, outcomes.ids, b, (start or {}).get(b)) for b in BUDGETS}
     figures: dict[str, float] = {
         "ong": deferral.oracle_gain(made, best),
         "area": deferral.area(made),
@@ -189,35 +194,50 @@ def judge(scored: Scored, outcomes: Outcomes, rival: Array | None = None, resamp
         "nauc": deferral.nauc(made),
         "qnc": deferral.qnc(made, max(float(made.accuracy[0]), float(made.accuracy[-1])), target),
         "rank_score_at_40": deferral.rank_score(a, c, *bounds) if 0 < bounds[0] < bounds[1] else math.nan,
-        "realised_share": float(np.mean(policy_share)),
+        "realised_off": max(abs(share - float(b)) for b, share in realised.items()),
         "tie_rate": reliability.tie_rate(score),
         "spearman_advantage": reliability.spearman(score, pair.advantage),
         "auroc_only_target": reliability.auroc(score, pair.target * (1 - pair.draft)),
     }
-    intervals: dict[str, tuple[float | None, float | None]] = {}
-    if resamples:
-        ong = lambda curves: deferral.oracle_gain(curves[0], curves[1])  # noqa: E731
-        found = deferral.resampled([score, deferral.oracle(pair)], pair, ong, resamples=resamples)
-        intervals["ong"] = (_finite(found.low), _finite(found.high))
-        over = lambda curves: float(curves[0].at(ON_DRAFT) - curves[0].accuracy[-1])  # noqa: E731
-        found = deferral.resampled([score], pair, over, resamples=resamples)
-        intervals["gain_on_target_at_40"] = (_finite(found.low), _finite(found.high))
-        if rival is not None:
-            lead = lambda curves: deferral.area(curves[0]) - deferral.area(curves[1])  # noqa: E731
-            found = deferral.resampled([rival, score], pair, lead, resamples=resamples)
-            intervals["rival_area_lead"] = (_finite(found.low), _finite(found.high))
     return Judged(
-        scored.title,
-        scored.needs,
-        {name: _finite(value) for name, value in figures.items()},
-        {f"{b:.1f}": float(made.at(b)) for b in BUDGETS},
-        _reliability(scored.ratings, pair),
-        _points(made),
-        intervals,
+        title=scored.title,
+        needs=scored.needs,
+        figures={name: _finite(value) for name, value in figures.items()},
+        at={f"{b:.1f}": float(made.at(b)) for b in BUDGETS},
+        realised=realised,
+        ratings=_reliability(scored.ratings, pair),
+        intervals=_intervals(score, rival, pair, resamples) if resamples else {},
+        curve=_points(made),
     )
 
 
-def _costs(scored: Scored, outcomes: Outcomes) -> dict[str, Array]:
+def _realised(score: Array, ids: Sequence[str], budget: float, start: float | None) -> float:
+    """Share that the live policy sends, in the order of arrival."""
+    given: dict[str, Any] = {"budget": budget} if start is None else {"budget": budget, "start": start}
+    made = policy("budget", **given).decide_many([Rating(float(u)) for u in score], ids)
+    return float(np.mean([decision.route == "target" for decision in made]))
+
+
+def _intervals(score: Array, rival: Array | None, pair: Pair, resamples: int) -> Intervals:
+    """Of the figures that claims rest on; every one from the same drawn groups."""
+
+    def measure(curves: Sequence[Curve]) -> dict[str, float]:
+        own, best = curves[:2]
+        found = {
+            "ong": deferral.oracle_gain(own, best),
+            "gain_on_target_at_40": float(own.at(ON_DRAFT) - own.accuracy[-1]),
+        }
+        if rival is not None:
+            found["rival_area_lead"] = deferral.area(curves[2]) - deferral.area(own)
+            found |= {f"rival_lead_at_{b:.1f}": float(curves[2].at(b) - own.at(b)) for b in BUDGETS}
+        return found
+
+    scores = [score, deferral.oracle(pair), *([] if rival is None else [rival])]
+    made = deferral.resampled(scores, pair, measure, resamples=resamples)
+    return {name: (_finite(each.low), _finite(each.high)) for name, each in made.items()}
+
+
+def costs_of(scored: Scored, outcomes: Outcomes) -> dict[str, Array]:
     """What each query costs if it is kept and if it is sent."""
     n = len(outcomes)
     overhead = 0.0

@@ -1,160 +1,45 @@
-"""Both models of a pair on the same questions: what they answer, what routing makes of it, and what that takes.
+"""A pair under one rater and one policy: what routing makes of its answers, and what that takes.
 
 Legend: n queries.
 """
 
-import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from mmroute.backbones.load import load
+from mmroute.backbones.load import bundled, load
 from mmroute.bench import deferral, schema
 from mmroute.bench.deferral import curve
-from mmroute.bench.gate_judge import evidence_of
-from mmroute.bench.items import messages
-from mmroute.bench.outcomes.base import Outcomes, pair_up
+from mmroute.bench.gate_gather import gather, rate_chats
+from mmroute.bench.gate_schema import GateSummary
+from mmroute.bench.outcomes.base import Outcomes
 from mmroute.bench.stats import wilson
 from mmroute.engine.attach import attach
 from mmroute.errors import ConfigError
 from mmroute.gate._policy import policy
-from mmroute.gate.base import Evidence, Question, Ratings, charge
+from mmroute.gate.base import charge
 from mmroute.gate.prp import Prp
 from mmroute.recipe import Recipe
 from mmroute.tasks._mixture import draw_mixture
-from mmroute.train.prp import GateConfig, chats_of, sections
-from mmroute.train.rollouts import ask, collect, roll_out
+from mmroute.train.prompts import chats_of
+from mmroute.train.prp import GateConfig, sections
+from mmroute.train.rollouts import roll_out
 
-__all__ = ["GateSummary", "Gathered", "evaluate", "gather", "open_pair"]
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Both models' answers to the same questions."""
-
-    outcomes: Outcomes
-    evidence: list[Evidence]
-    rated: Ratings | None
-    """Of the rater, taken from the draft's own prefill."""
-
-
-def gather(
-    recipe: Recipe,
-    draft: Any,
-    target: Any,
-    n: int,
-    seed: int,
-    split: Literal["val", "test"],
-    rater: Prp | None = None,
-    samples: int = 0,
-    questions: Sequence[Question] = (),
-) -> Gathered:
-    """Asks both models.
-
-    Args:
-        recipe: with a `gate` section.
-        draft: a loaded model.
-        target: likewise.
-        n: questions.
-        seed: which.
-        split: `val` or `test`.
-        rater: a `Prp` on this draft.
-        samples: sampled draft answers besides.
-        questions: what gates ask the draft besides; those its vocabulary cannot write are left out.
-    """
-    (gated, _), think = sections(recipe), recipe.build("think")
-    items = draw_mixture(gated.mix, n, split, seed)
-    with attach(draft) as routed:
-        first = collect(routed, "draft", gated.draft, items, think=think, rater=rater, progress=_told("draft"))
-        more = None
-        if samples:
-            drawn: dict[str, Any] = {"samples": samples, "temperature": 1.0, "progress": _told("samples")}
-            more = collect(routed, "draft", gated.draft, items, think=think, **drawn)
-        replies: dict[str, dict[str, float]] = {item.sample.id: {} for item in items}
-        for question in questions:
-            chats = [messages(routed, item.task, item.sample, think) for item in items]
-            said = ask(routed, question, chats, [first.texts[item.sample.id] for item in items])
-            if said is None:
-                log.info("%s is not asked: the draft's vocabulary cannot write it", question.name)
-                continue
-            for item, (reply, flops) in zip(items, said, strict=True):
-                replies[item.sample.id] |= {question.name: reply, f"{question.name}.flops": flops}
-    with attach(target) as routed:
-        second = collect(routed, "target", gated.target, items, think=think, progress=_told("target"))
-    outcomes = pair_up([*first.rows, *second.rows])
-    outcomes.stats["tokens"] = np.array([row.tokens_out for row in first.rows], float)
-    sampled: dict[str, list[str]] = {}
-    for row in more.rows if more is not None else []:
-        sampled.setdefault(row.query_id, []).append(row.prediction)
-    evidence = evidence_of(outcomes, first.prefill, first.last, sampled, replies)
-    return Gathered(outcomes, evidence, _joined(first.ratings, outcomes.ids))
-
-
-def _told(role: str) -> Callable[[int, int], None]:
-    return lambda done, total: log.info("%s: %d of %d answers", role, done, total)
-
-
-def _joined(parts: list[tuple[list[str], Ratings]], ids: list[str]) -> Ratings | None:
-    """Ratings of batches in the order of the ids."""
-    if not parts:
-        return None
-    at = {name: i for i, name in enumerate(name for names, _ in parts for name in names)}
-    index = np.array([at[name] for name in ids])
-
-    def column(name: str) -> Any:
-        values = [getattr(ratings, name) for _, ratings in parts]
-        return None if values[0] is None else np.concatenate(values)[index]
-
-    names = ("score", "draft", "target", "draft_probs", "target_probs")
-    return Ratings(**{name: column(name) for name in names}, overhead=parts[0][1].overhead)
-
-
-@dataclass(frozen=True)
-class GateSummary:
-    """The one line that `mmroute eval --recipe prp-small --json` ends with."""
-
-    recipe: str
-    n: int
-    seed: int
-    budget: float | None
-    """Asked share of target calls; None for a policy that has none."""
-    accuracy: float
-    """Under the policy, in the order of arrival."""
-    ci95: tuple[float, float]
-    accuracy_draft: float
-    accuracy_target: float
-    accuracy_random: float
-    """The same share of queries, whichever."""
-    accuracy_oracle: float
-    """The same share, the best ones."""
-    target_share: float
-    oracle_normalised_gain: float | None
-    cost_ratio: float
-    """FLOPs over always-target, rating and unused draft prefills included."""
-    time_ratio: float
-    """Seconds over always-target, batch 1, medians of rounds in turn."""
-    rating_overhead: float
-    """Seconds of a rating over those of one decode step of the draft."""
-    rating_steps: int
-    rating_flops_share: float
-    """Of the draft's prefill."""
-    by_part: dict[str, dict[str, float]]
-    artifact: str
-    commit: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+__all__ = ["absent", "by_part", "evaluate", "open_pair", "timed"]
 
 
 def evaluate(
-    recipe: Recipe, draft: Any, target: Any, rater: Prp, n: int, seed: int, budget: float | None = None, timed: int = 12
+    recipe: Recipe,
+    draft: Any,
+    target: Any,
+    rater: Prp,
+    n: int,
+    seed: int,
+    budget: float | None = None,
+    num_timed: int = 12,
 ) -> GateSummary:
     """One rater and one policy on held-out questions, as they would be served.
 
@@ -166,12 +51,11 @@ def evaluate(
         n: questions.
         seed: which.
         budget: share of target calls; None is the recipe's policy as it stands.
-        timed: questions that are timed one by one.
+        num_timed: questions that are timed one by one.
     """
     gated, _ = sections(recipe)
-    found = gather(recipe, draft, target, n, seed, "test", rater)
-    outcomes, rated = found.outcomes, found.rated
-    assert rated is not None
+    found = gather(recipe, draft, target, n, seed, "test")
+    outcomes, rated = found.outcomes, rate_chats(rater, chats_of(draft, found.items, recipe.build("think")))
     chosen = dict(gated.policy)
     if budget is not None:
         chosen = {"name": "budget", "budget": budget}
@@ -187,16 +71,10 @@ def evaluate(
     )  # fmt: skip
     best = curve(deferral.oracle(pair), pair)
     gain = deferral.oracle_gain(curve(rated.score, pair), best)
-    seconds = _timed(recipe, draft, target, rater, sent, timed, seed)
-    parts = {}
-    for name in dict.fromkeys(outcomes.levels):
-        here = np.array([level == name for level in outcomes.levels])
-        parts[name] = {
-            "share": round(float(here.mean()), 4),
-            "draft": round(float(outcomes.draft[here].mean()), 4),
-            "target": round(float(outcomes.target[here].mean()), 4),
-            "sent": round(float(sent[here].mean()), 4),
-        }
+    seconds = timed(recipe, draft, target, rater, sent, num_timed, seed)
+    parts = by_part(outcomes)
+    for name, part in parts.items():
+        part["sent"] = round(float(sent[np.array(outcomes.levels) == name].mean()), 4)
     return GateSummary(
         recipe=recipe.name,
         n=n,
@@ -211,6 +89,7 @@ def evaluate(
         target_share=share,
         oracle_normalised_gain=gain if math.isfinite(gain) else None,
         cost_ratio=float(paid.mean() / outcomes.target_cost.mean()),
+        cost_ratio_draft=float(outcomes.draft_cost.mean() / outcomes.target_cost.mean()),
         time_ratio=seconds["ratio"],
         rating_overhead=seconds["rating_steps"],
         rating_steps=rated.overhead.tokens_out,
@@ -221,10 +100,34 @@ def evaluate(
     )
 
 
-def _timed(
+def by_part(outcomes: Outcomes) -> dict[str, dict[str, float]]:
+    """Share of each part of the mixture, and what both models make of it."""
+    out = {}
+    for name in dict.fromkeys(outcomes.levels):
+        here = np.array(outcomes.levels) == name
+        columns = {"share": here, "draft": outcomes.draft[here], "target": outcomes.target[here]}
+        out[name] = {column: round(float(values.mean()), 4) for column, values in columns.items()}
+    return out
+
+
+def timed(
     recipe: Recipe, draft: Any, target: Any, rater: Prp, sent: np.ndarray, num: int, seed: int, rounds: int = 5
 ) -> dict[str, float]:
-    """Seconds one by one, both models in turn within a round: medians over rounds of each question."""
+    """Seconds one by one, both models in turn within a round: medians over rounds of each question.
+
+    Args:
+        recipe: with a `gate` section.
+        draft: a loaded model.
+        target: likewise.
+        rater: a `Prp` on this draft.
+        sent: which of the questions of `seed` the target answers.
+        num: how many of them are timed.
+        seed: which.
+        rounds: timed ones; one more warms up.
+
+    Returns:
+        `ratio` of routed seconds over always-target, and `rating_steps`, a rating over a decode step of the draft.
+    """
     num = min(num, len(sent))
     think = recipe.build("think")
     items = draw_mixture(sections(recipe)[0].mix, num, "test", seed)
@@ -266,6 +169,17 @@ def open_pair(
             raise ConfigError(
                 "gate.rater names no trained rater; train one with `mmroute train prp` and set gate.rater=DIR"
             )
-        bundled = Path(__file__).parent.parent / "assets" / gated.rater
-        rater = Prp.load(bundled if (bundled / "rater.json").is_file() else Path(gated.rater), draft)
+        rater = Prp.load(_rater_folder(gated.rater), draft)
     return draft, target, rater
+
+
+def absent(gated: GateConfig) -> list[str]:
+    """Which of draft, target and rater are neither bundled nor a folder."""
+    models = [name for name in (gated.draft, gated.target) if name not in bundled() and not Path(name).is_dir()]
+    rater = _rater_folder(gated.rater) / "rater.json"
+    return [*models, *([] if rater.is_file() else [gated.rater])]
+
+
+def _rater_folder(name: str) -> Path:
+    shipped = Path(__file__).parent.parent / "assets" / name
+    return shipped if (shipped / "rater.json").is_file() else Path(name)

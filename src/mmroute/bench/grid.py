@@ -28,7 +28,7 @@ from mmroute.recipe import Recipe
 from mmroute.tokens import Modality
 from mmroute.trace import Shape
 
-__all__ = ["Case", "Grid", "Method", "cases", "key_of", "read"]
+__all__ = ["Case", "Grid", "Method", "cases", "key_of", "path_of", "read"]
 
 _SHIPPED = Path(__file__).parent.parent / "recipes" / "bench"
 _Share = Annotated[float, Field(gt=0, le=1)]
@@ -104,6 +104,19 @@ class Case:
         return f"{self.row}-v{round(100 * self.budget.vision):02d}-t{round(100 * self.budget.text):02d}"
 
 
+def path_of(name: str) -> Path:
+    """The file of a bench recipe, by its shipped name or its path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise ConfigError(f"no bench recipe {name!r}; one of {', '.join(shipped)}, or the path of a YAML file")
+    return path
+
+
 def read(name: str, sets: Sequence[str] = (), methods: Sequence[str] = ()) -> Grid:
     """A bench recipe by its shipped name or the path of a YAML file.
 
@@ -115,10 +128,7 @@ def read(name: str, sets: Sequence[str] = (), methods: Sequence[str] = ()) -> Gr
     Raises:
         ConfigError: no such recipe or method, or one that does not parse.
     """
-    shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
-    path = shipped.get(name, Path(name))
-    if not path.is_file():
-        raise ConfigError(f"no bench recipe {name!r}; one of {', '.join(shipped)}, or the path of a YAML file")
+    path = path_of(name)
     data = {"name": path.stem, **read_yaml(path)}
     for key, value in overrides(list(sets)).items():
         before = data.get(key)

@@ -50,8 +50,10 @@ def page(out: Path) -> str:
         kinds = {schema.kind_of(path) for path in folder.glob("*.json")}
         if "result/1" in kinds and any(_is_bench(path) for path in folder.glob("*.json")):
             parts.append(_section(read_sheet(folder), folder))
-        elif kinds in ({"result/1"}, {"engine/1"}):
-            parts.append(f"## {folder.name}\n\n{table.table_of(folder, allow_dirty=True)}")
+        elif kinds in ({"result/1"}, {"engine/1"}, {"gate/1"}, {"gate-eval/1"}, {"gateway/1"}):
+            gates = sorted(folder.glob("*.svg")) if kinds == {"gate/1"} else []
+            pictures = "".join(f"\n![{p.stem}]({folder.name}/{p.name})\n" for p in gates)
+            parts.append(f"## {folder.name}\n\n{table.table_of(folder, allow_dirty=True)}{pictures}")
     return "\n".join(parts)
 
 

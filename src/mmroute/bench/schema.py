@@ -1,5 +1,7 @@
 """The result files: `result/1` of an evaluation, `engine/1` and `gpu/1` of the engine. Plain data, read strictly.
 
+Those of gates and of the gateway stand in `bench.gate_schema`.
+
 A file is written beside and renamed, never edited afterwards. Reading one with an unknown field, or without a required
 one, fails: a table must not be made of numbers whose meaning has drifted.
 """
@@ -37,6 +39,7 @@ __all__ = [
     "commit_of_source",
     "kind_of",
     "machine_here",
+    "read_as",
     "read_engine",
     "read_gpu",
     "read_infeasible",
@@ -371,8 +374,8 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-def write_result(path: Path, result: Result | EngineResult | GpuResult | Infeasible) -> None:
-    """Writes a result file whole or not at all."""
+def write_result(path: Path, result: Any) -> None:
+    """Writes a result file, of a class of this module or of `bench.gate_schema`, whole or not at all."""
     write_json(path, resolved(result))
 
 
@@ -383,22 +386,22 @@ def read_result(path: Path) -> Result:
         InputError: not JSON, or of another schema.
         ConfigError: an unknown field, a missing one, or one of another type.
     """
-    return _read(path, Result, "result/1")
+    return read_as(path, Result, "result/1")
 
 
 def read_engine(path: Path) -> EngineResult:
     """An engine benchmark's result file; errors as in `read_result`."""
-    return _read(path, EngineResult, "engine/1")
+    return read_as(path, EngineResult, "engine/1")
 
 
 def read_gpu(path: Path) -> GpuResult:
     """The GPU benchmark's result file; errors as in `read_result`."""
-    return _read(path, GpuResult, "gpu/1")
+    return read_as(path, GpuResult, "gpu/1")
 
 
 def read_infeasible(path: Path) -> Infeasible:
     """A row of a bench that cannot be met; errors as in `read_result`."""
-    return _read(path, Infeasible, "infeasible/1")
+    return read_as(path, Infeasible, "infeasible/1")
 
 
 def kind_of(path: Path) -> str:
@@ -420,7 +423,8 @@ def _load(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read(path: Path, cls: type[T], schema: str) -> T:
+def read_as(path: Path, cls: type[T], schema: str) -> T:
+    """A result file of the class that its schema names; errors as in `read_result`."""
     data = _load(path)
     if data["schema"] != schema:
         raise InputError(f"{path}: schema {data['schema']!r} given, expected {schema!r}")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +39,29 @@ def table_of(folder: Path, allow_dirty: bool = False) -> str:
         return engine_table(engine)
     if kinds == {"result/1"}:
         return result_table(_read_results(paths, allow_dirty))
+    if kinds in ({"gate/1"}, {"gate-eval/1"}, {"gateway/1"}):
+        return _sections(paths, kinds.pop(), allow_dirty)
     raise InputError(f"{folder}: files of {' and '.join(sorted(kinds))}; keep one kind in a folder")
+
+
+def _sections(paths: list[Path], kind: str, allow_dirty: bool) -> str:
+    """What results of gates and of the gateway say."""
+    from mmroute.bench import gate_report, gate_schema, gateway_report  # they write their tables with this module
+
+    texts: list[list[str]]
+    if kind == "gate/1":
+        gates = [gate_schema.read_gate(path) for path in paths]
+        _refuse_dirty(paths, gates, allow_dirty)
+        texts = [gate_report.section(each) for each in gates]
+    elif kind == "gate-eval/1":
+        evals = [gate_schema.read_gate_eval(path) for path in paths]
+        _refuse_dirty(paths, evals, allow_dirty)
+        texts = [gate_report.evaluations(evals)]
+    else:
+        runs = [gate_schema.read_gateway(path) for path in paths]
+        _refuse_dirty(paths, runs, allow_dirty)
+        texts = [gateway_report.section(each) for each in runs]
+    return "\n\n".join("\n".join(lines) for lines in texts) + "\n"
 
 
 def _read_results(paths: list[Path], allow_dirty: bool) -> list[schema.Result]:
@@ -73,7 +95,7 @@ def headline(folder: Path, allow_dirty: bool = False) -> str:
     )
 
 
-def _refuse_dirty(paths: list[Path], results: Sequence[schema.Result | schema.EngineResult], allow: bool) -> None:
+def _refuse_dirty(paths: list[Path], results: Sequence[Any], allow: bool) -> None:
     dirty = [path.name for path, result in zip(paths, results, strict=True) if result.run.dirty]
     if dirty and not allow:
         raise InputError(f"{', '.join(dirty)}: made from source that was not committed; commit, then run again")

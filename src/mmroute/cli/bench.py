@@ -12,7 +12,7 @@ __all__ = ["bench"]
 
 
 def bench(
-    recipe: Annotated[str, typer.Option(help="Name (bench-spatial, bench-ablate, bench-kv) or .yaml file.")],
+    recipe: Annotated[str, typer.Option(help="Name (bench-spatial, -ablate, -kv, -gate) or .yaml file.")],
     model: Annotated[str, typer.Option(help="Bundled name, checkpoint folder or Hub id; the recipe's if empty.")] = "",
     tasks: Annotated[str, typer.Option(help="Tasks, comma-separated; the recipe's if empty.")] = "",
     methods: Annotated[str, typer.Option(help="Of the recipe's methods these, comma-separated.")] = "",
@@ -30,7 +30,12 @@ def bench(
 ) -> None:
     """Compare methods at equal budgets on several tasks. Stop it at any time: it goes on where it was."""
     from mmroute.backbones.load import load  # torch costs seconds; --help must not pay them
-    from mmroute.bench import grid, report, suite
+    from mmroute.bench import gate, grid, report, suite
+
+    if gate.is_gate_bench(recipe):
+        others = {"--model": model, "--tasks": tasks, "--methods": methods, "--budgets": budgets, "--jobs": jobs > 1}
+        _bench_gates(recipe, [name for name, given in others.items() if given], seeds, n, out, dry, tables, set_, json_)
+        return
 
     lists = {"tasks": tasks, "vision": budgets, "seeds": seeds}
     sets = [f"{name}=[{value}]" for name, value in lists.items() if value]
@@ -60,3 +65,45 @@ def bench(
         typer.echo(text, err=json_)
     if json_:
         typer.echo(json.dumps({"bench": chosen.name, "runs": len(plan.jobs), "made": made, **card.summary}))
+
+
+def _bench_gates(
+    recipe: str,
+    foreign: list[str],
+    seeds: str,
+    n: int,
+    out: Path,
+    dry: bool,
+    tables: bool,
+    set_: list[str] | None,
+    json_: bool,
+) -> None:
+    """Every gate on one pair of models."""
+    from mmroute.bench import gate, gate_report, gate_schema, report, schema
+    from mmroute.config import resolved
+    from mmroute.errors import ConfigError
+
+    if foreign:
+        raise ConfigError(f"{recipe} compares gates on the pair of its own recipe; {', '.join(foreign)} mean nothing")
+    chosen = gate.read(recipe, [*([f"seeds=[{seeds}]"] if seeds else []), *(set_ or [])], n)
+    folder = out / chosen.name
+    if tables:
+        found = gate_schema.read_gate(folder / "gate.json")
+        gate_report.write(found, folder)
+    else:
+        plan = gate.Plan.of(chosen)
+        typer.echo(
+            f"{chosen.name}: {chosen.n} questions of each seed of {', '.join(map(str, chosen.seeds))}, {chosen.train} "
+            f"to fit on, {len(chosen.gates)} gates; answers are kept in {chosen.work}",
+            err=True,
+        )
+        if dry:
+            typer.echo(plan.expected())
+            return
+        command = shlex.join(["mmroute", *sys.argv[1:]])
+        found = gate.run(plan, out=folder, command=command, progress=lambda text: typer.echo(text, err=True))
+    schema.write_text(out / "README.md", report.page(out))
+    for text in gate_report.section(found):
+        typer.echo(text, err=json_)
+    if json_:
+        typer.echo(json.dumps({"bench": chosen.name, "n": found.pooled.n, **resolved(found.claims)}))

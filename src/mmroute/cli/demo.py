@@ -1,10 +1,16 @@
 """`mmroute demo`: the bundled model on held-out items, unrouted and routed, in words and in latents."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mmroute.bench.gate_schema import GateSummary
 
 __all__ = ["demo"]
 
@@ -13,7 +19,8 @@ def demo(
     n: Annotated[int, typer.Option(min=2, help="Held-out items, half mazes and half lakes.")] = 60,
     out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.html.")] = Path("."),
 ) -> None:
-    """Solve mazes and lakes with the bundled model, unrouted and routed, and show what was saved."""
+    """Solve mazes and lakes with the bundled model, unrouted and routed, and show what was saved; then think in words
+    and in latents; then let a draft decide who answers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -40,7 +47,15 @@ def demo(
     Console(width=max(Console().width, 104)).print(table)
     kept = rows[-1].keep
     print(f"{rows[-1].recipe} runs {kept['vision']:.0%} of vision and {kept['text']:.0%} of text tokens (all layers)")
-    more = _think(lambda text: note.print(f"[dim]{text}[/dim]"))
+
+    def say(text: str) -> None:
+        note.print(f"[dim]{text}[/dim]")
+
+    more = _think(say)
+    gated = demo_.gate(n, say=say)
+    if gated is not None:
+        Console(width=max(Console().width, 104)).print(_who_answers(gated))
+        more["gate"] = asdict(gated)
     for path in demo_.write(rows, views, out, more):
         print(f"wrote {path}")
 
@@ -70,3 +85,21 @@ def _think(say: Callable[[str], None]) -> dict[str, Any]:
         )
     Console(width=max(Console().width, 104)).print(table)
     return demo_latents.as_data(rows)
+
+
+def _who_answers(found: "GateSummary") -> "Table":
+    """Both models alone, and the share that the rater sends to the larger one beside chance and perfect knowledge."""
+    from rich.table import Table
+
+    table = Table(title=f"who answers: {found.n} held-out questions of {found.recipe}; ratios to always-target")
+    for column in ("", "to the target", "accuracy [95 %]", "FLOPs", "seconds"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    low, high = found.ci95
+    share = f"{found.target_share:.2f}"
+    table.add_row("draft", "0", f"{found.accuracy_draft:.2f}", f"{found.cost_ratio_draft:.3f}", "")
+    table.add_row("random", share, f"{found.accuracy_random:.2f}", "", "")
+    ours = f"{found.accuracy:.2f} [{low:.2f}, {high:.2f}]"
+    table.add_row("rated by the draft", share, ours, f"{found.cost_ratio:.3f}", f"{found.time_ratio:.2f}")
+    table.add_row("oracle", share, f"{found.accuracy_oracle:.2f}", "", "")
+    table.add_row("target", "1", f"{found.accuracy_target:.2f}", "1.000", "1.00")
+    return table

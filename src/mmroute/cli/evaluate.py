@@ -120,21 +120,29 @@ def _score_gate(
     recipe: Any, draft: str, target: str, n: int, seed: int, budget: float | None, out: Path | None, as_json: bool
 ) -> None:
     """One policy on the recipe's own mixture."""
+    import time
+    from datetime import UTC, datetime
+
     from mmroute.bench import schema
     from mmroute.bench.gate_pair import evaluate, open_pair
+    from mmroute.bench.gate_schema import GateEval
+    from mmroute.config import resolved
     from mmroute.train.prp import sections
 
+    origin, began = schema.commit_of_source(), time.perf_counter()
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
     gated, _ = sections(recipe)
     named = dataclasses.replace(gated, draft=draft or gated.draft, target=target or gated.target)
     found = evaluate(recipe, *open_pair(named), n=n, seed=seed, budget=budget)
     if out is not None:
-        schema.write_json(
-            out, {"schema": "gate-eval/1", "command": shlex.join(["mmroute", *sys.argv[1:]]), **found.to_dict()}
-        )
-    for name, value in found.to_dict().items():
+        command = shlex.join(["mmroute", *sys.argv[1:]])
+        run = schema.run_here(command, *origin, started_at, time.perf_counter() - began)
+        machine = schema.machine_here("cpu", str(named.dtype or "checkpoint"), "sdpa")
+        schema.write_result(out, GateEval(run=run, machine=machine, summary=found))
+    for name, value in resolved(found).items():
         typer.echo(f"{name}: {value}", err=as_json)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        typer.echo(json.dumps(resolved(found)))
 
 
 def _judge_table(path: Path, source: str, draft: str, target: str, out: Path | None, as_json: bool) -> None:
@@ -144,7 +152,7 @@ def _judge_table(path: Path, source: str, draft: str, target: str, out: Path | N
     from mmroute.bench.outcomes.load import load_outcomes
 
     table = load_outcomes(path, source, draft, target)
-    judged = {each.title: dataclasses.asdict(each) for each in judge_table(table)}
+    judged = {each.title: each for each in judge_table(table)}
     found = {
         "schema": "gate-table/1",
         "draft": table.draft_model,
@@ -153,11 +161,11 @@ def _judge_table(path: Path, source: str, draft: str, target: str, out: Path | N
         "n": len(table),
         "accuracy_draft": float(table.draft.mean()),
         "accuracy_target": float(table.target.mean()),
-        "gates": judged,
+        "gates": {title: dataclasses.asdict(each) for title, each in judged.items()},
     }
     if out is not None:
         schema.write_json(out, found)
-    for line in gate_report.lines([judged]):
+    for line in gate_report.lines(judged):
         typer.echo(line, err=as_json)
     if as_json:
         typer.echo(json.dumps(found))

@@ -304,7 +304,8 @@ def _upstreams(settings: Settings) -> dict[str, Upstream]:
         if given.url is not None:
             made[role] = HttpUpstream(role, given, settings)
             continue
-        from mmroute.serve.local import FirstToken, LocalUpstream  # torch costs seconds; a proxy does without
+        from mmroute.serve.local import LocalUpstream  # torch costs seconds; a proxy does without
+        from mmroute.serve.session_raters import FirstToken
 
         made[role] = LocalUpstream(role, given, settings, FirstToken() if role == "draft" else None)
         local.append(made[role])

@@ -12,8 +12,7 @@ Deviates: see `train.rating`; calibration on a split of its own is ours.
 import copy
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,13 +22,9 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
-from transformers import DynamicCache
 
-from mmroute import backbones
-from mmroute.backbones.images import prepare
 from mmroute.bench import reliability
-from mmroute.bench.items import messages
-from mmroute.bench.outcomes.base import Outcomes, content_hash, pair_up, split_of_group, write_parquet
+from mmroute.bench.outcomes.base import Outcomes, Row, content_hash, pair_up, split_of_group, write_parquet
 from mmroute.bench.schema import commit_of_source
 from mmroute.config import options, parse, resolved
 from mmroute.engine.attach import attach
@@ -37,17 +32,17 @@ from mmroute.errors import ConfigError, InputError, MissingExtra
 from mmroute.gate.base import Ratings
 from mmroute.gate.prp import Prp, fingerprint
 from mmroute.recipe import Recipe
-from mmroute.tasks._mixture import Drawn, Part, draw_mixture
-from mmroute.think.base import Thinker
+from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.train import rating
-from mmroute.train.rollouts import collect
+from mmroute.train.collect import collect
+from mmroute.train.grpo import fit_rollouts
+from mmroute.train.prompts import Prompts, chats_of
 
-__all__ = ["GateConfig", "Prompts", "PrpConfig", "chats_of", "fit", "sections", "train_prp"]
+__all__ = ["GateConfig", "PrpConfig", "fit", "sections", "train_prp"]
 
 log = logging.getLogger(__name__)
 
 _SPLITS = (("train", 0.65), ("validation", 0.1), ("calibration", 0.25))
-_READ_AT_ONCE = 64
 
 
 @options
@@ -75,6 +70,20 @@ class PrpConfig:
     seed: Annotated[int, Field(ge=0)] = 0
     n: Annotated[int, Field(ge=8)] = 4000
     """Labelled questions."""
+    rollouts: bool = False
+    """`grpo` on answers sampled as it goes (`train.grpo`), instead of the labels alone: slow, as the paper does it."""
+    rating_reward: Literal["brier_group", "brier_own", "l1"] = "brier_group"
+    """With `rollouts`: what a rating is held to; see `train.grpo.rewards`."""
+    train_reasoning: bool = False
+    """With `rollouts`: answers are trained too, and the draft changes."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """With `rollouts`: how far a probability may move on one batch."""
+    beta: Annotated[float, Field(ge=0)] = 0.02
+    """With `train_reasoning`: weight of the divergence from the draft as it was."""
+    updates: Annotated[int, Field(ge=1)] = 2
+    """With `rollouts`: steps on each batch."""
+    lr_reasoning: Annotated[float, Field(gt=0)] = 1e-5
+    """With `train_reasoning`: of the draft's weights."""
     samples_draft: Annotated[int, Field(ge=1)] = 1
     samples_target: Annotated[int, Field(ge=1)] = 1
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -99,82 +108,6 @@ class GateConfig:
     """Name and options of the policy."""
     mix: list[Part]
     """What is asked."""
-
-
-# ---------------------------------------------------------------------- prompts, read once
-
-
-@dataclass
-class Prompts:
-    """The draft's caches after n prompts, all padded on the left to one length."""
-
-    keys: list[Float[Tensor, "n H N E"]]
-    """By layer."""
-    values: list[Float[Tensor, "n H N E"]]
-    mask: Tensor
-    """(n, N)."""
-    after: Tensor
-    """(n,): the position behind each prompt."""
-    axes: int
-    """Numbers that make a position."""
-
-    @classmethod
-    @torch.no_grad()
-    def read(cls, model: Any, chats: Sequence[list[dict[str, Any]]], batch: int = _READ_AT_ONCE) -> "Prompts":
-        """Runs the stock draft over every prompt.
-
-        Args:
-            model: the draft with its processor, not attached.
-            chats: conversations.
-            batch: prompts at once.
-        """
-        family = backbones.of(model)
-        base, config = family.base_model(model), family.text_model(model).config
-        parts: list[tuple[list[Tensor], list[Tensor], Tensor]] = []
-        ends, axes = [], 1
-        for start in range(0, len(chats), batch):
-            given = dict(prepare(model, model.processor, list(chats[start : start + batch])))
-            positions = family.positions(
-                model, given["input_ids"], given["attention_mask"], given.get("image_grid_thw")
-            )
-            cache = DynamicCache(config=config)
-            base(**given, position_ids=positions, past_key_values=cache, use_cache=True)
-            axes = positions.shape[0] if positions.ndim == 3 else 1
-            top = positions.amax(0) if positions.ndim == 3 else positions
-            ends.append(top.masked_fill(given["attention_mask"] == 0, -1).amax(1) + 1)
-            parts.append(([x.keys for x in cache.layers], [x.values for x in cache.layers], given["attention_mask"]))
-        longest = max(mask.shape[1] for *_, mask in parts)
-        pad = lambda x, width: torch.nn.functional.pad(x, (0, 0, longest - width, 0))  # noqa: E731
-        layers = range(len(parts[0][0]))
-        return cls(
-            keys=[torch.cat([pad(k[i], m.shape[1]) for k, _, m in parts]) for i in layers],
-            values=[torch.cat([pad(v[i], m.shape[1]) for _, v, m in parts]) for i in layers],
-            mask=torch.cat([torch.nn.functional.pad(m, (longest - m.shape[1], 0)) for *_, m in parts]),
-            after=torch.cat(ends),
-            axes=axes,
-        )
-
-    def __len__(self) -> int:
-        return len(self.mask)
-
-    def rate(self, gate: Prp, index: Tensor) -> Float[Tensor, "B R K"]:
-        """Log-probabilities of the levels of some prompts, with gradients."""
-        assert gate.rater is not None
-        config = backbones.of(gate.model).text_model(gate.model).config
-        cache = DynamicCache(config=config)
-        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
-            cache.update(k[index], v[index], layer)
-        mask = torch.cat([self.mask[index], self.mask.new_ones(len(index), 1)], 1)
-        positions = self.after[index][:, None]
-        if self.axes == 3:
-            positions = positions.expand(3, -1, -1)
-        return gate.rater(gate.model, cache, mask, positions)
-
-    @torch.no_grad()
-    def probs(self, gate: Prp, batch: int = 256) -> Float[Tensor, "n R K"]:
-        """The levels' probabilities of every prompt."""
-        parts = torch.arange(len(self), device=self.mask.device).split(batch)
-        return torch.cat([self.rate(gate, part).exp() for part in parts])
 
 
 # ---------------------------------------------------------------------- learning
@@ -209,7 +142,7 @@ def fit(
     rater, device = gate.rater, prompts.mask.device
     R = gate.config.num_ratings
     y = torch.tensor(success[:, :R], dtype=torch.float32, device=device)
-    a = _gain(torch.tensor(ranked[:, :R], dtype=torch.float32, device=device))
+    a = rating.gain(torch.tensor(ranked[:, :R], dtype=torch.float32, device=device))
     held = torch.tensor(np.flatnonzero(validation), device=device)
     order = np.flatnonzero(train)
     optimiser = torch.optim.AdamW(rater.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -230,7 +163,7 @@ def fit(
                 loss = _objective(logp, y[index], config, step / total, draw)
                 if config.rank != "none" and config.rank_weight:
                     ranking = rating.soft_pair if config.rank == "soft_pair" else rating.pair_loss
-                    u = _gain(_read(logp.exp()))
+                    u = rating.gain(_read(logp.exp()))
                     loss = loss + config.rank_weight * ranking(u, a[index], config.rank_temperature)
                 optimiser.zero_grad()
                 loss.backward()
@@ -239,7 +172,7 @@ def fit(
                 step += 1
             with torch.no_grad():
                 said = torch.cat([_read(prompts.rate(gate, part).exp()) for part in held.split(256)])
-            errors.append(float(((_gain(said) - _gain(y[held])) ** 2).mean()))
+            errors.append(float(((rating.gain(said) - rating.gain(y[held])) ** 2).mean()))
             log.info("epoch %d: validation error %.4f", epoch + 1, errors[-1])
             if errors[-1] < best:
                 best, best_state = errors[-1], copy.deepcopy(rater.state_dict())
@@ -254,11 +187,6 @@ def fit(
 
 def _read(probs: Float[Tensor, "B R K"]) -> Float[Tensor, "B R"]:
     return probs @ rating.levels(probs.shape[-1], probs)
-
-
-def _gain(rated: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
-    """What is ranked: the advantage, or with one rating the difficulty."""
-    return rated[:, 1] - rated[:, 0] if rated.shape[1] == 2 else 1 - rated[:, 0]
 
 
 def _objective(logp: Tensor, y: Tensor, config: PrpConfig, done: float, draw: torch.Generator) -> Tensor:
@@ -281,7 +209,7 @@ def _rate(step: int, total: int, warmup: int) -> float:
 
 
 def train_prp(recipe: Recipe, draft: Any, target: Any, out: Path, resume: bool = False) -> Path:
-    """Collects, trains, calibrates and writes `out/rater`; outcomes lie in `out/outcomes`.
+    """Collects, trains, calibrates and writes `out/rater`; outcomes in `out/outcomes`, a changed draft in `out/draft`.
 
     Args:
         recipe: with sections `gate` and `train`.
@@ -301,28 +229,36 @@ def train_prp(recipe: Recipe, draft: Any, target: Any, out: Path, resume: bool =
         raise InputError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
     files["draft"].parent.mkdir(parents=True, exist_ok=True)
     items, think = draw_mixture(gated.mix, config.n, "val", config.seed), recipe.build("think")
-    rows = []
-    for role, model, name, samples in (
-        ("draft", draft, gated.draft, config.samples_draft),
-        ("target", target, gated.target, config.samples_target),
-    ):
+
+    def asked(role: str, model: Any, name: str, samples: int) -> list[Row]:
         with attach(model) as routed:
             told = partial(log.info, "%s: %d of %d answers", role)
             drawn: dict[str, Any] = {"samples": samples, "temperature": config.temperature, "progress": told}
-            found = collect(routed, role, name, items, think=think, file=files[role], **drawn)
-        rows += found.rows
-    outcomes = pair_up(rows)
-    try:
-        write_parquet(rows, out / "outcomes.parquet")
-    except MissingExtra as error:
-        log.info("%s; the outcomes stay in JSONL", error)
-    prompts = Prompts.read(draft, chats_of(draft, items, think))
+            return collect(routed, role, name, items, think=think, file=files[role], **drawn).rows
+
+    answers = asked("draft", draft, gated.draft, config.samples_draft)
+    others = asked("target", target, gated.target, config.samples_target)
+    outcomes, chats = pair_up([*answers, *others]), chats_of(draft, items, think)
     splits = np.array([split_of_group(group, _SPLITS) for group in outcomes.groups])
     success = np.stack([outcomes.draft, outcomes.target], 1)
     cells = [f"{task} {level}" for task, level in zip(outcomes.tasks, outcomes.levels, strict=True)]
     counts = (config.samples_draft, config.samples_target)
     ranked = np.stack([rating.shrunk(success[:, i], cells, counts[i]) for i in range(2)], 1)
-    errors = fit(gate, prompts, success, ranked, splits == "train", splits == "validation", config)
+    parts = splits == "train", splits == "validation"
+    if config.rollouts:
+        errors = fit_rollouts(gate, items, chats, success, *parts, config, think.max_new_tokens)
+    else:
+        errors = fit(gate, Prompts.read(draft, chats), success, ranked, *parts, config)
+    if config.train_reasoning:  # the draft answers otherwise now: what is calibrated and published is of this one
+        draft.save_pretrained(out / "draft")
+        draft.processor.save_pretrained(out / "draft")
+        answers = asked("draft", draft, gated.draft, config.samples_draft)
+        outcomes = pair_up([*answers, *others])
+    rows, prompts = [*answers, *others], Prompts.read(draft, chats)
+    try:
+        write_parquet(rows, out / "outcomes.parquet")
+    except MissingExtra as error:
+        log.info("%s; the outcomes stay in JSONL", error)
     gate.facts = _facts(gate, prompts, outcomes, splits == "calibration") | {
         "pair": {"draft": gated.draft, "target": gated.target, "target_weights": fingerprint(target)},
         "generation": rows[0].generation,
@@ -345,13 +281,12 @@ def sections(recipe: Recipe) -> tuple[GateConfig, PrpConfig]:
     """
     if recipe.gate is None:
         raise ConfigError(f"recipe {recipe.name} has no gate; use prp-small, or a file with a `gate` section")
-    return parse(GateConfig, recipe.gate, "gate"), parse(PrpConfig, recipe.train or {}, "train")
-
-
-def chats_of(model: Any, items: Sequence[Drawn], think: Thinker) -> list[list[dict[str, Any]]]:
-    """The questions as this model is asked them."""
-    with attach(model) as routed:
-        return [messages(routed, item.task, item.sample, think) for item in items]
+    gated, config = parse(GateConfig, recipe.gate, "gate"), parse(PrpConfig, recipe.train or {}, "train")
+    if config.rollouts and config.objective != "grpo":
+        raise ConfigError(f"train.rollouts are those of objective grpo, given {config.objective}; set one of the two")
+    if config.train_reasoning and not config.rollouts:
+        raise ConfigError("train.train_reasoning needs answers to train on; add train.rollouts=true")
+    return gated, config
 
 
 def _facts(gate: Prp, prompts: Prompts, outcomes: Outcomes, calibration: np.ndarray) -> dict[str, Any]:

@@ -16,15 +16,20 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["all_action", "cross_entropy", "grpo", "pair_loss", "replaced", "reward", "shrunk", "soft_pair"]
+__all__ = ["all_action", "cross_entropy", "gain", "grpo", "pair_loss", "replaced", "reward", "shrunk", "soft_pair"]
 
-_EPS = 1e-4
+EPS = 1e-4
 _MARGIN = 0.05
 
 
 def levels(num: int, like: Tensor) -> Float[Tensor, " K"]:
     """The value of each level."""
     return torch.linspace(0, 1, num, dtype=like.dtype, device=like.device)
+
+
+def gain(rated: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
+    """What is ranked: the advantage, or with one rating the difficulty."""
+    return rated[:, 1] - rated[:, 0] if rated.shape[1] == 2 else 1 - rated[:, 0]
 
 
 def shrunk(y: Float[np.ndarray, " n"], cells: Sequence[str], samples: int) -> Float[np.ndarray, " n"]:
@@ -88,7 +93,7 @@ def grpo(
     chosen = agree & (torch.rand(agree.shape, generator=draw).to(agree.device) < replace)
     picked = replaced(picked, chosen, y, K, draw)
     rewards = reward(picked.to(logp.dtype) / (K - 1), y[..., None])
-    advantage = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + _EPS)
+    advantage = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + EPS)
     return -(advantage * logp.gather(-1, picked)).mean(-1).sum(1).mean(), float(agree.float().mean())
 
 

@@ -1,22 +1,16 @@
-"""What draft and target answer, with everything a gate may look at: collected once, resumed where it was killed.
+"""What a model answers, batch by batch, with everything a gate may look at.
 
-One session per batch reads the prompts, is rated if there is a rater, and goes on to write. Each row of the outcomes
-table is written as soon as it is known; hidden states lie beside it.
+One session per batch reads the prompts, is rated if there is a rater, and goes on to write.
 
 Legend: B rows, T generated tokens, V vocabulary, L layers, D hidden.
 """
 
 import dataclasses
-import hashlib
-import json
-import logging
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,24 +19,16 @@ from torch import Tensor
 
 from mmroute import cost
 from mmroute.backbones.images import prepare
-from mmroute.bench.items import _tower_flops, messages
-from mmroute.bench.outcomes.base import UNKNOWN, Row, read_rows
+from mmroute.bench.items import _tower_flops
 from mmroute.engine.attach import Routed
 from mmroute.gate._statistics import statistics
-from mmroute.gate.base import Prefill, Question, Ratings
-from mmroute.gate.prp import Prp, fingerprint
+from mmroute.gate.base import Prefill, Ratings
+from mmroute.gate.prp import Prp
 from mmroute.reason import Session, _end_ids, _sample
-from mmroute.tasks._mixture import Drawn
-from mmroute.think.base import Thinker
 from mmroute.tokens import NUM_MODALITIES, Modality
 from mmroute.trace import Shape
 
-__all__ = ["Collected", "Rollout", "ask", "collect", "prompt_hash", "roll_out"]
-
-log = logging.getLogger(__name__)
-
-_NUMBER_TOKENS = 6
-"""Longest reply to a question for a number."""
+__all__ = ["Rollout", "answer_flops", "roll_out"]
 
 
 @dataclass
@@ -61,21 +47,6 @@ class Rollout:
     last: np.ndarray
     seconds: tuple[float, float, float]
     """Of prefill, rating and decode; the batch's, divided by its rows."""
-
-
-@dataclass
-class Collected:
-    """The rows of one role, and what the files do not hold."""
-
-    rows: list[Row]
-    prefill: dict[str, Prefill] = field(default_factory=dict)
-    """By query id."""
-    last: dict[str, np.ndarray] = field(default_factory=dict)
-    """State at the end of the answer."""
-    texts: dict[str, str] = field(default_factory=dict)
-    """The answers themselves."""
-    ratings: list[tuple[list[str], Ratings]] = field(default_factory=list)
-    """Query ids of a batch and what the rater said of them."""
 
 
 @torch.no_grad()
@@ -147,7 +118,7 @@ def roll_out(
     per_row = (tower or 0) / B
     out = []
     for b in range(B):
-        flops = _flops(routed.controller.shape, prompt[b] - vision[b], vision[b], len(ids[b]) - 1)
+        flops = answer_flops(routed.controller.shape, prompt[b] - vision[b], vision[b], len(ids[b]) - 1)
         out.append(
             Rollout(
                 text=texts[b],
@@ -219,209 +190,6 @@ def _flops_cached(shape: tuple, text: int, vision: int, steps: int) -> tuple[flo
     return float(cost.estimate_flops(cost.planned_trace(made, [new])).total), float(whole)
 
 
-def _flops(shape: Shape, text: int, vision: int, steps: int) -> tuple[float, float]:
+def answer_flops(shape: Shape, text: int, vision: int, steps: int) -> tuple[float, float]:
+    """What a stock model spends on so many prompt positions, and on them and so many steps; without its tower."""
     return _flops_cached(tuple(sorted(dataclasses.asdict(shape).items())), text, vision, steps)
-
-
-# ---------------------------------------------------------------------- questions besides
-
-
-@torch.no_grad()
-def ask(
-    routed: Routed, question: Question, chats: Sequence[list[dict[str, Any]]], answers: Sequence[str], batch: int = 32
-) -> list[tuple[float, float]] | None:
-    """What a model replies to a gate's question about each of its answers, and the FLOPs that took.
-
-    Args:
-        routed: the model.
-        question: of a gate.
-        chats: the conversations so far.
-        answers: what it answered to each.
-        batch: conversations at once.
-
-    Returns:
-        Per conversation the reply and its FLOPs; None where the model's vocabulary cannot write the question. A reply
-        without a number counts as 50.
-    """
-    tokenizer, shape = routed.processor.tokenizer, routed.controller.shape
-    words = tokenizer(question.text, add_special_tokens=False)["input_ids"]
-    options = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in question.options]
-    if tokenizer.unk_token_id in (*words, *(i for ids in options for i in ids)) or any(
-        len(ids) != 1 for ids in options
-    ):
-        return None
-    out: list[tuple[float, float]] = []
-    for start in range(0, len(chats), batch):
-        asked = [
-            _followed(chat, answer if question.after_answer else None, question.text)
-            for chat, answer in zip(chats[start : start + batch], answers[start : start + batch], strict=True)
-        ]
-        if not options:
-            rolled, _ = roll_out(routed, asked, max_new_tokens=_NUMBER_TOKENS)
-            numbers = [re.search(r"\d+(\.\d+)?", each.text) for each in rolled]
-            out += [(float(n[0]) if n else 50.0, each.flops) for n, each in zip(numbers, rolled, strict=True)]
-            continue
-        given = prepare(routed.model, routed.processor, asked)
-        logp = Session(routed).append(given).float().log_softmax(-1)
-        first, second = (logp[:, ids[0]] for ids in options)
-        vision = (routed.controller.table[given["input_ids"]] == int(Modality.VISION)).sum(1).tolist()
-        length = given["attention_mask"].sum(1).tolist()
-        tower = (_tower_flops(routed, given) or 0) / len(asked)
-        out += [
-            (reply, _flops(shape, n - v, v, 0)[0] + tower)
-            for reply, n, v in zip((first - second).sigmoid().tolist(), length, vision, strict=True)
-        ]
-    return out
-
-
-def _followed(chat: list[dict[str, Any]], answer: str | None, question: str) -> list[dict[str, Any]]:
-    said = [] if answer is None else [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    return [*chat, *said, {"role": "user", "content": [{"type": "text", "text": question}]}]
-
-
-# ---------------------------------------------------------------------- a whole role
-
-
-def collect(
-    routed: Routed,
-    role: str,
-    name: str,
-    items: Sequence[Drawn],
-    *,
-    think: Thinker,
-    file: Path | None = None,
-    samples: int = 1,
-    temperature: float = 0.0,
-    batch: int = 64,
-    rater: Prp | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Collected:
-    """Answers of one model to every item, with one row for each sample.
-
-    Args:
-        routed: the model.
-        role: `draft` or `target`.
-        name: what rows call the model.
-        items: the questions.
-        think: what a hop is, and how long an answer may be.
-        file: JSONL to append to; what it holds already is not asked again, a torn last line is cut off.
-        samples: answers per item; more than one needs a temperature.
-        temperature: 0 is greedy.
-        batch: conversations at once; changes no answer.
-        rater: rates between reading and writing.
-        progress: told items done and items in all.
-
-    Returns:
-        Rows in the order of items and samples; hidden states and ratings of what was asked now, from the first sample.
-    """
-    revision = fingerprint(routed.model)[:16]
-    settings = {"temperature": temperature, "max_new_tokens": think.max_new_tokens}
-    generation = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    known = {row.key: row for row in _known(file)}
-    out = Collected([])
-    todo: list[tuple[Drawn, int, str, list[dict[str, Any]]]] = []
-    for item in items:
-        chat = messages(routed, item.task, item.sample, think)
-        digest = prompt_hash(item)
-        todo += [
-            (item, sample, digest, chat)
-            for sample in range(samples)
-            if (digest, name, revision, generation, sample) not in known or (rater is not None and sample == 0)
-        ]
-    for start in range(0, len(todo), batch):
-        part = todo[start : start + batch]
-        rolled, ratings = roll_out(
-            routed,
-            [chat for *_, chat in part],
-            max_new_tokens=think.max_new_tokens,
-            temperature=temperature,
-            seeds=[int(digest[:8], 16) + sample for _, sample, digest, _ in part],
-            rater=rater,
-        )
-        fresh = []
-        for (item, sample, digest, _), wrote in zip(part, rolled, strict=True):
-            row = _row(item, wrote, role, name, revision, generation, sample, digest)
-            if row.key not in known:
-                known[row.key] = row
-                fresh.append(row)
-            if sample == 0:
-                out.prefill[item.sample.id], out.last[item.sample.id] = wrote.prefill, wrote.last
-                out.texts[item.sample.id] = wrote.text
-        if ratings is not None:
-            out.ratings.append(([item.sample.id for item, *_ in part], ratings))
-        if file is not None and fresh:
-            with file.open("a", encoding="utf-8") as stream:
-                stream.write("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in fresh))
-        if progress is not None:
-            progress(min(start + batch, len(todo)), len(todo))
-    for item in items:
-        digest = prompt_hash(item)
-        # Two questions may have the same picture and words: they share an answer, not an id.
-        own: dict[str, Any] = {"query_id": item.sample.id, "level": item.part.label, "group": item.group}
-        for sample in range(samples):
-            out.rows.append(dataclasses.replace(known[digest, name, revision, generation, sample], **own))
-    return out
-
-
-def _known(file: Path | None) -> list[Row]:
-    """What the file holds; a line torn by a kill is cut off, so that the next one starts on its own."""
-    if file is None or not file.exists():
-        return []
-    data = file.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with file.open("r+b") as stream:
-            stream.truncate(whole)
-    return read_rows(file) if whole else []
-
-
-def _row(
-    item: Drawn, wrote: Rollout, role: str, name: str, revision: str, generation: str, sample: int, digest: str
-) -> Row:
-    score = item.task.score(item.sample, wrote.text)
-    right = (score.correct or 0.0) if wrote.finished else 0.0
-    pixels = np.asarray(item.sample.images[item.sample.prompt_images[0]].convert("L"), float) / 255
-    edges = float(np.abs(np.diff(pixels, axis=0)).mean() + np.abs(np.diff(pixels, axis=1)).mean())
-    return Row(
-        query_id=item.sample.id,
-        role=role,  # type: ignore[arg-type]
-        model=name,
-        correct=right,
-        task=item.task.name,
-        level=item.part.label,
-        group=item.group,
-        split=item.sample.split,
-        revision=revision,
-        generation=generation,
-        sample=sample,
-        parsed=score.parsed,
-        prediction=score.prediction or "",
-        scorer=score.scorer,
-        tokens_in=wrote.prompt_tokens,
-        image_tokens=wrote.image_tokens,
-        tokens_out=len(wrote.ids),
-        ar_steps=len(wrote.ids),
-        flops=wrote.flops,
-        prefill_flops=wrote.prefill_flops,
-        usd=UNKNOWN,
-        prefill_s=wrote.seconds[0],
-        decode_s=wrote.seconds[2],
-        finish_reason="stop" if wrote.finished else "length",
-        stats=wrote.stats,
-        text=_prompt_text(item),
-        pixels=(float(pixels.mean()), float(pixels.std()), edges),
-        prompt_hash=digest,
-    )
-
-
-def _prompt_text(item: Drawn) -> str:
-    blocks = item.task.messages(item.sample, "cot")[0]["content"]
-    return " ".join(block["text"] for block in blocks if block["type"] == "text")
-
-
-def prompt_hash(item: Drawn) -> str:
-    """SHA-256 of what the models read: the words and the pixels."""
-    digest = hashlib.sha256(_prompt_text(item).encode())
-    for index in item.sample.prompt_images:
-        digest.update(item.sample.images[index].tobytes())
-    return digest.hexdigest()

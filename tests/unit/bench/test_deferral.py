@@ -131,11 +131,11 @@ def test_intervals_cover_and_grouped_queries_widen_them() -> None:
     rng = np.random.default_rng(0)
     draft = np.repeat(rng.integers(0, 2, 50), 4).astype(float)
     pair = Pair(draft, np.repeat(rng.integers(0, 2, 50), 4).astype(float), np.repeat(np.arange(50), 4).tolist())
-    measure = lambda curves: float(curves[0].at(0.4))
+    measure = lambda curves: {"at": float(curves[0].at(0.4))}
     score = np.repeat(rng.normal(size=50), 4)
-    grouped = deferral.resampled([score], pair, measure, resamples=300)
-    single = deferral.resampled([score], Pair(pair.draft, pair.target), measure, resamples=300)
-    assert grouped.diff == single.diff == pytest.approx(measure([curve(score, pair)]))
+    grouped = deferral.resampled([score], pair, measure, resamples=300)["at"]
+    single = deferral.resampled([score], Pair(pair.draft, pair.target), measure, resamples=300)["at"]
+    assert grouped.diff == single.diff == pytest.approx(measure([curve(score, pair)])["at"])
     assert grouped.low <= grouped.diff <= grouped.high
     assert grouped.high - grouped.low > 1.5 * (single.high - single.low)  # 4 alike: twice as wide
 
@@ -144,7 +144,8 @@ def test_resampling_by_weights_is_drawing_whole_groups() -> None:
     rng = np.random.default_rng(3)
     pair = Pair(*rng.integers(0, 2, size=(2, 12)).astype(float), np.repeat(np.arange(4), 3).tolist())
     score = rng.normal(size=12)
-    got = deferral.resampled([score], pair, lambda c: deferral.area(c[0]), resamples=50, seed=7)
+    measure = lambda curves: {"area": deferral.area(curves[0])}
+    got = deferral.resampled([score], pair, measure, resamples=50, seed=7)["area"]
     drawn, draws = [], np.random.default_rng(7)
     for _ in range(50):
         index = np.concatenate([np.arange(3 * g, 3 * g + 3) for g in draws.integers(0, 4, 4)])
@@ -182,3 +183,25 @@ def test_wrong_tables_are_refused() -> None:
         curve(np.array([np.nan, 1]), Pair(np.ones(2), np.ones(2)))
     with pytest.raises(ConfigError, match="no costs"):
         curve(np.ones(1), Pair(np.ones(1), np.ones(1))).cost_at(0.5)
+
+
+def test_who_knows_the_kinds_is_below_the_oracle_and_sees_no_querys_own_outcome() -> None:
+    rng = np.random.default_rng(5)
+    kinds = rng.integers(0, 3, 400)
+    pair = Pair(
+        (rng.random(400) < np.array([0.9, 0.2, 0.5])[kinds]).astype(float),
+        (rng.random(400) < np.array([0.9, 0.9, 0.1])[kinds]).astype(float),
+        np.repeat(np.arange(100), 4).tolist(),
+    )
+    names = [str(kind) for kind in kinds]
+    score = deferral.attainable(pair, names)
+    best = curve(deferral.oracle(pair), pair)
+    assert 0.4 < deferral.oracle_gain(curve(score, pair), best) < 0.95
+    other = pair.draft.copy()
+    other[:4] = 1 - other[:4]  # the first group's own outcomes move no score of that group
+    again = deferral.attainable(Pair(other, pair.target, pair.groups), names)
+    np.testing.assert_array_equal(again[:4], score[:4])
+    assert (again[4:] != score[4:]).any()
+    # a kind that only one group has says what all others say
+    alone = deferral.attainable(pair, ["x"] * 4 + ["y"] * 396)
+    assert alone[0] == pytest.approx(pair.advantage[4:].mean())

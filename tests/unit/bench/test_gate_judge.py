@@ -2,7 +2,6 @@
 
 import csv
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from typer.testing import CliRunner
 
 from mmroute import hub
 from mmroute.bench import gate_report
-from mmroute.bench.gate import read
+from mmroute.bench.gate import is_gate_bench, read
 from mmroute.bench.gate_judge import Case, Scored, evidence_of, judge, judge_table, score_gates
 from mmroute.bench.outcomes.base import Outcomes, Row, pair_up
 from mmroute.cli import app
@@ -80,7 +79,10 @@ def test_a_rival_is_compared_on_the_same_drawn_groups() -> None:
     low, high = found.intervals["rival_area_lead"]
     assert 0 < low < high
     assert found.intervals["ong"] == pytest.approx((0, 0), abs=1e-12)
-    assert found.figures["realised_share"] == pytest.approx(0.4, abs=0.03)
+    low, high = found.intervals["rival_lead_at_0.4"]
+    assert 0 < low < high
+    assert found.realised == {b: pytest.approx(float(b), abs=0.03) for b in found.at}
+    assert found.figures["realised_off"] == max(abs(float(b) - share) for b, share in found.realised.items())
 
 
 def test_a_table_is_judged_by_what_it_holds(tmp_path: Path) -> None:
@@ -112,21 +114,39 @@ def test_a_table_of_one_group_cannot_be_judged() -> None:
         judge_table(same)
 
 
-def test_the_report_sorts_by_gain_and_names_what_was_skipped(tmp_path: Path) -> None:
+def test_the_report_sorts_by_gain_and_names_what_was_skipped() -> None:
     scored = score_gates(CASES, evidence_of(outcomes(seed=1)), evidence_of(outcomes()))
-    judged = {each.title: asdict(judge(each, outcomes(), resamples=10)) for each in scored}
-    text = gate_report.lines([judged, judged])
-    assert text[2].startswith("| oracle |")
+    judged = {each.title: judge(each, outcomes(), resamples=10) for each in scored}
+    text = gate_report.lines(judged)
+    assert text[2].startswith("| oracle | outcome | 1.000 [1.000, 1.000] |")
     assert any(line.strip().startswith("Skipped: p_true") for line in text)
-    result = {"seeds": {"0": {"gates": judged}, "1": {"gates": judged}}}
-    gate_report.write(result, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["gate.json", "gate.md", "gate.svg"]
+
+
+def test_scores_are_taken_and_joined_query_by_query() -> None:
+    made = outcomes()
+    (scored,) = score_gates([Case(name="difficulty")], evidence_of(outcomes(seed=1)), evidence_of(made))
+    here = np.arange(400) < 100
+    part, rest = made.take(here), made.take(~here)
+    joined = Outcomes.joined([part, rest])
+    assert joined.ids == made.ids
+    np.testing.assert_array_equal(joined.draft_cost, made.draft_cost)
+    np.testing.assert_array_equal(joined.stats["lp_mean"], made.stats["lp_mean"])
+    alone = judge(scored.take(here), part, resamples=0)
+    assert alone.figures["ong"] != judge(scored, made, resamples=0).figures["ong"]
+    (again,) = score_gates([Case(name="difficulty")], evidence_of(outcomes(seed=1)), evidence_of(part))
+    assert alone.figures == judge(again, part, resamples=0).figures
+    bare = Outcomes.joined([part, Outcomes(**{**rest.__dict__, "stats": {}})])
+    assert bare.stats == {}  # what one table lacks, their sum has not
 
 
 def test_the_shipped_bench_names_gates_that_exist() -> None:
-    made = read("bench-gate", ["n=50"])
-    assert made.n == 50
+    made = read("bench-gate", ["set={}", "gate.draft=some/folder", "gate.policy.budget=0.3"], n=50)
+    assert (made.n, made.train) == (50, 130)
+    assert made.set == {"gate.draft": "some/folder", "gate.policy.budget": 0.3}
+    assert read("bench-gate", ["train=7"], n=50).train == 7
     for case in made.gates:
         hub.load("gate", case.name, **case.options)
     with pytest.raises(ConfigError, match="no bench recipe"):
         read("bench-gates")
+    assert is_gate_bench("bench-gate")
+    assert not is_gate_bench("bench-spatial")

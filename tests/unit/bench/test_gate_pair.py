@@ -7,55 +7,42 @@ from typing import Any
 
 import pytest
 import yaml
+from pairs import write_pair, write_recipe
+from typer.testing import CliRunner
 
 from mmroute import recipe as recipes
 from mmroute.backbones.load import load
-from mmroute.bench.gate import GateBench, run
-from mmroute.bench.gate_judge import Case
+from mmroute.bench import schema
+from mmroute.bench.gate import ATTAINABLE
 from mmroute.bench.gate_pair import evaluate, open_pair
+from mmroute.bench.gate_schema import read_gate, read_gate_eval
 from mmroute.bench.outcomes.base import content_hash, read_rows
+from mmroute.cli import app
+from mmroute.config import resolved
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError
 from mmroute.gate.prp import Prp
 from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._solver import solve
-from mmroute.tasks._texts import VOCABULARY
 from mmroute.tasks.base import Spec
-from mmroute.train.folder import write_folder
 from mmroute.train.prp import sections, train_prp
-from mmroute.train.small_model import Shape, build
-
-SMALL = Shape(hidden=64, layers=2, heads=2, kv_heads=1, mlp=64, vision_hidden=32, vision_heads=2, vision_mlp=32)
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
-    for seed, name in enumerate(("draft", "target")):
-        write_folder(folder / name, build(SMALL, VOCABULARY, seed), "", {})
-    return load(folder / "draft", dtype="float32"), load(folder / "target", dtype="float32")
+    write_pair(folder)
+    write_recipe(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> recipes.Recipe:
-    path = tmp_path_factory.mktemp("recipe") / "nano.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "gate": {
-                    "draft": "d",
-                    "target": "t",
-                    "method": {"calibration": "none"},
-                    "mix": [
-                        {"name": "lake", "task": "frozenlake:nano", "share": 3},
-                        {"name": "hopeless", "task": "frozenlake:nano", "share": 1, "fog": "decisive"},
-                    ],
-                },
-                "think": {"name": "text", "max_new_tokens": 12},
-                "train": {"n": 40, "batch": 16, "max_epochs": 2},
-            }
-        )
-    )
-    return recipes.read(str(path))
+def pair(folders: Path) -> tuple[Any, Any]:
+    return load(folders / "draft", dtype="float32"), load(folders / "target", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def recipe(folders: Path) -> recipes.Recipe:
+    return recipes.read(str(folders / "nano.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +85,8 @@ def test_an_evaluation_has_the_promised_fields_and_keeps_the_budget_exactly_at_i
     pair: tuple[Any, Any], recipe: recipes.Recipe, trained: Path
 ) -> None:
     rater = Prp.load(trained / "rater", pair[0])
-    none = evaluate(recipe, *pair, rater, n=10, seed=0, budget=0.0, timed=1).to_dict()
-    every = evaluate(recipe, *pair, rater, n=10, seed=0, budget=1.0, timed=1).to_dict()
+    none = resolved(evaluate(recipe, *pair, rater, n=10, seed=0, budget=0.0, num_timed=1))
+    every = resolved(evaluate(recipe, *pair, rater, n=10, seed=0, budget=1.0, num_timed=1))
     assert set(none) >= {
         "accuracy", "accuracy_draft", "accuracy_target", "accuracy_random", "accuracy_oracle", "target_share",
         "oracle_normalised_gain", "cost_ratio", "time_ratio", "rating_overhead",
@@ -112,20 +99,63 @@ def test_an_evaluation_has_the_promised_fields_and_keeps_the_budget_exactly_at_i
     assert set(none["by_part"]) == {"lake", "hopeless"}
 
 
-def test_a_bench_runs_from_end_to_end(
-    pair: tuple[Any, Any], recipe: recipes.Recipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_an_evaluation_is_written_as_a_result_that_reads(trained: Path, folders: Path, tmp_path: Path) -> None:
+    command = ["eval", "--recipe", str(folders / "nano.yaml"), "--set", f"gate.rater={trained / 'rater'}"]
+    command += ["--n", "10", "--budget", "0.4", "--json", "--out", str(tmp_path / "r.json")]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    found = read_gate_eval(tmp_path / "r.json")
+    assert json.loads(done.stdout.splitlines()[-1]) == {**resolved(found.summary), "ci95": list(found.summary.ci95)}
+    assert (found.summary.n, found.summary.budget) == (10, 0.4)
+
+
+GATES = ("random", "probe", "self_ref", "self_consistency", "early", "oracle", "p_true")
+
+
+def test_a_bench_runs_from_end_to_end_and_goes_on_where_it_was_killed(
+    folders: Path, recipe: recipes.Recipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipes, "read", lambda name: recipe)
-    names = ("random", "probe", "self_ref", "self_consistency", "early", "oracle", "p_true")
-    grid = GateBench(gates=[Case(name=name) for name in names], n=12, seeds=[0, 1], train=16, samples=2, resamples=10)
-    rater = Prp.load(trained / "rater", pair[0])
-    found = run(grid, draft=pair[0], target=pair[1], rater=rater, out=tmp_path)
-    gates = found["seeds"]["0"]["gates"]
-    assert set(gates) == {"prp", "prp by draft", "prp by target", "prp by joint", *(c.title for c in grid.gates)}
+    monkeypatch.setattr(schema, "commit_of_source", lambda: ("abc", False))
+    settings = {"recipe": str(folders / "nano.yaml"), "gates": [{"name": name} for name in GATES]}
+    settings |= {"seeds": [0, 1], "train": 160, "samples": 2, "resamples": 10, "timed": 1}
+    (tmp_path / "small-gate.yaml").write_text(yaml.safe_dump({"n": 120, "work": str(tmp_path / "work"), **settings}))
+    command = ["bench", "--recipe", str(tmp_path / "small-gate.yaml"), "--n", "12", "--out", str(tmp_path / "out")]
+    command += ["--set", f"gate.rater={trained / 'rater'}", "--json"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "128 answers, 128 not known before" in done.stderr  # 2 x 16 to fit on, 2 x 12 x (draft, target, 2 samples)
+    assert "min of CPU to go" in done.stderr
+    found = read_gate(tmp_path / "out" / "small-gate" / "gate.json")
+    gates = found.pooled.gates
+    assert set(gates) == {"prp", "prp by draft", "prp by target", "prp by joint", ATTAINABLE, *GATES}
     # a closed vocabulary cannot be asked in English
-    assert [title for title, each in gates.items() if each["skipped"]] == ["p_true"]
-    assert gates["self_consistency"]["curve"]["cost"][0] > gates["prp"]["curve"]["cost"][0]
-    assert json.loads((tmp_path / "gate.json").read_text()) == found
+    assert [title for title, each in gates.items() if each.skipped] == ["p_true"]
+    assert gates["self_consistency"].curve["cost"][0] > gates["prp"].curve["cost"][0]
+    assert (found.train, found.pooled.n, [each.n for each in found.seeds.values()]) == (16, 24, [12, 12])
+    assert set(found.claims.ahead) == set(GATES) - {"oracle", "p_true"}
+    assert found.claims.rating_decode_steps is not None
+    assert json.loads(done.stdout.splitlines()[-1])["oracle_gain"] == found.claims.oracle_gain
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "## small-gate" in page
+    assert "![gate](small-gate/gate.svg)" in page
+
+    work = tmp_path / "work"
+    whole = {file.name: file.read_text().splitlines() for file in work.glob("*.jsonl")}
+    (work / "samples.jsonl").write_text((work / "samples.jsonl").read_text()[:-5])  # killed in the middle of a line
+    lost = sorted((work / "states").glob("*.npz"))[-1]
+    lost.unlink()
+    assert CliRunner().invoke(app, [*command, "--dry"], catch_exceptions=False).stdout.startswith("128 answers, 1 not")
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    assert lost.exists()
+    # Rows whose states alone were lost are asked, but not written, again.
+    assert {file.name: len(file.read_text().splitlines()) for file in work.glob("*.jsonl")} == {
+        name: len(rows) for name, rows in whole.items()
+    }
+    again = read_gate(tmp_path / "out" / "small-gate" / "gate.json")
+    assert again.pooled == found.pooled
+    assert again.seeds == found.seeds
+    refused = CliRunner().invoke(app, [*command, "--tasks", "maze"])
+    assert "--tasks mean nothing" in str(refused.exception)
 
 
 def test_a_draft_that_cannot_be_rated_is_said(pair: tuple[Any, Any], recipe: recipes.Recipe, trained: Path) -> None:

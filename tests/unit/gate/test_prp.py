@@ -19,7 +19,8 @@ from mmroute.reason import Session
 from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.train.folder import write_folder
-from mmroute.train.prp import Prompts, PrpConfig, chats_of, fit
+from mmroute.train.prompts import Prompts, chats_of
+from mmroute.train.prp import PrpConfig, fit
 from mmroute.train.rollouts import roll_out
 from mmroute.train.small_model import Shape, build
 

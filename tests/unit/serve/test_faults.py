@@ -106,7 +106,7 @@ def test_an_upstreams_refusal_is_passed_on_and_not_held_against_it():
 
 def test_a_draft_that_is_silent_past_its_time_is_left_and_closed():
     async def run():
-        async with rig(KEEP, timeouts={"rating_s": 0.15}) as r:
+        async with rig(KEEP, timeouts={"rating_s": 1.0}) as r:
             raw = await r.client.chat.completions.with_raw_response.create(
                 **asking("?"), **scripted(draft={"hang": True})
             )

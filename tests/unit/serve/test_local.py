@@ -16,7 +16,8 @@ from mmroute import hub, recipe
 from mmroute.gate.base import Rating
 from mmroute.gate.prp import Prp
 from mmroute.serve.gateway import Gateway, build_app
-from mmroute.serve.local import SESSIONS, FirstToken, LocalUpstream
+from mmroute.serve.local import SESSIONS, LocalUpstream
+from mmroute.serve.session_raters import FirstToken
 from mmroute.serve.settings import Settings, UpstreamSettings
 from mmroute.serve.upstreams import Fault
 
@@ -200,7 +201,7 @@ def test_the_first_token_rates_by_how_sure_it_is():
 
 def test_a_trained_rater_rates_the_session_and_leaves_the_answer_as_it_was(models, settings, sample, tmp_path):
     draft = models["draft"]
-    artifact = Prp().bind(draft._routed.model).save(tmp_path / "rater")
+    artifact = Prp().bind(draft.routed.model).save(tmp_path / "rater")
 
     async def run():
         before = draft.rater

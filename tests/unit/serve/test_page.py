@@ -12,7 +12,7 @@ import pytest
 from browser import NAMES, Browser, executable
 from gateways import rig
 
-from mmroute.bench.gateway import free_port
+from mmroute.bench.gateway_processes import free_port
 
 FILES = {p.name: p.read_text(encoding="utf-8") for p in files("mmroute.serve").joinpath("page").iterdir()}
 

@@ -11,7 +11,10 @@ import time
 import httpx2 as httpx
 import pytest
 
-from mmroute.bench import gateway as bench
+from mmroute.bench import gateway_processes as bench
+from mmroute.bench.gate_schema import read_gateway
+from mmroute.bench.gateway import ask
+from mmroute.bench.upstream import expected_answer
 from mmroute.serve.replay import read_log
 
 pytestmark = pytest.mark.slow  # three processes each
@@ -30,6 +33,7 @@ def test_the_committed_command_runs_and_finds_nothing_wrong(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == result
+    assert read_gateway(out).sound
     assert set(result["latency"]["whole JSON answer"]) >= {"direct", "forced", "added forced", "added peek"}
     assert result["throughput"]["json"].keys() >= {"direct", "gateway", "gateway, peek"}
 
@@ -46,8 +50,8 @@ def test_sigterm_finishes_what_streams_and_refuses_the_rest(tmp_path):
         pid = processes.running["gateway"].pid
         async with httpx.AsyncClient(base_url=processes.url("gateway"), timeout=60, trust_env=False) as http:
             slow = {"script": {role: {"gap_s": 1.0, "tokens": 8} for role in ("draft", "target")}}
-            running = [asyncio.create_task(bench._ask(http, body(f"s{i}", stream=True, **slow))) for i in range(12)]
-            running += [asyncio.create_task(bench._ask(http, body(f"j{i}", **slow))) for i in range(12)]
+            running = [asyncio.create_task(ask(http, body(f"s{i}", stream=True, **slow))) for i in range(12)]
+            running += [asyncio.create_task(ask(http, body(f"j{i}", **slow))) for i in range(12)]
             await in_flight(http, 24)
             os.kill(pid, signal.SIGTERM)
             while (await http.get("/ready")).status_code == 200:
@@ -62,7 +66,7 @@ def test_sigterm_finishes_what_streams_and_refuses_the_rest(tmp_path):
                 await asyncio.gather(*running), [f"{k}{i}" for k in "sj" for i in range(12)], strict=True
             ):
                 assert (status, error) == (200, None)
-                assert text == bench.expected_answer(route, name, 8)
+                assert text == expected_answer(route, name, 8)
 
     with bench.started({"replay_log": str(tmp_path / "replay.jsonl"), "timeouts": {"rating_s": 30}}) as processes:
         asyncio.run(run(processes))
@@ -74,7 +78,7 @@ def test_what_outlives_the_drain_gets_an_error_event():
     async def run(processes):
         async with httpx.AsyncClient(base_url=processes.url("gateway"), timeout=60, trust_env=False) as http:
             slow = body("x", stream=True, script={r: {"gap_s": 0.2, "tokens": 500} for r in ("draft", "target")})
-            running = asyncio.create_task(bench._ask(http, slow))
+            running = asyncio.create_task(ask(http, slow))
             await in_flight(http, 1)
             await asyncio.sleep(1)
             processes.running["gateway"].terminate()

@@ -14,9 +14,11 @@ from mmroute.gate.base import Question
 from mmroute.reason import answer_many
 from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._texts import VOCABULARY
+from mmroute.train.collect import collect, prompt_hash
 from mmroute.train.folder import write_folder
-from mmroute.train.prp import chats_of
-from mmroute.train.rollouts import _answer_from, ask, collect, prompt_hash, roll_out
+from mmroute.train.prompts import chats_of
+from mmroute.train.questions import ask
+from mmroute.train.rollouts import _answer_from, roll_out
 from mmroute.train.small_model import Shape, build
 
 SMALL = Shape(hidden=64, layers=2, heads=2, kv_heads=1, mlp=64, vision_hidden=32, vision_heads=2, vision_mlp=32)
@@ -107,7 +109,8 @@ def test_samples_are_rows_of_their_own_and_prompts_are_told_apart(model: Any) ->
         again = collect(routed, "draft", "m", items, think=think, samples=3, temperature=1.0, batch=12)
     assert [(row.query_id, row.sample) for row in found.rows] == [(i.sample.id, s) for i in items for s in range(3)]
     assert [row.stats for row in found.rows] == [pytest.approx(row.stats, abs=1e-4) for row in again.rows]
-    assert len(found.prefill) == len(found.last) == 4
+    assert len(found.seen) == 4
+    assert found.asked == 12
 
 
 def test_a_question_besides_is_answered_by_the_options_probabilities_and_charged(model: Any, chats: list) -> None:

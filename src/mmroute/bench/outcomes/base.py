@@ -142,6 +142,23 @@ class Outcomes:
             given[each.name] = value
         return Outcomes(**given)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Outcomes"]) -> "Outcomes":
+        """The queries of several tables of one pair, in order; figures that not all of them have are left out."""
+        given: dict[str, Any] = {}
+        for each in dataclasses.fields(cls):
+            values = [getattr(part, each.name) for part in parts]
+            if isinstance(values[0], list):
+                given[each.name] = [entry for value in values for entry in value]
+            elif isinstance(values[0], np.ndarray):
+                given[each.name] = np.concatenate(values)
+            elif isinstance(values[0], dict):
+                names = [name for name in values[0] if all(name in value for value in values)]
+                given[each.name] = {name: np.concatenate([value[name] for value in values]) for name in names}
+            else:
+                given[each.name] = values[0]
+        return cls(**given)
+
 
 # ---------------------------------------------------------------------- files
 
