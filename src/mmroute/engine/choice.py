@@ -14,6 +14,7 @@ from mmroute.backbones.base import Family
 from mmroute.backbones.tower import Look as Seen
 from mmroute.cache import RaggedCache, RaggedLayer, Watched
 from mmroute.deepen.base import Again, Deepener
+from mmroute.engine.compiled import Compiled
 from mmroute.engine.rows import Pick, Rows
 from mmroute.engine.select import Group, first_true, group_positions, narrow
 from mmroute.errors import UnsupportedCall
@@ -59,6 +60,8 @@ class Choice:
     """Positions at the end of each row that assisted decoding guessed."""
     watch: bool = False
     """Record every layer's attention row and the embeddings, for latent reasoning."""
+    compiled: Compiled | None = None
+    """The stock layers as compiled graphs, where they are to be run so."""
     before: tuple[Tensor | None, Tensor | None] = (None, None)
     """The cache's `in_hop` and `last_hop` before the call, to be put back if it fails."""
     aux: dict[int, Keep] = field(default_factory=dict)

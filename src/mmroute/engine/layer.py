@@ -128,6 +128,9 @@ class Step(Choice):
         before = stored.lengths or [0] * len(self.counts)
         rows = stored.plan(len(self.counts), self.counts, False, self.tokens.position, None, self.room)
         self.records[index] = LayerCall(self.call.new, before, rows.k)
+        if self.compiled is not None:
+            forward = self.compiled.bind(layer, index, stored, rows)
+            return forward(h, attention_mask=None, position_ids=None, position_embeddings=rotary, **kwargs)
         return layer._stock_forward(
             h,
             attention_mask=None,
@@ -148,14 +151,10 @@ class Step(Choice):
         rows: Rows,
         cache: RaggedCache | None,
     ) -> Any:
-        call: Callable[..., Any] = partial(
-            layer._stock_forward,
-            attention_mask=None,
-            position_ids=None,
-            position_embeddings=rotary,
-            rows=rows,
-            **kwargs,
-        )
+        kwargs = {**kwargs, "attention_mask": None, "position_ids": None, "position_embeddings": rotary}
+        if self.compiled is not None:
+            return self.compiled.bind(layer, index, None if cache is None else cache.layers[index], rows)(x, **kwargs)
+        call: Callable[..., Any] = partial(layer._stock_forward, rows=rows, **kwargs)
         if isinstance(cache, GrowingCache):
             pure = partial(grown, call, copy.copy(cache.layers[index]))  # what is stored now, also when run again
             out = layer._gradient_checkpointing_func(pure, x) if index in self.checkpoints else pure(x)
