@@ -43,6 +43,9 @@ class Chunk:
     protected: Tensor | None = None
     generated: Tensor | None = None
     relevance: Tensor | None = None
+    deep: Tensor | None = None
+    """(T, B, N, D): of embeddings that stand for image tokens, what the vision tower adds behind the first T layers;
+    0 at others. For families whose tower does (Qwen3-VL)."""
     watch: bool = False
     """Leave what the call saw in `RaggedCache.watched`."""
 
@@ -55,6 +58,8 @@ class Watched(NamedTuple):
     row: Tensor
     """(B, seen) fp32: attention of each row's last position on every logical column, mean over layers and heads;
     0 where a layer does not hold a column."""
+    deep: Tensor | None = None
+    """(T, B, N, D): what the vision tower added behind the first T layers; None where it adds nothing."""
 
 
 class _Plan(NamedTuple):

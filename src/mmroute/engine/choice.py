@@ -62,6 +62,8 @@ class Choice:
     """Record every layer's attention row and the embeddings, for latent reasoning."""
     compiled: Compiled | None = None
     """The stock layers as compiled graphs, where they are to be run so."""
+    deep: Tensor | None = None
+    """(T, B, N, D): what the vision tower adds behind the first T layers, where somebody watches or says so."""
     before: tuple[Tensor | None, Tensor | None] = (None, None)
     """The cache's `in_hop` and `last_hop` before the call, to be put back if it fails."""
     aux: dict[int, Keep] = field(default_factory=dict)
@@ -209,7 +211,7 @@ class Choice:
         row = torch.zeros(self.tokens.shape[0], columns, device=self._embedded.device)
         for found, at in self._rows.values():
             row = row + by_column(found, at, 0, columns).to(row.device)
-        return Watched(self._embedded, row / self.num_layers)
+        return Watched(self._embedded, row / self.num_layers, self.deep)
 
     def _probes(self, reader: int) -> bool:
         """Whether the attention row of the layer before `reader` is read, there or by who watches."""

@@ -164,6 +164,10 @@ class Controller:
             if self.text.config.use_cache if use_cache is None else use_cache:
                 cache = kwargs["past_key_values"] = self.new_cache()
         step = self._step(x, cache, kwargs.get("attention_mask"), pending, training)
+        if step.deep is not None:
+            kwargs.update(self.family.carry(step.deep.to(x.device, x.dtype)))
+        elif step.watch:
+            step.deep = self.family.deep(kwargs)
         kwargs["mmroute_step"] = step
         # No layer reads a mask; a ready-made one keeps the text model from building (B, 1, N, S) of them.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
@@ -303,6 +307,7 @@ class Controller:
             before=before,
             seen=None if self.tower is None else self.tower.take(),
             watch=chunk.watch,
+            deep=chunk.deep,
         )
 
     def _next(self, x: Tensor, cache: RaggedCache, chunk: Chunk) -> Tokens:
@@ -405,7 +410,7 @@ def _merged(first: Chunk, second: Chunk) -> Chunk:
     """What the driver said, completed by what the ids say."""
     fields = ("modality", "hop", "valid", "protected", "generated", "relevance")
     chunk = Chunk(*(getattr(first, f) if getattr(first, f) is not None else getattr(second, f) for f in fields))
-    chunk.watch = first.watch
+    chunk.watch, chunk.deep = first.watch, first.deep
     return chunk
 
 
