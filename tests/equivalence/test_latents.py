@@ -13,6 +13,7 @@ from cases import Case
 from cases import grid as grid_of_all
 from routing import distance
 from torch import Tensor
+from transformers import DynamicCache
 
 import mmroute
 from mmroute import hub
@@ -157,6 +158,25 @@ def test_plain_steps_on_a_cache_equal_entering_everything_anew(case: Case) -> No
     for b in range(len(case.pads)):
         want = naive(case, families.slice_batch(batch, b), 0, STEPS, scale, False)
         assert distance(rollout.mind.hidden[b], want.hidden[-1]) < 1e-5
+
+
+@grid(attn=("sdpa",), rows=("one", "three"))
+def test_steps_that_keep_everything_are_the_stock_loop_bit_for_bit(case: Case) -> None:
+    batch, think = case.prompt, hub.load("think", "coconut", num_latents=STEPS)
+    prune = hub.load("prune", "random", vision_keep=1.0, text_keep=1.0)
+    with case.attached(prune, think=think) as routed:
+        got = roll(case, routed, think, batch).mind.hidden
+    mask, cache = batch["attention_mask"], DynamicCache(config=case.model.config.get_text_config(decoder=True))
+    places = case.family.positions(case.model, batch["input_ids"], mask, batch.get("image_grid_thw"))
+    base = case.family.base_model(case.model)
+    h = base(**batch, position_ids=places, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+    top = places.amax(-1, keepdim=True)
+    for step in range(1, STEPS + 1):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        at = (top.amax(0, keepdim=True) + step).expand(top.shape) if top.ndim == 3 else top + step
+        h = h * think.learned.scale
+        h = base(inputs_embeds=h, attention_mask=mask, position_ids=at, past_key_values=cache).last_hidden_state
+    assert torch.equal(got, h[:, 0])
 
 
 @grid(rows=("padded",))

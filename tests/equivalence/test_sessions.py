@@ -65,6 +65,39 @@ class _Close(Forced):
         return stays if self.policy == "progressive" else stays | (slots.hop != closing[:, None])
 
 
+class _Capped(Forced):
+    """Everything runs; behind each call layers that hold more than 12 of a row are cut to random ones of it."""
+
+    cap = 12
+
+    def trim(self, slots: Any, layer: int) -> Tensor:
+        score = torch.rand(slots.position.shape, generator=torch.Generator().manual_seed(layer))
+        rank = score.masked_fill(~slots.valid, 2.0).argsort(1).argsort(1)
+        return rank < self.cap
+
+
+@grid(rows=("one", "padded"), **SDPA)
+def test_a_capped_cache_equals_a_mask_that_later_calls_feel(case: Case) -> None:
+    story = case.story(observations=2, tail=3)
+    masks = [story.real] * LAYERS
+    with case.attached(_Capped(masks)) as routed:
+        routed.full_trace = True
+        played = play(routed.model, story, routed.new_cache())
+    columns = torch.arange(story.real.shape[1])
+    visible = [torch.ones(*story.real.shape, len(columns), dtype=torch.bool) for _ in range(LAYERS)]
+    for close in played.cache.trace.closes:
+        end = story.spans[close.at_call - 1][1]
+        for see, held in zip(visible, close.held, strict=True):
+            stays = torch.zeros_like(story.real)
+            for row, slots in enumerate(held):
+                stays[row, slots] = True
+            see &= (columns < end)[:, None] | (stays | (columns >= end))[:, None, :]
+    assert max(map(max, played.cache.lengths())) <= 12
+    assert not visible[0].all()
+    want = masked_forward(case.model, case.family, story.whole, masks, visible)
+    assert distance(played.all, want, story.real) < 1e-5
+
+
 @grid(rows=("padded",), **SDPA)
 def test_only_rows_that_close_lose_slots_and_protected_ones_stay(case: Case) -> None:
     story = case.story(observations=1, tail=3)
