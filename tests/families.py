@@ -9,11 +9,13 @@ Legend: B batch, N positions.
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 
 __all__ = [
+    "EACH",
     "IMAGE",
     "NAMES",
     "VISION_END",
@@ -28,6 +30,8 @@ __all__ = [
 ]
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "chameleon", "llava", "llava_next")
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name == "llava_next")) for name in NAMES]
+"""The same for `parametrize` where only the text model matters: LLaVA-NeXT's is LLaVA's over again, so it is slow."""
 PAD, BOS, EOS = 0, 1, 2
 IMAGE, VIDEO, VISION_START, VISION_END = 500, 501, 502, 503
 VOCAB = 512
