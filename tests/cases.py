@@ -70,11 +70,11 @@ def grid(
 ) -> pytest.MarkDecorator:
     """Parametrises a test over `case`."""
     cells = [Case(n, a, r) for n in names for a in attn for r in rows]
-    # What a cell shares with its neighbours is run once by default, all of it by `make test-all`: LLaVA-NeXT's text
-    # model is LLaVA's over again, and rows of equal length go through eager as one row does.
+    # What a cell shares with its neighbours is run once by default, all of it by `make test-all`: some families have
+    # another's text model, and rows of equal length go through eager as one row does.
     rare = [
-        c.attn == "eager" or c.rows != rows[-1]
-        if c.name == "llava_next"
+        c.attn != attn[0] or c.rows != rows[-1]
+        if c.name in families.TWINS
         else c.name != "qwen2_5_vl" and c.attn == "eager" and c.rows == "three"
         for c in cells
     ]

@@ -18,6 +18,7 @@ __all__ = [
     "EACH",
     "IMAGE",
     "NAMES",
+    "TWINS",
     "VISION_END",
     "VISION_START",
     "build",
@@ -30,8 +31,10 @@ __all__ = [
 ]
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "chameleon", "llava", "llava_next")
-EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name == "llava_next")) for name in NAMES]
-"""The same for `parametrize` where only the text model matters: LLaVA-NeXT's is LLaVA's over again, so it is slow."""
+TWINS = ("qwen2_vl", "llava_next")
+"""Families whose text model is Qwen2.5-VL's and LLaVA's over again; see unit/backbones/test_family_facts.py."""
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in TWINS)) for name in NAMES]
+"""`NAMES` for `parametrize` where only the text model matters."""
 PAD, BOS, EOS = 0, 1, 2
 IMAGE, VIDEO, VISION_START, VISION_END = 500, 501, 502, 503
 VOCAB = 512

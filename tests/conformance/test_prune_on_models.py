@@ -41,7 +41,7 @@ TIGHT: dict[str, dict[str, Any]] = {
 NO_TOWER = (("chameleon", "visionzip"), ("llava_next", "visionzip"))
 """What has no vision tower, or one that sees an image in tiles, is refused; tests/unit/prune/test_visionzip.py."""
 EVERY = [
-    pytest.param(family, name, marks=[pytest.mark.slow] * (family == "llava_next"))  # LLaVA's engine path again
+    pytest.param(family, name, marks=[pytest.mark.slow] * (family in families.TWINS))
     for family in families.NAMES
     for name in hub.names("prune")
     if (family, name) not in NO_TOWER
