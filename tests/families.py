@@ -9,13 +9,16 @@ Legend: B batch, N positions.
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 
 __all__ = [
+    "EACH",
     "IMAGE",
     "NAMES",
+    "TWINS",
     "VISION_END",
     "VISION_START",
     "build",
@@ -28,6 +31,10 @@ __all__ = [
 ]
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "chameleon", "llava", "llava_next")
+TWINS = ("qwen2_vl", "llava_next")
+"""Families whose text model is Qwen2.5-VL's and LLaVA's over again; see unit/backbones/test_family_facts.py."""
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in TWINS)) for name in NAMES]
+"""`NAMES` for `parametrize` where only the text model matters."""
 PAD, BOS, EOS = 0, 1, 2
 IMAGE, VIDEO, VISION_START, VISION_END = 500, 501, 502, 503
 VOCAB = 512

@@ -6,8 +6,7 @@ before them is in the cache.
 Legend: B batch, N columns of the prompt, D hidden, V most image tokens of a row, A axes of a place.
 
 Source: Vedas (arXiv 2604.10500), the sequence U(t); its release enters the whole prefix anew at each step.
-Deviates: every latent step is a hop of its own, whatever `latents_per_hop`, so that a segment is a hop everywhere;
-    copies on Qwen3-VL get no deepstack features.
+Deviates: every latent step is a hop of its own, whatever `latents_per_hop`, so that a segment is a hop everywhere.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,13 +60,16 @@ def start(
     V = max(counts)
     columns = first_true(is_vision, V)
     beyond = torch.arange(V, device=device) >= torch.tensor(counts, device=device)[:, None]
-    vision, row = hidden.new_zeros(len(hidden), 0, hidden.shape[1]), None
+    vision, row, deep = hidden.new_zeros(len(hidden), 0, hidden.shape[1]), None, None
     if think.needs_row:
         assert cache.watched is not None, "the prompt was entered unwatched"
         entered = cache.watched.entered
         vision = entered.gather(1, columns[..., None].expand(-1, -1, entered.shape[-1]))
         vision = vision.masked_fill(beyond[..., None], 0)
         row = cache.watched.row.gather(1, columns)
+        if cache.watched.deep is not None:
+            deep = cache.watched.deep
+            deep = deep.gather(2, columns[..., None].expand(len(deep), -1, -1, deep.shape[-1]))
     return Mind(
         hidden=hidden,
         next_position=top + 1,
@@ -80,6 +82,7 @@ def start(
         visited=torch.zeros_like(columns, dtype=torch.bool),
         left=list(counts),
         seeds=seeds,
+        deep=deep,
     )
 
 
@@ -148,6 +151,7 @@ class Rollout:
             valid=thought.valid,
             generated=torch.zeros_like(thought.valid),
             watch=more and self.think.needs_row,
+            deep=thought.deep,
         )
         self.mask = torch.cat([self.mask, thought.valid.to(self.mask.dtype)], 1)
         h = self.routed.controller.base(

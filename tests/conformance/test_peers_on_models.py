@@ -48,7 +48,7 @@ def embedded(family: str) -> Tensor:
     return stock(family)(**inputs(family), output_hidden_states=True).hidden_states[0]
 
 
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.EACH)
 def test_divprune_spreads_the_stock_models_embeddings(family: str) -> None:
     kept, _ = run(family, "divprune", 0, vision_keep=0.3)
     states = embedded(family)
@@ -64,7 +64,7 @@ def test_divprune_spreads_the_stock_models_embeddings(family: str) -> None:
         assert [c for c in kept[row] if c in vision] == sorted(vision[i] for i in taken)
 
 
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.EACH)
 def test_snapkv_forgets_by_the_stock_models_attention_maps(family: str) -> None:
     maps = stock(family)(**inputs(family), output_attentions=True).attentions
     _, cache = run(family, "snapkv", 0, vision_keep=0.3)
@@ -83,7 +83,7 @@ def test_snapkv_forgets_by_the_stock_models_attention_maps(family: str) -> None:
             assert [c for c in stored if c in vision] == sorted(best)
 
 
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.EACH)
 def test_sparsevlm_ranks_by_the_stock_models_raters(family: str) -> None:
     maps = stock(family)(**inputs(family), output_attentions=True).attentions
     states = embedded(family).double()
@@ -100,7 +100,7 @@ def test_sparsevlm_ranks_by_the_stock_models_raters(family: str) -> None:
         assert [c for c in kept[row] if c in vision] == sorted(vision[i] for i in best)
 
 
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.EACH)
 def test_dart_starts_from_the_largest_keys_the_stock_model_caches(family: str) -> None:
     """With four kept there is room for the vision pivots alone."""
     keys = stock(family)(**inputs(family), use_cache=True).past_key_values.layers[1].keys
@@ -114,7 +114,7 @@ def test_dart_starts_from_the_largest_keys_the_stock_model_caches(family: str) -
         assert [c for c in kept[row] if c in vision] == sorted(vision[i] for i in best)
 
 
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.EACH)
 @pytest.mark.parametrize("name", ["snapkv", "streaming", "knorm", "keydiff"])
 def test_what_is_only_forgotten_changes_no_logit_of_its_own_call(family: str, name: str) -> None:
     want = stock(family)(**inputs(family)).logits

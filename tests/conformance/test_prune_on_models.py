@@ -41,11 +41,16 @@ TIGHT: dict[str, dict[str, Any]] = {
 NO_TOWER = (("chameleon", "visionzip"), ("llava_next", "visionzip"))
 """What has no vision tower, or one that sees an image in tiles, is refused; tests/unit/prune/test_visionzip.py."""
 EVERY = [
-    pytest.param(family, name, marks=[pytest.mark.slow] * (family == "llava_next"))  # LLaVA's engine path again
+    pytest.param(family, name, marks=[pytest.mark.slow] * (family in families.TWINS))
     for family in families.NAMES
     for name in hub.names("prune")
     if (family, name) not in NO_TOWER
 ]
+PAIRED = [
+    pytest.param(*p.values, marks=[*p.marks, *[pytest.mark.slow] * (p.values[0] not in ("qwen2_5_vl", "chameleon"))])
+    for p in EVERY
+]
+"""By default on two families that differ most: what a family brings to it is guarded by tests/equivalence."""
 
 
 @functools.cache
@@ -120,7 +125,7 @@ def assert_planned(pruner: Pruner, call: Any, masks: list[Tensor], cache: Any) -
                 assert int(masks[index][row].sum()) == cache.lengths()[index][row] == sum(planned)
 
 
-@pytest.mark.parametrize(("family", "name"), EVERY)
+@pytest.mark.parametrize(("family", "name"), PAIRED)
 def test_a_row_of_a_padded_batch_keeps_what_it_keeps_alone(family: str, name: str) -> None:
     model = stock(family)
     batch = inputs(family, model)
@@ -138,7 +143,7 @@ def test_a_row_of_a_padded_batch_keeps_what_it_keeps_alone(family: str, name: st
 # `generate()` takes no relevance: who needs ground truth answers through `reason.py`, and is tested there.
 @pytest.mark.parametrize(
     ("family", "name"),
-    [p for p in EVERY if p.values[1] != "oracle" and "oracle" not in TIGHT.get(p.values[1], {}).values()],
+    [p for p in PAIRED if p.values[1] != "oracle" and "oracle" not in TIGHT.get(p.values[1], {}).values()],
 )
 def test_generation_goes_on_from_a_pruned_prompt(family: str, name: str) -> None:
     model = stock(family)
@@ -164,7 +169,7 @@ def chosen(layer: Any, batch: dict[str, Tensor], model: Any, row: int) -> list[i
     return [c for c in layer.kept[row] if int(batch["input_ids"][row, c]) in table]
 
 
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.EACH)
 def test_fastv_chooses_by_the_stock_models_attention_map_of_the_layer_before(family: str) -> None:
     model = stock(family, "eager")
     batch = inputs(family, model)
@@ -177,7 +182,7 @@ def test_fastv_chooses_by_the_stock_models_attention_map_of_the_layer_before(fam
         assert chosen(layer, batch, model, row) == best_vision(maps[1][row, :, -1].mean(0), batch, model, row, 0.3)
 
 
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.EACH)
 def test_pyramiddrop_chooses_by_the_stock_models_attention_map_of_the_stage(family: str) -> None:
     model = stock(family, "eager")
     batch = inputs(family, model)
@@ -190,7 +195,7 @@ def test_pyramiddrop_chooses_by_the_stock_models_attention_map_of_the_stage(fami
         assert chosen(layer, batch, model, row) == best_vision(maps[2][row, :, -1].mean(0), batch, model, row, 0.4)
 
 
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.EACH)
 @pytest.mark.parametrize("score", ["knorm", "keydiff"])
 def test_key_pruners_choose_by_the_keys_the_stock_model_caches(family: str, score: str) -> None:
     model = stock(family)

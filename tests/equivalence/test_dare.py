@@ -47,7 +47,7 @@ def draw(routed, seed=0, falling=True):
 
 
 @pytest.mark.parametrize("carry", [False, True])
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EACH)
 def test_leaving_out_equals_masking_with_real_routers(name, carry):
     model = stock(name)
     batch = families.make_inputs(name, model, 3, RAGGED)
@@ -72,7 +72,7 @@ def test_leaving_out_equals_masking_with_real_routers(name, carry):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("scope", ["skip", "drop"])
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EACH)
 def test_one_dense_pass_over_three_hops_is_hop_by_hop_inference(name, scope, policy):
     talk = conversation(name, stock(name), 3, RAGGED)
     options = {"prune": dare(cache_policy=policy, scope=scope), "executor": "dense"}
@@ -89,7 +89,7 @@ def test_one_dense_pass_over_three_hops_is_hop_by_hop_inference(name, scope, pol
     assert distance(one, logits, real) < 1e-5
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EACH)
 def test_backbone_gradients_of_both_executors_agree(name):
     talk = conversation(name, stock(name), 3, RAGGED)
     batch = talk.whole
@@ -107,7 +107,7 @@ def test_backbone_gradients_of_both_executors_agree(name):
     assert relative(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EACH)
 def test_trained_routers_that_keep_everything_change_nothing(name):
     model = stock(name)
     batch = families.make_inputs(name, model, 3, RAGGED)

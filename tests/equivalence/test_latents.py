@@ -13,6 +13,7 @@ from cases import Case
 from cases import grid as grid_of_all
 from routing import distance
 from torch import Tensor
+from transformers import DynamicCache
 
 import mmroute
 from mmroute import hub
@@ -85,13 +86,13 @@ def naive(case: Case, batch: dict[str, Tensor], K: int, steps: int, scale: float
     out = family.base_model(model)(**batch, position_ids=places, use_cache=False, output_attentions=maps)
     for handle in handles:
         handle.remove()
-    x, deep = seen["x"], {k: v for k, v in seen["text"].items() if k in ("visual_pos_masks", "deepstack_visual_embeds")}
+    x, deep = seen["x"], family.deep(seen["text"])  # Qwen3-VL: features of the tower's inner layers
     image = torch.isin(ids[0], torch.tensor(family.vision_ids(model))).nonzero().flatten().tolist()
     visited: set[int] = set()
     found = Naive([out.last_hidden_state[0, -1]], [], [])
     next_place = int(places.max()) + 1
     for _ in range(steps):
-        copies = []
+        copies, carried = [], []
         if maps:
             row = torch.stack([a[0, :, -1].mean(0) for a in out.attentions]).mean(0)
             found.rows.append(row[image])
@@ -100,23 +101,25 @@ def naive(case: Case, batch: dict[str, Tensor], K: int, steps: int, scale: float
             visited |= set(picks)
             found.chosen.append([image.index(i) for i in picks])
             total = sum(float(row[i]) for i in picks)
-            copies = [x[:, i : i + 1] * (len(picks) * float(row[i]) / total if weighted else 1) for i in picks]
+            weights = [len(picks) * float(row[i]) / total if weighted else 1 for i in picks]
+            copies = [x[:, i : i + 1] * w for i, w in zip(picks, weights, strict=True)]
+            if deep is not None:
+                carried = [deep[:, :, i : i + 1] * w for i, w in zip(picks, weights, strict=True)]
         z = found.hidden[-1][None, None] * scale
         x = torch.cat([x, *copies, z], 1)
         new = torch.arange(next_place, next_place + len(copies) + 1)
         next_place += len(copies) + 1
         places = torch.cat([places, new.expand(*places.shape[:-1], -1)], -1)
         full = torch.ones(1, x.shape[1], dtype=torch.long)
-        if deep:  # Qwen3-VL: the given images keep their features of the tower's inner layers
-            marks = deep["visual_pos_masks"]
-            deep["visual_pos_masks"] = torch.cat([marks, marks.new_zeros(1, x.shape[1] - marks.shape[1])], 1)
+        if deep is not None:
+            deep = torch.cat([deep, *carried, deep.new_zeros(len(deep), 1, 1, deep.shape[-1])], 2)
         out = text(
             inputs_embeds=x,
             attention_mask=full,
             position_ids=places,
             use_cache=False,
             output_attentions=maps,
-            **deep,
+            **({} if deep is None else family.carry(deep)),
         )
         found.hidden.append(out.last_hidden_state[0, -1])
     return found
@@ -157,6 +160,25 @@ def test_plain_steps_on_a_cache_equal_entering_everything_anew(case: Case) -> No
         assert distance(rollout.mind.hidden[b], want.hidden[-1]) < 1e-5
 
 
+@grid(attn=("sdpa",), rows=("one", "three"))
+def test_steps_that_keep_everything_are_the_stock_loop_bit_for_bit(case: Case) -> None:
+    batch, think = case.prompt, hub.load("think", "coconut", num_latents=STEPS)
+    prune = hub.load("prune", "random", vision_keep=1.0, text_keep=1.0)
+    with case.attached(prune, think=think) as routed:
+        got = roll(case, routed, think, batch).mind.hidden
+    mask, cache = batch["attention_mask"], DynamicCache(config=case.model.config.get_text_config(decoder=True))
+    places = case.family.positions(case.model, batch["input_ids"], mask, batch.get("image_grid_thw"))
+    base = case.family.base_model(case.model)
+    h = base(**batch, position_ids=places, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+    top = places.amax(-1, keepdim=True)
+    for step in range(1, STEPS + 1):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        at = (top.amax(0, keepdim=True) + step).expand(top.shape) if top.ndim == 3 else top + step
+        h = h * think.learned.scale
+        h = base(inputs_embeds=h, attention_mask=mask, position_ids=at, past_key_values=cache).last_hidden_state
+    assert torch.equal(got, h[:, 0])
+
+
 @grid(rows=("padded",))
 def test_the_saliency_of_every_step_is_the_mean_of_eager_attention_maps(case: Case) -> None:
     batch = case.prompt
@@ -171,11 +193,7 @@ def test_the_saliency_of_every_step_is_the_mean_of_eager_attention_maps(case: Ca
         assert distance(rollout.mind.row[b], want.rows[1]) < 1e-6
 
 
-@grid(
-    names=[name for name in WITH_PLACES if name != "qwen3_vl"],  # embeddings alone bring it no deepstack features
-    attn=("sdpa",),
-    rows=("padded",),
-)
+@grid(attn=("sdpa",), rows=("padded",))
 @pytest.mark.parametrize("depth", [False, True])
 @pytest.mark.parametrize("prune", [None, "random"])
 def test_steps_on_a_cache_equal_one_pass_over_what_they_entered(case: Case, depth: bool, prune: str | None) -> None:
@@ -199,21 +217,27 @@ def whole_pass(case: Case, routed: Any, rollout: Rollout, batch: dict[str, Tenso
                                       batch.get("image_grid_thw"))  # fmt: skip
     cache.next = Chunk(watch=True)
     routed.controller.base(**batch, position_ids=positions, past_key_values=cache, use_cache=True)
-    prompt = cache.watched.entered
+    prompt, deep = cache.watched.entered, cache.watched.deep
     thoughts = rollout.thoughts
+    if deep is not None:
+        deep = torch.cat([deep, *(t.deep for t in thoughts)], 2)
     ids = batch["input_ids"]
     table, delimiters = routed.controller.table[ids], routed.controller.delimiters[ids]
     axes = positions if positions.ndim == 3 else positions[None]
     hop = [torch.zeros_like(table)] + [torch.full_like(t.modality, i) for i, t in enumerate(thoughts, 1)]
     places = torch.cat([axes, *(t.places for t in thoughts)], 2)
-    whole = routed.controller.base(
-        inputs_embeds=torch.cat([prompt, *(t.embeds for t in thoughts)], 1),
+    once = routed.new_cache()
+    once.next = Chunk(
         modality=torch.cat([table, *(t.modality for t in thoughts)], 1),
         protected=torch.cat([delimiters, *(torch.zeros_like(t.valid) for t in thoughts)], 1),
-        hop_ids=torch.cat(hop, 1),
+        hop=torch.cat(hop, 1),
+        deep=deep,
+    )
+    whole = routed.controller.base(
+        inputs_embeds=torch.cat([prompt, *(t.embeds for t in thoughts)], 1),
         attention_mask=rollout.mask,
         position_ids=places if positions.ndim == 3 else places[0],
-        use_cache=False,
+        past_key_values=once,
     ).last_hidden_state
     last = (rollout.mask * torch.arange(rollout.mask.shape[1])).amax(1)
     return whole[torch.arange(len(whole)), last]

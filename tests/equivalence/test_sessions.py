@@ -65,6 +65,39 @@ class _Close(Forced):
         return stays if self.policy == "progressive" else stays | (slots.hop != closing[:, None])
 
 
+class _Capped(Forced):
+    """Everything runs; behind each call layers that hold more than 12 of a row are cut to random ones of it."""
+
+    cap = 12
+
+    def trim(self, slots: Any, layer: int) -> Tensor:
+        score = torch.rand(slots.position.shape, generator=torch.Generator().manual_seed(layer))
+        rank = score.masked_fill(~slots.valid, 2.0).argsort(1).argsort(1)
+        return rank < self.cap
+
+
+@grid(rows=("one", "padded"), **SDPA)
+def test_a_capped_cache_equals_a_mask_that_later_calls_feel(case: Case) -> None:
+    story = case.story(observations=2, tail=3)
+    masks = [story.real] * LAYERS
+    with case.attached(_Capped(masks)) as routed:
+        routed.full_trace = True
+        played = play(routed.model, story, routed.new_cache())
+    columns = torch.arange(story.real.shape[1])
+    visible = [torch.ones(*story.real.shape, len(columns), dtype=torch.bool) for _ in range(LAYERS)]
+    for close in played.cache.trace.closes:
+        end = story.spans[close.at_call - 1][1]
+        for see, held in zip(visible, close.held, strict=True):
+            stays = torch.zeros_like(story.real)
+            for row, slots in enumerate(held):
+                stays[row, slots] = True
+            see &= (columns < end)[:, None] | (stays | (columns >= end))[:, None, :]
+    assert max(map(max, played.cache.lengths())) <= 12
+    assert not visible[0].all()
+    want = masked_forward(case.model, case.family, story.whole, masks, visible)
+    assert distance(played.all, want, story.real) < 1e-5
+
+
 @grid(rows=("padded",), **SDPA)
 def test_only_rows_that_close_lose_slots_and_protected_ones_stay(case: Case) -> None:
     story = case.story(observations=1, tail=3)
@@ -181,6 +214,8 @@ def test_latents_on_a_cache_equal_one_forward(case: Case, keep: float) -> None:
     positions = case.family.positions(
         case.model, batch["input_ids"], batch["attention_mask"], batch.get("image_grid_thw")
     )
+    embedded, deep = _embedded(case, batch)
+    generator = torch.Generator().manual_seed(11)
     prune = hub.load("prune", "random", vision_keep=keep, text_keep=keep)
     with case.attached(prune, strip_padding=True) as routed:
         routed.full_trace = True
@@ -193,7 +228,13 @@ def test_latents_on_a_cache_equal_one_forward(case: Case, keep: float) -> None:
             cache.start_hop(hop)
             replay = embed(torch.full((B, 2), 200 + hop))
             chunk = torch.cat([replay, h], 1)
-            cache.next = Chunk(modality=torch.tensor([[1, 1, 2]]).expand(B, -1))
+            if deep is not None:  # what Qwen3-VL's tower adds later goes along with the copies, not with the latent
+                carried = torch.randn(len(deep), B, 3, deep.shape[-1], generator=generator)
+                carried[:, :, -1] = 0
+                deep = torch.cat([deep, carried], 2)
+            cache.next = Chunk(
+                modality=torch.tensor([[1, 1, 2]]).expand(B, -1), deep=None if deep is None else deep[:, :, -3:]
+            )
             mask = torch.cat([mask, mask.new_ones(B, 3)], 1)
             place = nxt + torch.arange(3)
             place = place.expand(3, -1, -1) if positions.ndim == 3 else place
@@ -217,29 +258,36 @@ def test_latents_on_a_cache_equal_one_forward(case: Case, keep: float) -> None:
             max_new_tokens=2,
             **LOGITS,
         )
-    if case.name == "qwen3_vl":
-        pytest.skip("replayed embeddings of one forward would need deepstack features too")
-    embedded = torch.cat([_embedded(case, batch), *chunks, embed(bos)], 1)
     whole = {
-        "inputs_embeds": embedded,
+        "inputs_embeds": torch.cat([embedded, *chunks, embed(bos)], 1),
         "attention_mask": torch.cat([mask, mask.new_ones(B, 1)], 1),
         "position_ids": torch.cat([positions, *places, nxt.expand(3, -1, -1) if positions.ndim == 3 else nxt], -1),
     }
     kept = [torch.cat([keeps, torch.ones(B, 1, dtype=torch.bool)], 1) for keeps in kept]
+    if deep is not None:
+        given = case.family.carry(torch.nn.functional.pad(deep, (0, 0, 0, 1)))
+        text = case.family.text_model(case.model)
+        handle = text.register_forward_pre_hook(lambda module, args, kw: (args, {**kw, **given}), with_kwargs=True)
     want = masked_forward(case.model, case.family, whole, kept)
+    if deep is not None:
+        handle.remove()
     words = want[:, -2] > torch.finfo(want.dtype).min  # Chameleon writes no image tokens
     assert distance(told[:, 0], want[:, -2], words) < 1e-5
     assert distance(answer.logits[0], want[:, -1]) < 1e-5
 
 
-def _embedded(case: Case, batch: dict[str, Tensor]) -> Tensor:
-    """Prompt embeddings with the image features in place."""
-    seen: list[Tensor] = []
+def _embedded(case: Case, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Prompt embeddings with the image features in place, and what the tower adds to them later."""
+    seen: list[Any] = []
     text = case.family.text_model(case.model)
-    handle = text.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handles = [
+        text.register_forward_pre_hook(lambda module, args, kw: seen.append(case.family.deep(kw)), with_kwargs=True),
+        text.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])),
+    ]
     case.model(**batch)
-    handle.remove()
-    return seen[0]
+    for handle in handles:
+        handle.remove()
+    return seen[1], seen[0]
 
 
 @grid(rows=("padded",), **SDPA)

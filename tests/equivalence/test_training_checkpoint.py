@@ -22,6 +22,14 @@ WAYS = {
     "dense deepened": lambda: {"prune": router(), "executor": "dense", "deepen": Uniform(deepen_tokens=4)},
     "probed": lambda: {"prune": FastV(start_layer=2)},
 }
+SHORT = ("physical", "dense deepened")
+"""Ways that hold the others' parts: every family takes these by default, one family all of them."""
+CELLS = [
+    pytest.param(*each.values, way, marks=[*each.marks, *[pytest.mark.slow] * (way not in SHORT)])
+    for each in families.EACH
+    for way in WAYS
+    if each.values != (NAME,)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +70,7 @@ def _gradients(routed: Any, batch: dict, repeat: int = 1) -> dict:
     return {**backbone_gradients(routed.model), **parts}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize(("name", "way"), [*((NAME, way) for way in WAYS), *CELLS])
 def test_checkpointing_on_is_checkpointing_off(name, way):
     batch = families.make_inputs(name, stock(name), 3, RAGGED)
     found, calls, asked = {}, {}, {}

@@ -47,7 +47,7 @@ def _logits(model, batch):
 # ---------------------------------------------------------------------- copies
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EACH)
 def test_a_deep_copy_is_equal_and_independent(name):
     batch = _batch(name)
     with attached(name, prune=router()) as routed:

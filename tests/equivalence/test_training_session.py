@@ -54,7 +54,7 @@ def _hop_by_hop(name, talk, checkpointed=False, **options):
 
 
 @pytest.mark.parametrize(("B", "pads"), BATCHES)
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EACH)
 def test_hop_by_hop_is_one_pass(name, B, pads):
     talk = conversation(name, stock(name), B, pads)
     wanted, backbone, parts = _one_pass(name, talk, "physical", prune=router())
@@ -66,7 +66,7 @@ def test_hop_by_hop_is_one_pass(name, B, pads):
     assert far(routers, parts) < 1e-5 * max(float(p.abs().max()) for p in parts.values())
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EACH)
 def test_so_it_is_when_hops_are_compressed(name):
     talk = conversation(name, stock(name), 3, RAGGED)
     wanted, backbone, _ = _one_pass(name, talk, "dense", prune=router(compresses=True))

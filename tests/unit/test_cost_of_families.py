@@ -50,7 +50,7 @@ def run(model, family, pads, steps=4):
 
 
 @pytest.mark.parametrize("rows", PADS)
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EACH)
 def test_flops_and_bytes_of_a_routed_run_equal_what_was_counted(models, name, rows):
     model, family = models[name], backbones.of(models[name])
     with attach(model, prune=hub.load("prune", "random", **PRUNERS["random"])):

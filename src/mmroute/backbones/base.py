@@ -3,7 +3,8 @@
 A family is stateless: every fact is read off the model it is given. Adding one is a file beside this one and a line in
 `backbones/__init__.py`.
 
-Legend: B batch, N positions, D hidden, V vocabulary, H query heads, K key-value heads, E head dim.
+Legend: B batch, N positions, D hidden, V vocabulary, H query heads, K key-value heads, E head dim, T layers that the
+vision tower adds to.
 """
 
 import sys
@@ -172,6 +173,18 @@ class Family(ABC):
     def eager(self, layer: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The family's own explicit attention function, the one `attn_implementation="eager"` runs."""
         return sys.modules[type(layer.self_attn).__module__].eager_attention_forward
+
+    def deep(self, given: Mapping[str, Any]) -> Float[Tensor, "T B N D"] | None:
+        """What the vision tower adds to the residual stream behind the first T text layers; None where nothing.
+
+        Args:
+            given: keywords of the text model's call.
+        """
+        return None
+
+    def carry(self, deep: Float[Tensor, "T B N D"]) -> dict[str, Any]:
+        """`deep` as keywords of the text model, for positions that enter as embeddings."""
+        raise UnsupportedCall(f"{self.name} adds nothing of the vision tower behind its first layer; leave out deep")
 
     def head(self, model: Any, h: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
         """Logits of hidden states behind the last norm, as the model's own forward gives them."""

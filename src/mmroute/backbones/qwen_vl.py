@@ -1,13 +1,13 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: positions have a time, a row and a column; images arrive as patch grids.
 
-Legend: B batch, N positions.
+Legend: B batch, N positions, D hidden, T layers that the vision tower adds to.
 """
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmroute.backbones.base import Family, box, running_positions
@@ -105,3 +105,14 @@ class Qwen3VL(Qwen2VL):
     name: ClassVar[str] = "qwen3_vl"
     example: ClassVar[str] = "Qwen/Qwen3-VL-2B-Instruct"
     qk_norm: ClassVar[bool] = True
+
+    def deep(self, given: Mapping[str, Any]) -> Float[Tensor, "T B N D"] | None:
+        where, features = given.get("visual_pos_masks"), given.get("deepstack_visual_embeds")
+        if where is None or not features:
+            return None
+        empty = features[0].new_zeros(*where.shape, features[0].shape[-1])
+        return torch.stack([empty.masked_scatter(where[..., None], each.to(empty.dtype)) for each in features])
+
+    def carry(self, deep: Float[Tensor, "T B N D"]) -> dict[str, Any]:
+        everywhere = torch.ones(deep.shape[1:3], dtype=torch.bool, device=deep.device)  # zeros change nothing
+        return {"visual_pos_masks": everywhere, "deepstack_visual_embeds": list(deep.flatten(1, 2))}

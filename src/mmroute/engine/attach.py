@@ -3,7 +3,7 @@
 import logging
 import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from mmroute.backbones.base import Family
 from mmroute.cache import RaggedCache
 from mmroute.deepen.base import Deepener
 from mmroute.engine.attention import register
+from mmroute.engine.compiled import Compiled
 from mmroute.engine.controller import Controller, prepare_cache
 from mmroute.engine.layer import routed_forward
 from mmroute.errors import ConfigError, UnsupportedCall
@@ -220,6 +221,7 @@ class Routed:
                 layer.forward = self._own_forward[i]
             else:
                 del layer.forward
+        c.compiled = None
         c._stock_checkpointing()
         c.family.lock_images(model)
         c.text.config._attn_implementation_internal = self._base
@@ -272,6 +274,29 @@ class Routed:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, routed."""
         return self.model.generate(*args, **kwargs)
+
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Runs the stock layers as compiled graphs from the next call on, wherever no gradient is asked for.
+
+        Routing stays Python, and nothing of it is compiled away: one graph serves all layers, lengths and keep sets,
+        one more the single positions of decoding. Equal to 1e-5, not bit for bit; compiled layers return no
+        `attentions`. `off()` is the stock model, not compiled.
+
+        Args:
+            backend: of `torch.compile`.
+
+        Raises:
+            UnsupportedCall: hooks inside the layers move tensors, which a graph cannot hold.
+        """
+        c = self.controller
+        hooked = [i for i, layer in enumerate(c.text.layers) if any(hasattr(m, "_hf_hook") for m in layer.modules())]
+        if hooked:
+            raise UnsupportedCall(
+                f"layer {hooked[0]} carries accelerate hooks, which move tensors in the middle of what would be one "
+                "graph; take them off first with accelerate.hooks.remove_hook_from_module(model, recurse=True), or "
+                "leave the model uncompiled"
+            )
+        c.compiled = Compiled(backend, c.text.config._attn_implementation)
 
     def unfreeze_parts(self) -> None:
         """Learned parts take gradients again; PEFT freezes them."""

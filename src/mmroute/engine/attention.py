@@ -29,7 +29,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmroute.engine import gated, varlen
-from mmroute.engine.rows import Rows
+from mmroute.engine.rows import Rows, Ticket
 from mmroute.errors import UnsupportedCall
 
 __all__ = ["BACKENDS", "last_row", "named_rows", "register"]
@@ -70,10 +70,13 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    rows: Rows | None = None,
+    rows: Rows | Ticket | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function: (B, H, Q, E) queries, (B, K, S, E) keys -> (B, Q, H, E)."""
+    if isinstance(rows, Ticket):
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return torch.ops.mmroute.rows_attention(query, key, value, rows.number, scale), None
     if rows is not None:
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         if rows.probe:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from mmroute.backbones.base import Family
 from mmroute.backbones.tower import Look as Seen
-from mmroute.cache import RaggedCache, RaggedLayer, Watched
+from mmroute.cache import RaggedCache, Watched
 from mmroute.deepen.base import Again, Deepener
+from mmroute.engine.compiled import Compiled
 from mmroute.engine.rows import Pick, Rows
 from mmroute.engine.select import Group, first_true, group_positions, narrow
 from mmroute.errors import UnsupportedCall
 from mmroute.probe import by_column
 from mmroute.prune.base import Keep, Look, Pruner, Site
+from mmroute.ragged import RaggedLayer
 from mmroute.tokens import NUM_MODALITIES, Modality, Tokens
 from mmroute.trace import Call, LayerCall, Shape
 
@@ -59,6 +61,10 @@ class Choice:
     """Positions at the end of each row that assisted decoding guessed."""
     watch: bool = False
     """Record every layer's attention row and the embeddings, for latent reasoning."""
+    compiled: Compiled | None = None
+    """The stock layers as compiled graphs, where they are to be run so."""
+    deep: Tensor | None = None
+    """(T, B, N, D): what the vision tower adds behind the first T layers, where somebody watches or says so."""
     before: tuple[Tensor | None, Tensor | None] = (None, None)
     """The cache's `in_hop` and `last_hop` before the call, to be put back if it fails."""
     aux: dict[int, Keep] = field(default_factory=dict)
@@ -206,7 +212,7 @@ class Choice:
         row = torch.zeros(self.tokens.shape[0], columns, device=self._embedded.device)
         for found, at in self._rows.values():
             row = row + by_column(found, at, 0, columns).to(row.device)
-        return Watched(self._embedded, row / self.num_layers)
+        return Watched(self._embedded, row / self.num_layers, self.deep)
 
     def _probes(self, reader: int) -> bool:
         """Whether the attention row of the layer before `reader` is read, there or by who watches."""

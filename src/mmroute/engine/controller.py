@@ -22,6 +22,7 @@ from mmroute.backbones.tower import tower_of
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.deepen.base import Deepener
 from mmroute.engine.choice import build_groups
+from mmroute.engine.compiled import Compiled
 from mmroute.engine.layer import Step
 from mmroute.engine.select import Group
 from mmroute.engine.train import GrowingCache
@@ -66,13 +67,14 @@ class Controller:
         self.shape = family.shape(model)
         self.pruner, self.deepener = pruner, deepener
         self.prefix_tokens, self.strip_padding, self.executor = prefix_tokens, strip_padding, executor
+        self.compiled: Compiled | None = None
         self.full_trace = False
         self.trace: Trace | None = None
         """Of the last call without a cache, and of the last cache used."""
         self.aux: dict[int, Keep] = {}
+        """What the pruner returned at each layer of the last routed call."""
         self.tokens: Tokens | None = None
-        """What the positions of the last routed call were; `aux` is what was kept of them."""
-        """What the pruner returned at each layer of the last training call."""
+        """What the positions of that call were."""
         self.checkpointed: set[int] = set()
         self.tower = tower_of(family.name, model) if pruner is not None and "tower" in pruner.needs else None
         device = next(self.text.parameters()).device
@@ -109,6 +111,11 @@ class Controller:
             return True
         return self.pruner is not None and not self.pruner.is_identity(self.shape.layers)
 
+    @property
+    def executes(self) -> bool:
+        """Whether calls run the executor: something is routed, or it was asked for."""
+        return self.routes or self.strip_padding or self.compiled is not None
+
     def new_cache(self, differentiable: bool = False) -> RaggedCache:
         depth = self.deepener.max_depth if self.deepener is not None else 0
         cache = (GrowingCache if differentiable else RaggedCache)(self.shape.layers, self.shape, depth)
@@ -143,7 +150,7 @@ class Controller:
                 raise UnsupportedCall("a routed cache cannot be used while routing is off; leave the off() block")
             self._stock_checkpointing()
             return args, kwargs
-        if not (isinstance(cache, RaggedCache) or self.strip_padding or self.routes):
+        if not (isinstance(cache, RaggedCache) or self.executes):
             self._stock_checkpointing()
             return args, kwargs
         self._check(cache, args, kwargs, training)
@@ -157,6 +164,10 @@ class Controller:
             if self.text.config.use_cache if use_cache is None else use_cache:
                 cache = kwargs["past_key_values"] = self.new_cache()
         step = self._step(x, cache, kwargs.get("attention_mask"), pending, training)
+        if step.deep is not None:
+            kwargs.update(self.family.carry(step.deep.to(x.device, x.dtype)))
+        elif step.watch:
+            step.deep = self.family.deep(kwargs)
         kwargs["mmroute_step"] = step
         # No layer reads a mask; a ready-made one keeps the text model from building (B, 1, N, S) of them.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
@@ -287,6 +298,7 @@ class Controller:
             groups={0: groups},
             relevance=chunk.relevance,
             checkpoints=self._checkpoints(training),
+            compiled=None if torch.is_grad_enabled() else self.compiled,
             dense=training and self.executor == "dense" and cache is None,
             full=self.full_trace,
             ids=pending.ids if pending is not None else None,
@@ -295,6 +307,7 @@ class Controller:
             before=before,
             seen=None if self.tower is None else self.tower.take(),
             watch=chunk.watch,
+            deep=chunk.deep,
         )
 
     def _next(self, x: Tensor, cache: RaggedCache, chunk: Chunk) -> Tokens:
@@ -397,7 +410,7 @@ def _merged(first: Chunk, second: Chunk) -> Chunk:
     """What the driver said, completed by what the ids say."""
     fields = ("modality", "hop", "valid", "protected", "generated", "relevance")
     chunk = Chunk(*(getattr(first, f) if getattr(first, f) is not None else getattr(second, f) for f in fields))
-    chunk.watch = first.watch
+    chunk.watch, chunk.deep = first.watch, first.deep
     return chunk
 
 
@@ -413,7 +426,7 @@ def prepare_cache(
     controller: Controller = self.__dict__["_mmroute"].controller
     stock = types.MethodType(type(self)._prepare_cache_for_generation, self)
     given = model_kwargs.get("past_key_values")
-    routed = (controller.routes or controller.strip_padding) and not controller.is_off
+    routed = controller.executes and not controller.is_off
     if not routed and not isinstance(given, RaggedCache):
         stock(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         return

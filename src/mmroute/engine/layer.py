@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmroute.cache import RaggedCache, RaggedLayer
+from mmroute.cache import RaggedCache
 from mmroute.engine.choice import Choice
 from mmroute.engine.rows import Pick, Rows, pick
 from mmroute.engine.train import GrowingCache, grown, key_gate, update_gate
 from mmroute.errors import UnsupportedCall
 from mmroute.prune.base import Keep, Pruner
+from mmroute.ragged import RaggedLayer
 from mmroute.tokens import Modality
 from mmroute.trace import LayerCall
 
@@ -128,6 +129,9 @@ class Step(Choice):
         before = stored.lengths or [0] * len(self.counts)
         rows = stored.plan(len(self.counts), self.counts, False, self.tokens.position, None, self.room)
         self.records[index] = LayerCall(self.call.new, before, rows.k)
+        if self.compiled is not None:
+            forward = self.compiled.bind(layer, index, stored, rows)
+            return forward(h, attention_mask=None, position_ids=None, position_embeddings=rotary, **kwargs)
         return layer._stock_forward(
             h,
             attention_mask=None,
@@ -148,14 +152,10 @@ class Step(Choice):
         rows: Rows,
         cache: RaggedCache | None,
     ) -> Any:
-        call: Callable[..., Any] = partial(
-            layer._stock_forward,
-            attention_mask=None,
-            position_ids=None,
-            position_embeddings=rotary,
-            rows=rows,
-            **kwargs,
-        )
+        kwargs = {**kwargs, "attention_mask": None, "position_ids": None, "position_embeddings": rotary}
+        if self.compiled is not None:
+            return self.compiled.bind(layer, index, None if cache is None else cache.layers[index], rows)(x, **kwargs)
+        call: Callable[..., Any] = partial(layer._stock_forward, rows=rows, **kwargs)
         if isinstance(cache, GrowingCache):
             pure = partial(grown, call, copy.copy(cache.layers[index]))  # what is stored now, also when run again
             out = layer._gradient_checkpointing_func(pure, x) if index in self.checkpoints else pure(x)

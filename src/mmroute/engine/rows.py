@@ -7,6 +7,7 @@ Legend: B batch, N positions of this call, M kept positions, D hidden.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from mmroute.engine.gated import Gate
 from mmroute.engine.select import first_true
 
-__all__ = ["Pick", "Rows", "pick"]
+__all__ = ["Pick", "Rows", "Ticket", "pick"]
 
 
 @dataclass
@@ -52,6 +53,18 @@ class Rows:
     def fresh(self) -> bool:
         """Whether nothing was cached before."""
         return self.q == self.k
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Stands in a compiled layer for its rows and for its cache; see `compiled.py`."""
+
+    number: Tensor
+    """() int64, on the CPU."""
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What is new goes on to the attention, which writes it."""
+        return keys, values
 
 
 @dataclass

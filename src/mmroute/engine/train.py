@@ -15,9 +15,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from mmroute.cache import RaggedCache, RaggedLayer
+from mmroute.cache import RaggedCache
 from mmroute.engine.gated import Gate
 from mmroute.prune.base import Keep
+from mmroute.ragged import RaggedLayer
 from mmroute.tokens import Tokens
 
 __all__ = ["GrowingCache", "GrowingLayer", "grown", "key_gate", "update_gate"]

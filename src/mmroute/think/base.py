@@ -3,7 +3,7 @@
 It knows hops and no layers, caches or models; `reason.py` runs the loop of written ones, `rollout.py` that of latents.
 
 Legend: B batch, D hidden, V most image tokens of a row, C positions of one latent step, K copies of image tokens,
-A axes of a place (1, or 3: time, row and column), W words of the vocabulary.
+A axes of a place (1, or 3: time, row and column), W words of the vocabulary, T layers that the vision tower adds to.
 """
 
 from abc import ABC, abstractmethod
@@ -46,6 +46,8 @@ class Mind:
     """[row]: image tokens that were not visited."""
     seeds: Int[Tensor, " B"]
     """A number for each conversation, for choices that are meant to be random."""
+    deep: Float[Tensor, "T B V D"] | None = None
+    """What the vision tower adds to the image tokens behind the first T layers; None where it adds nothing."""
     step: int = 0
 
 
@@ -63,6 +65,8 @@ class Thought:
     """Which image tokens are replayed, -1 for none."""
     weight: Float[Tensor, "B K"]
     """By how much each is multiplied, 0 for none; in training, gradient flows through it to the attention."""
+    deep: Float[Tensor, "T B C D"] | None = None
+    """What goes with the copies behind the first T layers, multiplied alike; None where the tower adds nothing."""
 
 
 class Thinker(ABC):

@@ -9,6 +9,7 @@ Deviates: attention is the last position's row, mean over all layers and heads, 
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
@@ -63,7 +64,10 @@ class IvtLr(Coconut):
         share = mind.row.gather(1, at) if mind.row is not None else torch.ones_like(at, dtype=torch.float32)
         weight = self.weights(share, here)
         picked = mind.vision.gather(1, at[..., None].expand(-1, -1, mind.vision.shape[-1]))
-        copies = picked * weight[..., None].to(picked.dtype)
+        copies, deep = picked * weight[..., None].to(picked.dtype), None
+        if mind.deep is not None:  # a copy is the whole token: what the tower adds to it later comes along
+            deep = mind.deep.gather(2, at[..., None].expand(len(mind.deep), -1, -1, mind.deep.shape[-1]))
+            deep = F.pad(deep * weight[..., None].to(deep.dtype), (0, 0, 0, 1))
         self._visit(mind, at, here, take)
         places, latent_at = self._places(mind, at, here)
         return Thought(
@@ -74,6 +78,7 @@ class IvtLr(Coconut):
             next_position=latent_at + 1,
             source=index,
             weight=weight,
+            deep=deep,
         )
 
     def weights(self, share: Float[Tensor, "B K"], here: Tensor) -> Float[Tensor, "B K"]:

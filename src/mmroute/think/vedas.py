@@ -56,18 +56,21 @@ class Vedas(IvtLr):
         if self.config.replay_form == "tokens" or K == 0:
             return thought
         some = thought.valid[:, :K].any(1, keepdim=True)
-        mixed = thought.embeds[:, :K].sum(1, keepdim=True)
-        if self.config.rescale_mean_one:
-            mixed = mixed / thought.valid[:, :K].sum(1).clamp(min=1)[:, None, None]
+        count = thought.valid[:, :K].sum(1).clamp(min=1)[:, None, None] if self.config.rescale_mean_one else 1
+
+        def mixed(copies: Tensor) -> Tensor:
+            return torch.cat([copies[..., :K, :].sum(-2, keepdim=True) / count, copies[..., K:, :]], -2)
+
         first = mind.next_position + some.squeeze(1)
         axes = thought.places.shape[0]
         places = mind.next_position[:, None].expand(axes, -1, -1)
         return Thought(
-            embeds=torch.cat([mixed, thought.embeds[:, K:]], 1),
+            embeds=mixed(thought.embeds),
             valid=torch.cat([some, thought.valid[:, K:]], 1),
             modality=thought.modality[:, K - 1 :],
             places=torch.cat([places, first[:, None].expand(axes, -1, -1)], 2),
             next_position=first + 1,
             source=thought.source,
             weight=thought.weight,
+            deep=None if thought.deep is None else mixed(thought.deep),
         )

@@ -1,6 +1,7 @@
 """Every fact of a family, against what the stock model does."""
 
 import copy
+import inspect
 from types import SimpleNamespace
 
 import families
@@ -284,3 +285,14 @@ def test_quantised_weights_and_foreign_text_models_are_refused():
     model.config.text_config.model_type = "gemma"
     with pytest.raises(UnsupportedBackbone, match="gemma text model; mistral and llama"):
         backbones.of(model)
+
+
+def test_the_text_model_of_qwen2_vl_is_written_as_that_of_qwen2_5_vl():
+    """So tests that concern text models alone run one of them by default (`families.TWINS`); if not, take it out."""
+
+    def written(name):
+        text = backbones.of(model := families.make(name, layers=1)).text_model(model)
+        kinds = (type(text), type(text.layers[0]), type(text.layers[0].self_attn))
+        return [inspect.getsource(kind).replace("Qwen2VL", "").replace("Qwen2_5_VL", "") for kind in kinds]
+
+    assert written("qwen2_vl") == written("qwen2_5_vl")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mmroute.cache import RaggedLayer
+from mmroute.ragged import RaggedLayer
 
 K, E = 2, 3
 
