@@ -1,0 +1,142 @@
+"""Codes to pixels: equal to the VQGAN's own decoder written out, and found in a folder of either release's format."""
+
+import families
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import mmroute
+from mmroute.backbones.vq import CHECKPOINT, PREFIX, PictureDecoder, find_decoder
+from mmroute.errors import CheckpointMismatch
+
+
+def vqgan_weights(vq_config, seed=0):
+    """Random weights under the names of CompVis' VQGAN, level 0 the finest, no attention in the levels."""
+    drawn = torch.Generator().manual_seed(seed)
+    weights = {}
+
+    def conv(name, inside, outside, side):
+        weights[f"{name}.weight"] = torch.randn(outside, inside, side, side, generator=drawn) / (inside**0.5 * side)
+        weights[f"{name}.bias"] = torch.randn(outside, generator=drawn) * 0.1
+
+    def norm(name, width):
+        weights[f"{name}.weight"] = 1 + torch.randn(width, generator=drawn) * 0.1
+        weights[f"{name}.bias"] = torch.randn(width, generator=drawn) * 0.1
+
+    def resnet(name, inside, outside):
+        norm(f"{name}.norm1", inside)
+        conv(f"{name}.conv1", inside, outside, 3)
+        norm(f"{name}.norm2", outside)
+        conv(f"{name}.conv2", outside, outside, 3)
+        if inside != outside:
+            conv(f"{name}.nin_shortcut", inside, outside, 1)
+
+    widths = [vq_config.base_channels * factor for factor in vq_config.channel_multiplier]
+    width = widths[-1]
+    conv("conv_in", vq_config.latent_channels, width, 3)
+    resnet("mid.block_1", width, width)
+    norm("mid.attn_1.norm", width)
+    for part in ("q", "k", "v", "proj_out"):
+        conv(f"mid.attn_1.{part}", width, width, 1)
+    resnet("mid.block_2", width, width)
+    for level in reversed(range(len(widths))):
+        for block in range(vq_config.num_res_blocks + 1):
+            resnet(f"up.{level}.block.{block}", width, widths[level])
+            width = widths[level]
+        if level:
+            conv(f"up.{level}.upsample.conv", width, width, 3)
+    norm("norm_out", width)
+    conv("conv_out", width, 3, 3)
+    return weights
+
+
+def decoded(weights, z, levels, blocks):
+    """The VQGAN's decoder, step by step, by the names of its weights."""
+
+    def conv(name, x):
+        weight = weights[f"{name}.weight"]
+        return F.conv2d(x, weight, weights[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    def norm(name, x):
+        return F.group_norm(x, 32, weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-6)
+
+    def resnet(name, x):
+        h = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", x)))
+        h = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", h)))
+        return h + (conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.weight" in weights else x)
+
+    x = resnet("mid.block_1", conv("conv_in", z))
+    normed = norm("mid.attn_1.norm", x)
+    q, k, v = (conv(f"mid.attn_1.{part}", normed).flatten(2) for part in "qkv")
+    seen = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(-1)
+    x = x + conv("mid.attn_1.proj_out", (v @ seen.transpose(1, 2)).view(x.shape))
+    x = resnet("mid.block_2", x)
+    for level in reversed(range(levels)):
+        for block in range(blocks + 1):
+            x = resnet(f"up.{level}.block.{block}", x)
+        if level:
+            x = conv(f"up.{level}.upsample.conv", F.interpolate(x, scale_factor=2, mode="nearest"))
+    return conv("conv_out", F.silu(norm("norm_out", x)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return families.make("chameleon", layers=1)
+
+
+@torch.no_grad()
+def test_pixels_are_those_of_the_vqgans_own_decoder(model):
+    vq, config = model.model.vqmodel, model.config.vq_config
+    weights = vqgan_weights(config)
+    decoder = PictureDecoder(vq)
+    decoder.load(weights)
+    codes = torch.randint(0, families.NUM_CODES, (2, 4, 3))
+    z = vq.post_quant_conv(vq.quantize.embedding.weight[codes].permute(0, 3, 1, 2))
+    want = decoded(weights, z, len(config.channel_multiplier), config.num_res_blocks)
+    got = decoder.pixels(codes)
+    assert got.shape == (2, 3, 32, 24)
+    assert float(want.abs().max()) > 0.1
+    torch.testing.assert_close(got, want.clamp(-1, 1), rtol=0, atol=1e-4)
+    picture = decoder.pictures(codes)[1]
+    assert picture.size == (24, 32)
+    assert picture.getpixel((5, 7)) == tuple(((got[1, :, 7, 5] + 1) * 127.5).round().int().tolist())
+
+
+@pytest.mark.parametrize("release", ["anole", "chameleon"])
+def test_a_folder_of_a_release_gives_its_decoder(release, tiny_folder, tmp_path, caplog):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_folder("chameleon").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    assert mmroute.load(folder).picture_decoder is None
+    caplog.clear()
+    config = mmroute.load(folder).config.vq_config
+    weights = vqgan_weights(config)
+    if release == "anole":
+        stored = load_file(folder / "model.safetensors")
+        both = {**stored, **{f"{PREFIX}{name}": value for name, value in weights.items()}}
+        save_file(both, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (folder / CHECKPOINT).parent.mkdir()
+        state = {f"decoder.{name}": value for name, value in weights.items()} | {"encoder.conv_in.bias": torch.ones(2)}
+        torch.save({"state_dict": state}, folder / CHECKPOINT)
+    loaded = mmroute.load(folder)
+    ours = [record for record in caplog.records if record.name.startswith("mmroute")]
+    assert not ours, "the decoder's weights are no weights too many"
+    assert not [name for name in loaded.state_dict() if "decoder" in name], "no part of the stock model"
+    want = PictureDecoder(loaded.model.vqmodel)
+    want.load(weights)
+    codes = torch.arange(16).view(1, 4, 4)
+    assert torch.equal(loaded.picture_decoder.pixels(codes), want.pixels(codes))
+
+
+def test_weights_that_do_not_fit_and_broken_files_are_named(model, tmp_path):
+    decoder, weights = PictureDecoder(model.model.vqmodel), vqgan_weights(model.config.vq_config)
+    del weights["up.0.block.0.conv1.bias"]
+    with pytest.raises(CheckpointMismatch, match=r"up\.3\.block\.0\.conv1\.bias is missing in the checkpoint"):
+        decoder.load(weights)
+    (tmp_path / CHECKPOINT).parent.mkdir()
+    (tmp_path / CHECKPOINT).write_bytes(b"not a torch file")
+    with pytest.raises(CheckpointMismatch, match=r"vqgan\.ckpt is no torch file"):
+        find_decoder(tmp_path, model)
