@@ -216,9 +216,7 @@ class Session:
         batch["attention_mask"] = placed(torch.ones_like(ids), 0)
         return self.append(batch, place_relevance(relevance, batch, self.routed), hops)
 
-    def insert(
-        self, embeds: Tensor, mask: Tensor, hops: list[int], relevance: Tensor | None = None
-    ) -> Tensor:
+    def insert(self, embeds: Tensor, mask: Tensor, hops: list[int], relevance: Tensor | None = None) -> Tensor:
         """Enters image features as one segment of given vision positions, where positions are plain numbers.
 
         Args:
@@ -350,9 +348,7 @@ class Session:
                     found = {"hop": step, "row": 0, "columns": [c - bisect_left(pads, c) for c in at]}
                     self.replayed.setdefault(conversation, []).append(found)
 
-    def _forward(
-        self, ids: Tensor | None, positions: Tensor, extra: dict[str, Any], latent: bool = False
-    ) -> Tensor:
+    def _forward(self, ids: Tensor | None, positions: Tensor, extra: dict[str, Any], latent: bool = False) -> Tensor:
         given = {k: v for k, v in extra.items() if v is not None}
         given |= {
             "input_ids": ids,

@@ -1,4 +1,4 @@
-"""Thoughts with pictures and boxes: what entered is what one pass over everything sees, alone as in a batch, routed too.
+"""Thoughts with pictures and boxes: what enters is what one pass over everything sees, alone, in a batch, routed too.
 
 Legend: B batch, N positions, V vocabulary.
 """
@@ -192,15 +192,15 @@ def test_what_is_forgotten_might_never_have_entered(loaded):
         sessions = [Session(routed), Session(routed)]
         for session in sessions:
             session.append(batch)
-        wrote, clean = sessions
+        wrote = sessions[0]
         prompt = wrote.ids.shape[1]
         for i in range(3):
             wrote.step(words[:, i], [1, 1, 1])
         before = wrote.cache.lengths()
         wrote.forget([True, False, True], prompt, [1, 1, 1])
-        assert [[b - a for b, a in zip(x, y, strict=True)] for x, y in zip(before, wrote.cache.lengths(), strict=True)] == [
-            [3, 0, 3]
-        ] * 3
+        assert [
+            [b - a for b, a in zip(x, y, strict=True)] for x, y in zip(before, wrote.cache.lengths(), strict=True)
+        ] == [[3, 0, 3]] * 3
         got, want = (session.append({**more}, hops=[1, 1, 1]) for session in sessions)
         lengths = [session.cache.lengths() for session in sessions]
     torch.testing.assert_close(got[[0, 2]], want[[0, 2]], rtol=0, atol=1e-6)

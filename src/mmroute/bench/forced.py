@@ -56,8 +56,9 @@ def exact_chains(
 
 
 def _golds(routed: Routed, think: Thinker, task: Task, samples: Sequence[Sample]) -> list[list[int]] | None:
-    """Ids of the right responses; None if the task knows none or the vocabulary cannot write them."""
-    if not isinstance(task, Generated):
+    """Ids of the right responses; None if the task knows none, the vocabulary cannot write them, or they hold more
+    than words."""
+    if not isinstance(task, Generated) or think.draws or think.looks:
         return None
     tokenizer = routed.processor.tokenizer
     responses = [task.words(Spec.from_dict(sample.meta["spec"]), think.style).response for sample in samples]

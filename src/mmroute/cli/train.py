@@ -17,7 +17,7 @@ def root() -> None:
 
 @app.command()
 def backbone(
-    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe (tiny), or a YAML file.")] = "tiny",
+    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe (tiny, draw), or a YAML file.")] = "tiny",
     out: Annotated[Path, typer.Option(help="Folder of the run; the model comes to lie in its folder `model`.")] = Path(
         "runs/tiny"
     ),
@@ -28,13 +28,17 @@ def backbone(
 ) -> None:
     """Train a small stock model from scratch on generated worlds; killed at any moment, it goes on with --resume."""
     from mmroute.config import overrides
+    from mmroute.train import pictures
     from mmroute.train.backbone import train_backbone
     from mmroute.train.recipe import load_recipe
 
     given = overrides(changes or [])
     if seed is not None:
         given["seed"] = seed
-    folder = train_backbone(load_recipe(recipe, given), out, device, resume)
+    if pictures.draws(recipe):
+        folder = pictures.train_pictures(recipe, given, out, device, resume)
+    else:
+        folder = train_backbone(load_recipe(recipe, given), out, device, resume)
     typer.echo(str(folder))
 
 
