@@ -142,8 +142,8 @@ class Generated(Items):
 
         Args:
             sample: one of ours.
-            style: `cot`, `direct`, `latent`, `image` or `probe` (the short words), `sentence` (plain English for general models, in the
-                wording that the option `prompt` names), `para` or `mvot-like`.
+            style: `cot`, `direct`, `latent`, `image` or `probe` (the short words), `sentence` (plain English for
+                general models, in the wording that the option `prompt` names), `para` or `mvot-like`.
 
         Raises:
             ConfigError: no such style, or a world that has no such wording.

@@ -73,8 +73,10 @@ class Boxes(Thinker):
         """First row and column, rows and columns of the cells that a box touches, in a grid of features.
 
         Example:
-            >>> Boxes().window((0.1, 0.25, 0.5, 0.75), 4, 4), Boxes(cells="transposed").window((0.1, 0.25, 0.5, 0.5), 4, 4)
-            ((1, 0, 2, 2), (0, 1, 2, 1))
+            >>> Boxes().window((0.1, 0.25, 0.5, 0.75), 4, 4)
+            (1, 0, 2, 2)
+            >>> Boxes(cells="transposed").window((0.1, 0.25, 0.5, 0.75), 4, 4)
+            (0, 1, 2, 2)
         """
         left, upper, right, lower = box
         if self.config.cells == "transposed":
