@@ -363,7 +363,8 @@ class Session:
             h = h[:, -keep:] if keep else h
             if latent:
                 self._hidden = h[:, -1]
-            logits = self.routed.family.head(self.routed.model, h, images=self.draws)
+            head = self.routed.family.head
+            logits = head(self.routed.model, h, images=True) if self.draws else head(self.routed.model, h)
         else:
             logits = self.routed.model(**given).logits
         self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
