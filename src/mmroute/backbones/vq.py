@@ -104,7 +104,8 @@ class PictureDecoder(nn.Module):
     @torch.no_grad()
     def pixels(self, codes: Int[Tensor, "B R C"]) -> Float[Tensor, "B 3 H W"]:
         """Pixel values in [-1, 1] of pictures given by their codes (not token ids); H = R * S, W = C * S."""
-        vq, weight = self.vqmodel, self.decoder.conv_in.weight
+        vq: Any = self.vqmodel
+        weight = self.decoder.conv_in.weight
         entries = vq.quantize.embedding(codes.to(vq.quantize.embedding.weight.device)).permute(0, 3, 1, 2)
         hidden = vq.post_quant_conv(entries.contiguous()).to(weight.device, weight.dtype)
         return self.decoder(hidden).clamp(-1, 1)

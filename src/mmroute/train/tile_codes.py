@@ -74,8 +74,8 @@ def set_weights(vqmodel: Any, dtype: torch.dtype = torch.bfloat16) -> None:
     drawn = torch.Generator().manual_seed(0)
     for part in vqmodel.modules():
         if isinstance(part, nn.Conv2d):
-            part.weight.zero_()
-            part.bias.zero_()
+            for parameter in part.parameters():
+                parameter.zero_()
     encoder = vqmodel.encoder
     for colour in range(3):
         encoder.conv_in.weight[colour, colour, 1, 1] = _SMALL
