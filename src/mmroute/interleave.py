@@ -208,7 +208,7 @@ class Looking(Interleaver):
                 "one grid; use llava (LLaVA-1.5, VolCano) or chameleon"
             )
         self.think, self.tokenizer, self.batch, self.lead = think, tokenizer, batch, family.lead(model)
-        self._grids = session._images_by_row(batch) if family.image_kwargs(batch) else [[] for _ in session.rows]
+        self._grids = session._images_by_row(dict(batch)) if family.image_kwargs(batch) else [[] for _ in session.rows]
         counts = [len(grids) for grids in self._grids]
         self._image = [sum(counts[:i]) for i in range(len(counts))]
         """[conversation]: the number of its first image in the batch."""

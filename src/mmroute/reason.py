@@ -602,8 +602,8 @@ def answer_many(
             logits = company.limit(logits)
         ids = _sample(logits, temperature, top_p, [draw[r] for r in session.rows])
         values = ids.tolist()
-        ended = company.over if company is not None else ()
-        over = [(begins(v) or r in ended) and bool(written[r]) for r, v in zip(session.rows, values, strict=True)]
+        through = company.over if company is not None else set()
+        over = [(begins(v) or r in through) and bool(written[r]) for r, v in zip(session.rows, values, strict=True)]
         due = [i for i, (o, r) in enumerate(zip(over, session.rows, strict=True)) if o and in_step[r] and waiting[r]]
         if due:
             shown = {i: waiting[session.rows[i]].pop(0) for i in due}
