@@ -1,4 +1,6 @@
-"""Trains a small Chameleon to draw its thoughts: `mmroute train backbone --recipe draw`.
+"""Trains a small Chameleon to draw its thoughts: `mmroute train backbone --recipe draw`; and examines one:
+
+python -m mmroute.train.pictures src/mmroute/assets/draw --out results/drawn/frozenlake.json
 
 Each hop of a text is the words of one listed action and the picture of what it leads to; then the answer. Pictures
 enter and leave as codes of the exact atlas tokenizer, so no pixel is drawn in training. With `context: markov2` a text
@@ -23,6 +25,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import typer
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
@@ -30,7 +33,7 @@ from torch import Tensor
 from mmroute import hub
 from mmroute.backbones.chameleon import BEGIN, END
 from mmroute.backbones.load import load
-from mmroute.bench.schema import commit_of_source
+from mmroute.bench.schema import commit_of_source, write_json
 from mmroute.bench.stats import wilson
 from mmroute.config import options, parse, read_yaml, resolved
 from mmroute.engine.attach import attach
@@ -338,3 +341,30 @@ def train_pictures(name: str, changes: dict[str, Any], out: Path, device: str = 
     results["tasks"] = {recipe.task: exam(folder, recipe)}
     write_folder(folder, run.model, run.canvas, text, results)
     return folder
+
+
+def main(
+    folder: Path,
+    out: Annotated[Path, typer.Option(help="Result file.")],
+    items: Annotated[int, typer.Option(help="Items of the split test.")] = 200,
+) -> None:
+    """Examines a checkpoint folder that this trainer wrote, by the recipe in it."""
+    recipe = parse(Recipe, {**read_yaml(folder / "recipe.yaml"), "exam_items": items}, "recipe")
+    commit, dirty = commit_of_source()
+    results = {
+        "schema": "drawn/1",
+        "command": "python -m mmroute.train.pictures " + " ".join(sys.argv[1:]),
+        "commit": commit,
+        "dirty": dirty,
+        "preset": recipe.preset,
+        "split": "test",
+        "context": recipe.context,
+        "decoding": "greedy, drawn thoughts, weights as stored (bf16), computed in fp32",
+        "tasks": {recipe.task: exam(folder, recipe)},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, results)
+
+
+if __name__ == "__main__":
+    typer.run(main)
