@@ -107,7 +107,7 @@ def _chameleon(name: str) -> tuple[Any, dict[str, Any]]:
     processor.chat_template = PLAIN_TEMPLATE
     vocabulary = tokenizer.get_vocab()
     return processor, {
-        "vocabulary_map": {token: vocabulary[token] for token in ("<image>", "<pad>", *codes)},
+        "vocabulary_map": {word: vocabulary[word] for word in ("<image>", "<pad>", "<racm3:break>", "<eoss>", *codes)},
         "image_token_id": vocabulary["<image>"],
     }
 

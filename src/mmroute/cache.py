@@ -171,6 +171,29 @@ class RaggedCache(Cache):
                 stays[i] = mask & slots.valid
         self._compact(stays, ended)
 
+    def forget_rows(self, rows: list[bool], column: int, ended: list[int]) -> None:
+        """Takes what stands at or behind a logical column out of some rows, as if it had never entered them.
+
+        Args:
+            rows: [row]: whether it forgets; the columns stay, as padding.
+            column: where.
+            ended: [row]: as `close_hop` notes it in the trace.
+        """
+        gone: Tensor | None = None
+        for cache in (self, *self.depth):
+            stays: dict[int, Tensor] = {}
+            for i, layer in enumerate(cache.layers):
+                if layer.n is not None and any(layer.n):
+                    pos = layer.pos[:, : max(layer.n)]
+                    gone = torch.tensor(rows, device=pos.device)
+                    stays[i] = (pos >= 0) & ~((pos >= column) & gone[:, None])
+            cache._compact(stays, ended)
+        meta = self.meta
+        if meta and gone is not None:
+            meta["valid"][gone.to(meta["valid"].device), column:] = 0  # a view: what was forgotten counts no more
+        if self.in_hop is not None and gone is not None:
+            self.in_hop = self.in_hop.masked_fill(gone.to(self.in_hop.device), 0)
+
     def trim(self, pruner: Pruner) -> None:
         """Cuts layers that hold more of a row than the pruner's `cap` down to it. One device read if there are any."""
         assert pruner.cap is not None

@@ -26,8 +26,9 @@ from mmroute.beams import search
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.engine.attach import Routed, fit
 from mmroute.errors import ConfigError, InputError, UnsupportedCall
+from mmroute.interleave import interleaver
 from mmroute.rollout import Edit, Grid, Rollout, start
-from mmroute.think.base import Thinker
+from mmroute.think.base import Box, Thinker
 from mmroute.tokens import Modality
 from mmroute.trace import Call, HopClose, Trace
 
@@ -57,6 +58,10 @@ class Answer:
     """Generated ids."""
     latents: int = 0
     """Latent steps among `ar_steps`."""
+    pictures: list[list[int]] = field(repr=False, default_factory=list)
+    """Pictures that it drew as thoughts: token ids of their codes, row by row."""
+    boxes: list[Box] = field(default_factory=list)
+    """Boxes that it wrote and whose image features entered."""
 
 
 class Session:
@@ -89,6 +94,8 @@ class Session:
         """By conversation: the image tokens copied beside each latent, as a trace records them."""
         self._axes = 1
         """Numbers that make a position: 3 where it has a time, a row and a column."""
+        self.draws = False
+        """Whether logits are those of image tokens too, which the model's own forward may hide."""
 
     @property
     def grids(self) -> Tensor | None:
@@ -209,6 +216,50 @@ class Session:
         batch["attention_mask"] = placed(torch.ones_like(ids), 0)
         return self.append(batch, place_relevance(relevance, batch, self.routed), hops)
 
+    def insert(self, embeds: Tensor, mask: Tensor, hops: list[int], relevance: Tensor | None = None) -> Tensor:
+        """Enters image features as one segment of given vision positions, where positions are plain numbers.
+
+        Args:
+            embeds: (B, N, D); a row with fewer is padded on its left.
+            mask: (B, N), 1 where there is a feature.
+            hops: [row]: the hop they belong to.
+            relevance: (B, N) ground truth for pruners that ask for it.
+
+        Returns:
+            (B, V) logits; of no meaning in rows without features.
+        """
+        assert self.ids is not None and self.mask is not None and self.next_position is not None
+        start, N = self.ids.shape[1], embeds.shape[1]
+        for conversation, real in zip(self.rows, mask.tolist(), strict=True):
+            self._padding[conversation] += [start + i for i, value in enumerate(real) if not value]
+        positions = self.next_position[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
+        self.next_position = self.next_position + mask.sum(1)
+        placeholder = torch.full_like(mask, self.routed.model.config.image_token_id)
+        self.ids, self.mask = torch.cat([self.ids, placeholder], 1), torch.cat([self.mask, mask], 1)
+        self.cache.next = Chunk(
+            modality=mask * int(Modality.VISION),
+            valid=mask.bool(),
+            hop=torch.tensor(hops, device=mask.device)[:, None].expand(-1, N),
+            relevance=relevance,
+        )
+        logits = self._forward(None, positions, {"inputs_embeds": embeds, "logits_to_keep": 1})[:, -1]
+        self.calls[-1][0].hop = list(hops)
+        return logits
+
+    def forget(self, rows: list[bool], column: int, hops: list[int]) -> None:
+        """Some rows go on as if nothing had entered them at or behind a logical column.
+
+        Args:
+            rows: [row]: whether it forgets.
+            column: where.
+            hops: [row]: the hop that it is in.
+        """
+        assert self.mask is not None
+        self.cache.forget_rows(rows, column, [h if f else -1 for h, f in zip(hops, rows, strict=True)])
+        self.closes.append((self.cache.trace.closes[-1], list(self.rows)))
+        self.mask = self.mask.clone()
+        self.mask[rows, column:] = 0
+
     def write(self, ids: Tensor, mask: Tensor, hops: list[int]) -> Tensor:
         """Enters words that stand for what the model would write: all run, none is ranked before its hop is closed.
 
@@ -297,31 +348,27 @@ class Session:
                     found = {"hop": step, "row": 0, "columns": [c - bisect_left(pads, c) for c in at]}
                     self.replayed.setdefault(conversation, []).append(found)
 
-    def _forward(self, ids: Tensor, positions: Tensor, extra: dict[str, Any], latent: bool = False) -> Tensor:
+    def _forward(self, ids: Tensor | None, positions: Tensor, extra: dict[str, Any], latent: bool = False) -> Tensor:
         given = {k: v for k, v in extra.items() if v is not None}
-        if latent:  # the head's input is wanted too
-            del given["logits_to_keep"]
-            h = self.routed.controller.base(
-                input_ids=ids,
-                attention_mask=self.mask,
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                **given,
-            ).last_hidden_state[:, -1]
-            self._hidden = h
-            self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
-            return self.routed.family.head(self.routed.model, h)[:, None]
-        out = self.routed.model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            **given,
-        )
+        given |= {
+            "input_ids": ids,
+            "attention_mask": self.mask,
+            "position_ids": positions,
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        if latent or self.draws:  # the head's input is wanted too, or more of what it says
+            keep = given.pop("logits_to_keep")
+            h = self.routed.controller.base(**given).last_hidden_state
+            h = h[:, -keep:] if keep else h
+            if latent:
+                self._hidden = h[:, -1]
+            head = self.routed.family.head
+            logits = head(self.routed.model, h, images=True) if self.draws else head(self.routed.model, h)
+        else:
+            logits = self.routed.model(**given).logits
         self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
-        return out.logits
+        return logits
 
     def _images_by_row(self, batch: dict[str, Tensor]) -> list[list[Grid]]:
         """Grids of a segment's images by the row they belong to; rows may hold different numbers of images."""
@@ -505,6 +552,11 @@ def answer_many(
             f"{top_p}"
         )
     pruner = routed.controller.pruner
+    if (think.draws or think.looks) and (num_beams > 1 or observations is not None):
+        raise ConfigError(
+            "thoughts that hold pictures or boxes are written one at a time and bring their own images; leave "
+            "num_beams and observations out"
+        )
     if num_beams < 1 or (num_beams > 1 and (temperature or (pruner is not None and pruner.closes))):
         raise ConfigError(
             f"num_beams >= 1 is needed, and above 1 no temperature and no pruner that closes hops, given {num_beams} "
@@ -519,6 +571,7 @@ def answer_many(
     tokenizer = _processor(routed).tokenizer
     batch = prepared if prepared is not None else prepare(routed.model, _processor(routed), conversations)
     session = Session(routed, reserve=limit + think.columns)
+    session.draws = think.draws
     placed = place_relevance(relevance, batch, routed)
     if think.num_latents:
         if think.learned is None:
@@ -527,6 +580,7 @@ def answer_many(
         logits = session.think(think, seeds, edit)
     else:
         logits = session.append(batch, placed)
+    company = interleaver(session, think, _processor(routed), batch, relevance)
     draw = [torch.Generator().manual_seed(each) for each in seeds]
     ends = _end_ids(routed)
     written: list[list[int]] = [[] for _ in conversations]
@@ -544,9 +598,12 @@ def answer_many(
     if num_beams > 1:
         written = search(session, logits, num_beams, limit, ends, hop[0])
     for _ in range(limit if num_beams == 1 else 0):
+        if company is not None:
+            logits = company.limit(logits)
         ids = _sample(logits, temperature, top_p, [draw[r] for r in session.rows])
         values = ids.tolist()
-        over = [begins(v) and bool(written[r]) for r, v in zip(session.rows, values, strict=True)]
+        through = company.over if company is not None else set()
+        over = [(begins(v) or r in through) and bool(written[r]) for r, v in zip(session.rows, values, strict=True)]
         due = [i for i, (o, r) in enumerate(zip(over, session.rows, strict=True)) if o and in_step[r] and waiting[r]]
         if due:
             shown = {i: waiting[session.rows[i]].pop(0) for i in due}
@@ -576,19 +633,24 @@ def answer_many(
                     hop[row] += 1
                     cuts[row].append(len(written[row]) - 1)
         logits = session.step(ids, [hop[r] for r in session.rows])
+        if company is not None:
+            logits = company.follow(written, [hop[r] for r in session.rows], logits)
+
+    def said(ids: list[int]) -> str:
+        return tokenizer.decode(ids if company is None else company.words(ids), skip_special_tokens=True)
+
     return [
         Answer(
-            text=tokenizer.decode(ids, skip_special_tokens=True),
-            hops=[
-                tokenizer.decode(ids[a:b], skip_special_tokens=True)
-                for a, b in zip(cuts[row], [*cuts[row][1:], len(ids)], strict=True)
-            ],
+            text=said(ids),
+            hops=[said(ids[a:b]) for a, b in zip(cuts[row], [*cuts[row][1:], len(ids)], strict=True)],
             trace=session.trace_of(row),
             ar_steps=len(ids) + session.latents.get(row, 0),
             prompt_tokens=int(batch["attention_mask"][row].sum()),
             finished=ids[-1] in ends,
             ids=ids,
             latents=session.latents.get(row, 0),
+            pictures=company.pictures(ids) if company is not None else [],
+            boxes=company.boxes.get(row, []) if company is not None else [],
         )
         for row, ids in enumerate(written)
     ]

@@ -14,7 +14,7 @@ NAMES = hub.names("think")
 def test_a_way_to_think_says_how_to_ask_how_long_and_where_hops_begin(name):
     think = hub.load("think", name)
     assert isinstance(think, Thinker)
-    assert think.style in ("cot", "direct", "latent")
+    assert think.style in ("cot", "direct", "latent", "image")
     assert think.cues
     assert all(cue.strip() == cue and cue for cue in think.cues)
     assert isinstance(think.max_new_tokens, int)

@@ -31,8 +31,8 @@ def test_a_shipped_recipe_parses_and_builds_its_methods(name: str) -> None:
     read = recipe.read(name)
     assert read.name == name
     pruner = read.build("prune")
-    latent = ("latent", "latent-depth", "vedas", "coconut", "ivtlr", "pause")
-    assert (pruner is None) == (name in ("none", "cot", "direct", "prp-small", *latent))
+    beyond_words = ("latent", "latent-depth", "vedas", "coconut", "ivtlr", "pause", "image", "boxes")
+    assert (pruner is None) == (name in ("none", "cot", "direct", "prp-small", *beyond_words))
     if pruner is not None:
         method = "dare" if name.startswith("dare-") else {"cut": "schedule"}.get(name, name)
         assert type(pruner).__module__ == f"mmroute.prune.{method}"

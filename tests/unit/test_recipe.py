@@ -12,9 +12,10 @@ LATENT = ("latent", "latent-depth", "vedas", "coconut", "ivtlr", "pause")
 def test_every_shipped_recipe_builds(name):
     found = recipe.read(name)
     assert found.name == name
-    assert (found.build("prune") is None) == (name in ("none", "direct", "cot", "prp-small", *LATENT))
+    assert (found.build("prune") is None) == (name in ("none", "direct", "cot", "prp-small", "image", "boxes", *LATENT))
     assert (found.build("deepen") is None) == (name not in ("latent-depth", "vedas"))
-    assert found.build("think").style == ("latent" if name in LATENT else "direct" if name == "direct" else "cot")
+    style = "latent" if name in LATENT else name if name in ("direct", "image") else "cot"
+    assert found.build("think").style == style
 
 
 def test_the_recipes_of_the_command_line_are_there():

@@ -10,6 +10,7 @@ vision tower adds to.
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +20,27 @@ from torch import Tensor, nn
 from mmroute.errors import ConfigError, InputError, UnsupportedBackbone, UnsupportedCall
 from mmroute.trace import Shape
 
-__all__ = ["QUANTISED", "Family", "box", "rotate", "running_positions"]
+__all__ = ["QUANTISED", "Canvas", "Family", "box", "rotate", "running_positions"]
 
 QUANTISED = ("bitsandbytes", "torchao")
 """Ways of quantising whose linear layers take and give plain tensors, which is all that routing needs."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """How a model writes a picture: a begin, a fixed number of codes row by row, an end; all are token ids."""
+
+    begin: int
+    codes: tuple[int, ...]
+    """Ids of which pictures are made, by the code that each one stands for."""
+    end: int
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """Codes of one picture."""
+        return self.rows * self.columns
 
 
 def rotate(x: Float[Tensor, "B H N E"], cos: Float[Tensor, "b N E"], sin: Float[Tensor, "b N E"]) -> Tensor:
@@ -186,8 +204,14 @@ class Family(ABC):
         """`deep` as keywords of the text model, for positions that enter as embeddings."""
         raise UnsupportedCall(f"{self.name} adds nothing of the vision tower behind its first layer; leave out deep")
 
-    def head(self, model: Any, h: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
-        """Logits of hidden states behind the last norm, as the model's own forward gives them."""
+    def head(self, model: Any, h: Float[Tensor, "*n D"], images: bool = False) -> Float[Tensor, "*n V"]:
+        """Logits of hidden states behind the last norm, as the model's own forward gives them.
+
+        Args:
+            model: whose head it is.
+            h: behind the last norm.
+            images: those of image tokens too, where the model's own forward hides them.
+        """
         return model.get_output_embeddings()(h)
 
     # positions and images
@@ -271,3 +295,12 @@ class Family(ABC):
 
     def lock_images(self, model: Any) -> None:  # noqa: B027 (optional, like unlock_images)
         """Undoes `unlock_images`; nothing to do where there is nothing to unlock."""
+
+    def canvas(self, model: Any, processor: Any) -> Canvas:
+        """What pictures that the model writes are made of.
+
+        Raises:
+            UnsupportedCall: the family has none to write.
+            ConfigError: this checkpoint's vocabulary cannot bracket a picture.
+        """
+        raise UnsupportedCall(f"{self.name} writes text only; image thoughts need chameleon (Anole weights)")

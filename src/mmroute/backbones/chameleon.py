@@ -3,6 +3,7 @@
 Legend: B batch, N positions, D hidden, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,9 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmroute.backbones.base import Family
+from mmroute.backbones.base import Canvas, Family
+from mmroute.errors import ConfigError
 
-__all__ = ["Chameleon"]
+__all__ = ["BEGIN", "END", "Chameleon"]
+
+BEGIN, END = "<racm3:break>", "<eoss>"
+"""The words that bracket every picture, given or written; fixed in stock code too."""
 
 
 class Chameleon(Family):
@@ -34,13 +39,19 @@ class Chameleon(Family):
         """Vocabulary ids of image codes, ascending; unlocked or not."""
         return sorted(i for name, i in model.config.vocabulary_map.items() if name.startswith("IMGIMG"))
 
+    def delimiter_ids(self, model: Any) -> list[int]:
+        """Those of `BEGIN` and `END` that the checkpoint's vocabulary map names; a real one names all its words."""
+        known = model.config.vocabulary_map
+        return sorted(known[word] for word in (BEGIN, END) if word in known)
+
     def normed(self, layer: Any, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Raw `x` in the 34B's layers: they norm after attention, not before."""
         return x if type(layer).__name__ == "ChameleonSwinDecoderLayer" else layer.input_layernorm(x)
 
-    def head(self, model: Any, h: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
+    def head(self, model: Any, h: Float[Tensor, "*n D"], images: bool = False) -> Float[Tensor, "*n V"]:
         logits = model.get_output_embeddings()(h)
-        logits[..., model.model.vocabulary_mapping.image_tokens] = torch.finfo(logits.dtype).min  # unless unlocked
+        if not images:
+            logits[..., model.model.vocabulary_mapping.image_tokens] = torch.finfo(logits.dtype).min  # unless unlocked
         return logits
 
     def image_grid(self, model: Any, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -61,3 +72,16 @@ class Chameleon(Family):
     def lock_images(self, model: Any) -> None:
         """The stock behaviour again; the list is rebuilt when next asked for."""
         model.model.vocabulary_mapping.__dict__.pop("image_tokens", None)
+
+    def canvas(self, model: Any, processor: Any) -> Canvas:
+        """See `Family.canvas`: pictures have as many codes as the processor gives those of the prompt."""
+        mapping, known = model.model.vocabulary_mapping, model.config.vocabulary_map
+        missing = [word for word in (BEGIN, END) if word not in known]
+        if missing:
+            raise ConfigError(
+                f"{self.name}: vocabulary_map lacks {' and '.join(missing)}, which bracket a written picture; take the "
+                "config.json of a whole checkpoint, whose map names every word"
+            )
+        codes = tuple(mapping.img2bpe[code] for code in range(len(mapping.img2bpe)))
+        side = math.isqrt(processor.image_seq_length)
+        return Canvas(known[BEGIN], codes, known[END], side, side)

@@ -18,8 +18,9 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as hf_logging
 
-from mmroute.backbones import names, volcano
+from mmroute.backbones import names, volcano, vq
 from mmroute.backbones.base import QUANTISED
+from mmroute.backbones.chameleon import Chameleon
 from mmroute.errors import CheckpointMismatch, ConfigError, MissingExtra, MmrouteError, UnsupportedBackbone
 
 __all__ = ["bundled", "image_only", "load", "locate"]
@@ -50,6 +51,8 @@ def load(
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa",
 ) -> PreTrainedModel:
     """A stock model in eval mode with its processor as `model.processor`.
+
+    A Chameleon whose folder holds the decoder of its pictures (Anole) has it as `model.picture_decoder`, else None.
 
     Args:
         model: a checkpoint folder, a Hub id (`owner/name`), or a bundled checkpoint's name; None is `tiny`.
@@ -99,7 +102,11 @@ def load(
     _check_keys(name, report)
     loaded.config._name_or_path = str(name)
     loaded.processor = _processor(folder, kind, loaded)
-    return loaded.to(target).eval() if target is not None else loaded.eval()
+    if target is not None:
+        loaded.to(target)
+    if kind == Chameleon.name:
+        loaded.__dict__["picture_decoder"] = vq.find_decoder(folder, loaded)  # no part of the stock model's weights
+    return loaded.eval()
 
 
 @contextmanager
@@ -244,7 +251,7 @@ def _check_keys(name: str, report: Any) -> None:
             f"{name}: {len(missing)} weights are not in the checkpoint, e.g. {missing[0]}; config and weights "
             "are of different models"
         )
-    unexpected = sorted(report["unexpected_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not key.startswith(vq.PREFIX))
     if any(key.startswith("mmroute.") or ".mmroute." in key for key in unexpected):
         _LOG.warning("%s was saved while routing was attached; its routing parts are not loaded from here", name)
     elif unexpected:

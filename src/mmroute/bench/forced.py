@@ -56,11 +56,13 @@ def exact_chains(
 
 
 def _golds(routed: Routed, think: Thinker, task: Task, samples: Sequence[Sample]) -> list[list[int]] | None:
-    """Ids of the right responses; None if the task knows none or the vocabulary cannot write them."""
-    if not isinstance(task, Generated):
+    """Ids of the right responses; None if the task knows none, the vocabulary cannot write them, or they hold more
+    than words."""
+    if not isinstance(task, Generated) or think.draws or think.looks:
         return None
     tokenizer = routed.processor.tokenizer
-    responses = [task.words(Spec.from_dict(sample.meta["spec"]), think.style).response for sample in samples]
+    style: Any = think.style
+    responses = [task.words(Spec.from_dict(sample.meta["spec"]), style).response for sample in samples]
     golds = [[tokenizer.convert_tokens_to_ids(word) for word in response] for response in responses]
     unknown = {None, tokenizer.unk_token_id}
     return None if any(i in unknown for gold in golds for i in gold) else golds

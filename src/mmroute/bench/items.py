@@ -103,6 +103,8 @@ def messages(routed: Routed, task: Task, sample: Sample, think: Thinker) -> list
 
 def observations(sample: Sample) -> list[Any]:
     """The pictures that enter behind the item's steps, in order."""
+    if sample.meta.get("hop_images") == "generated":  # for the model to draw, not to be shown
+        return []
     return [sample.images[hop.image] for hop in sample.hops if hop.image >= 0]
 
 

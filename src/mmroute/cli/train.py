@@ -21,7 +21,7 @@ def root() -> None:
 
 @app.command()
 def backbone(
-    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe (tiny), or a YAML file.")] = "tiny",
+    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe (tiny, draw), or a YAML file.")] = "tiny",
     out: Annotated[Path, typer.Option(help="Folder of the run; the model comes to lie in its folder `model`.")] = Path(
         "runs/tiny"
     ),
@@ -33,6 +33,7 @@ def backbone(
 ) -> None:
     """Train a small stock model from scratch on generated worlds; killed at any moment, it goes on with --resume."""
     from mmroute.config import overrides
+    from mmroute.train import pictures
     from mmroute.train.backbone import train_backbone
     from mmroute.train.follow import following
     from mmroute.train.recipe import load_recipe
@@ -41,7 +42,10 @@ def backbone(
     if seed is not None:
         given["seed"] = seed
     with following(tensorboard) as followers:
-        folder = train_backbone(load_recipe(recipe, given), out, device, resume, followers)
+        if pictures.draws(recipe):
+            folder = pictures.train_pictures(recipe, given, out, device, resume, followers)
+        else:
+            folder = train_backbone(load_recipe(recipe, given), out, device, resume, followers)
     typer.echo(str(folder))
 
 

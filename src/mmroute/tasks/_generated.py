@@ -26,7 +26,7 @@ from mmroute.tasks._texts import BOS, EOS, IMAGE, VISION_END, VISION_START, Word
 __all__ = ["Generated"]
 
 MAX_PROBE_CELLS = 14
-_MODES = ("cot", "direct", "latent", "probe")
+_MODES = ("cot", "direct", "latent", "image", "probe")
 _WORDY = ("cot", "word", "direct")
 """Hop texts that end in the small models' `answer: X`."""
 
@@ -142,8 +142,8 @@ class Generated(Items):
 
         Args:
             sample: one of ours.
-            style: `cot`, `direct` or `probe` (the short words), `sentence` (plain English for general models, in the
-                wording that the option `prompt` names), `para` or `mvot-like`.
+            style: `cot`, `direct`, `latent`, `image` or `probe` (the short words), `sentence` (plain English for
+                general models, in the wording that the option `prompt` names), `para` or `mvot-like`.
 
         Raises:
             ConfigError: no such style, or a world that has no such wording.

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from mmroute.config import options, parse
 
-__all__ = ["Mind", "Thinker", "Thought"]
+__all__ = ["Box", "Mind", "Thinker", "Thought", "Window"]
+
+Box = tuple[float, float, float, float]
+"""Left, upper, right and lower edge, as shares of the picture's width and height."""
+Window = tuple[int, int, int, int]
+"""First row and column, rows and columns of cells of a grid."""
 
 
 @dataclass
@@ -76,11 +81,15 @@ class Thinker(ABC):
     class Config:
         pass
 
-    style: ClassVar[Literal["cot", "direct", "latent"]]
+    style: ClassVar[Literal["cot", "direct", "latent", "image"]]
     """Prompt style that generated tasks and benchmarks use for it."""
     config: Any
     needs_row: ClassVar[bool] = False
     """Whether `step` reads the attention on the image tokens and their embeddings."""
+    draws: ClassVar[bool] = False
+    """Whether hops end with pictures that the model writes; `interleave.Drawing` sees to them."""
+    looks: ClassVar[bool] = False
+    """Whether hops end with boxes, whose image features then enter; `interleave.Looking` sees to them."""
     learned: nn.Module | None = None
     """What `fit` made; it is trained and saved with the routers."""
 
@@ -115,6 +124,14 @@ class Thinker(ABC):
             words: embeddings of its text tokens.
             norm: weight of its last norm.
         """
+
+    def box_at(self, text: str) -> Box | None:
+        """The box that what was written so far ends with. Only for who `looks`."""
+        raise NotImplementedError
+
+    def window(self, box: Box, rows: int, columns: int) -> Window:
+        """The cells of a grid of image features that a box stands for. Only for who `looks`."""
+        raise NotImplementedError
 
     def step(self, mind: Mind) -> Thought:
         """The next latent step; marks in `mind` what it visits. Only for who has `num_latents`."""

@@ -120,7 +120,7 @@ class Optimisers:
 
     def __init__(self, model: nn.Module, weight_decay: float) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
+        matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n and "norm" not in n]
         taken = {id(p) for p in matrices}
         rest = [p for _, p in named if id(p) not in taken]
         self.muon = torch.optim.Muon(

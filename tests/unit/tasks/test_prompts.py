@@ -98,5 +98,5 @@ def test_a_template_that_cannot_be_used_says_why(tmp_path, text, told):
 
 def test_an_unknown_style_is_named_with_the_known_ones():
     task = hub.load("tasks", "maze")
-    with pytest.raises(ConfigError, match="cot, direct, latent, probe, sentence, para, mvot-like"):
+    with pytest.raises(ConfigError, match="cot, direct, latent, image, probe, sentence, para, mvot-like"):
         blocks(task, task.spec("val", 0), "poem")
