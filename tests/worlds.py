@@ -2,9 +2,13 @@
 
 import hashlib
 
+import pytest
+
 from mmroute.tasks.base import Generated, Spec
 
 WORLDS = ("maze", "frozenlake", "arrows", "gridspatial", "minibehavior", "needle")
+SEARCHED = [pytest.param(name, marks=[pytest.mark.slow] if name == "minibehavior" else []) for name in WORLDS]
+"""For tests that draw hundreds of items: a list of minibehavior is searched for, at some tenths of a second each."""
 ON_GROUND = WORLDS[:-1]
 """Worlds with a board on a canvas of 10 x 10 tiles; the needle's board is the canvas."""
 WITHOUT = {

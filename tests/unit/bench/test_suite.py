@@ -237,7 +237,8 @@ def test_results_of_another_size_stand_apart(done, recipe, model, tmp_path):
 
 
 def test_trained_folders_are_methods_of_one_table_and_new_weights_are_new_runs(recipe, model, tmp_path):
-    options = {"prune.first_layer": 0, "prune.cutoff_layer": 3, "think.max_new_tokens": 3}
+    options: dict[str, object] = {"prune.first_layer": 0, "prune.cutoff_layer": 3, "think.max_new_tokens": 3}
+    options |= {"prune.vision_keep": 0.4, "prune.cache_policy": "progressive"}
     sets = [f"{path}={value}" for path, value in options.items()]
     dare = recipes.read("dare-lh", [*sets, "trained=null"])
 
@@ -259,7 +260,7 @@ def test_trained_folders_are_methods_of_one_table_and_new_weights_are_new_runs(r
     lines = {line.row: line for line in compare.read_sheet(tmp_path / "ablate").lines}
     assert set(lines) == {"none", "mine", "append"}
     assert (lines["mine"].budget.vision, lines["mine"].budget.text) == (0.4, 0.7)
-    assert lines["mine"].results[0].method.config["prune"]["cache_policy"] == "auto"
+    assert lines["mine"].results[0].method.config["prune"]["cache_policy"] == "progressive"
     assert lines["mine"].results[0].model.trained == str(tmp_path / "router")
     control = schema.read_result(plan.folder / lines["mine"].results[0].method.control)
     assert control.method.config["prune"]["scorer"] == "random"
