@@ -28,7 +28,7 @@ RECIPES: Mapping[str, str] = {
     "vedas": "latent + depth + replay",
 }
 """By recipe: what the table calls it; the first is what the others are compared with."""
-ROUNDS = 3
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Row:
 
 
 def run(
-    n: int = 40,
+    n: int = 30,
     batch: int = 20,
     model: str = "tiny",
     say: Callable[[str], None] = lambda _: None,
