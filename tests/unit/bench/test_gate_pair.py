@@ -112,6 +112,7 @@ def test_an_evaluation_is_written_as_a_result_that_reads(trained: Path, folders:
 GATES = ("random", "probe", "self_ref", "self_consistency", "early", "oracle", "p_true")
 
 
+@pytest.mark.slow
 def test_a_bench_runs_from_end_to_end_and_goes_on_where_it_was_killed(
     folders: Path, recipe: recipes.Recipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def _command(monkeypatch, tmp_path, **options):
     gpu.main(out=tmp_path, device="cpu", **options)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_file_per_case_and_ends_with_one_json_line(monkeypatch, tmp_path, capsys):
     _command(monkeypatch, tmp_path, quick=True, seconds=60, commit="abc")
     files = {path.stem for path in tmp_path.glob("*.json")}
@@ -121,6 +122,7 @@ def test_the_command_writes_a_file_per_case_and_ends_with_one_json_line(monkeypa
     assert set(json.loads(line)) == files
 
 
+@pytest.mark.slow
 def test_a_copy_without_a_checkout_takes_the_commit_it_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(schema, "commit_of_source", lambda: ("", True))
     _command(monkeypatch, tmp_path, quick=True, seconds=60, commit="abc")
@@ -128,6 +130,7 @@ def test_a_copy_without_a_checkout_takes_the_commit_it_is_told(monkeypatch, tmp_
     assert {(run.commit, run.dirty) for run in runs} == {("abc", False)}
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_memory_or_the_time_is_named_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
     measure = gpu.measure
 
