@@ -54,7 +54,7 @@ class Row:
 
 
 def run(
-    n: int = 30,
+    n: int = 20,
     batch: int = 20,
     model: str = "tiny",
     say: Callable[[str], None] = lambda _: None,
