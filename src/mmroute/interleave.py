@@ -18,7 +18,7 @@ from torch import Tensor
 from mmroute.backbones.base import Canvas
 from mmroute.cache import Chunk
 from mmroute.errors import UnsupportedCall
-from mmroute.think.base import Box, Thinker, Window
+from mmroute.think.base import Box, LookingThinker, Thinker, Window
 from mmroute.tokens import Modality
 from mmroute.trace import Call
 
@@ -184,7 +184,7 @@ class Looking(Interleaver):
     def __init__(
         self,
         session: "Session",
-        think: Thinker,
+        think: LookingThinker,
         tokenizer: Any,
         batch: Mapping[str, Tensor],
         relevance: Sequence[Sequence[float]] | None = None,
@@ -296,6 +296,6 @@ def interleaver(
     if think.draws:
         canvas = routed.family.canvas(routed.model, processor)
         return Drawing(session, canvas, relevance, last_only=think.config.context == "markov2")
-    if think.looks:
+    if isinstance(think, LookingThinker):
         return Looking(session, think, processor.tokenizer, batch, relevance)
     return None

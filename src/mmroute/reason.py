@@ -28,7 +28,7 @@ from mmroute.engine.attach import Routed, fit
 from mmroute.errors import ConfigError, InputError, UnsupportedCall
 from mmroute.interleave import interleaver
 from mmroute.rollout import Edit, Grid, Rollout, start
-from mmroute.think.base import Box, Thinker
+from mmroute.think.base import Box, LatentThinker, LookingThinker, Thinker
 from mmroute.tokens import Modality
 from mmroute.trace import Call, HopClose, Trace
 
@@ -299,7 +299,7 @@ class Session:
             self.calls[-1][0].hop = list(hops)
         return logits
 
-    def think(self, think: Thinker, seeds: Sequence[int], edit: Edit | None = None) -> Tensor:
+    def think(self, think: LatentThinker, seeds: Sequence[int], edit: Edit | None = None) -> Tensor:
         """Takes the latent steps behind a prompt that was entered for them.
 
         Args:
@@ -552,7 +552,7 @@ def answer_many(
             f"{top_p}"
         )
     pruner = routed.controller.pruner
-    if (think.draws or think.looks) and (num_beams > 1 or observations is not None):
+    if (think.draws or isinstance(think, LookingThinker)) and (num_beams > 1 or observations is not None):
         raise ConfigError(
             "thoughts that hold pictures or boxes are written one at a time and bring their own images; leave "
             "num_beams and observations out"
@@ -573,7 +573,7 @@ def answer_many(
     session = Session(routed, reserve=limit + think.columns)
     session.draws = think.draws
     placed = place_relevance(relevance, batch, routed)
-    if think.num_latents:
+    if isinstance(think, LatentThinker) and think.num_latents:
         if think.learned is None:
             fit(think, routed.family, routed.model)
         session.append(batch, placed, think=think)

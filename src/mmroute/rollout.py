@@ -19,7 +19,7 @@ from torch import Tensor
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.engine.attach import Routed
 from mmroute.engine.select import first_true
-from mmroute.think.base import Mind, Thinker, Thought
+from mmroute.think.base import LatentThinker, Mind, Thought
 from mmroute.tokens import Modality
 
 __all__ = ["Edit", "Grid", "Rollout", "start"]
@@ -32,7 +32,7 @@ Edit = Callable[[int, Thought], Thought]
 
 def start(
     cache: RaggedCache,
-    think: Thinker,
+    think: LatentThinker,
     *,
     hidden: Float[Tensor, "B D"],
     modality: Int[Tensor, "B N"],
@@ -101,7 +101,7 @@ class Rollout:
     def __init__(
         self,
         routed: Routed,
-        think: Thinker,
+        think: LatentThinker,
         cache: RaggedCache,
         mind: Mind,
         mask: Int[Tensor, "B N"],

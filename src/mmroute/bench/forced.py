@@ -17,7 +17,7 @@ from mmroute.bench import items
 from mmroute.engine.attach import Routed
 from mmroute.reason import Session, place_relevance
 from mmroute.tasks.base import Generated, Sample, Spec, Task
-from mmroute.think.base import Thinker
+from mmroute.think.base import LookingThinker, Thinker
 
 __all__ = ["Forced", "exact_chains", "force_chains"]
 
@@ -58,7 +58,7 @@ def exact_chains(
 def _golds(routed: Routed, think: Thinker, task: Task, samples: Sequence[Sample]) -> list[list[int]] | None:
     """Ids of the right responses; None if the task knows none, the vocabulary cannot write them, or they hold more
     than words."""
-    if not isinstance(task, Generated) or think.draws or think.looks:
+    if not isinstance(task, Generated) or think.draws or isinstance(think, LookingThinker):
         return None
     tokenizer = routed.processor.tokenizer
     style: Any = think.style

@@ -34,7 +34,7 @@ from mmroute.reason import Session, _end_ids
 from mmroute.recipe import Recipe, equip
 from mmroute.tasks._grid import step as moved
 from mmroute.tasks.base import Generated, Sample, Spec, Task
-from mmroute.think.base import Thinker, Thought
+from mmroute.think.base import LatentThinker, Thought
 from mmroute.tokens import Modality
 
 __all__ = ["CHANGES", "INTERVENTIONS", "Effect", "Report", "forget_latents", "intervene", "lines"]
@@ -154,7 +154,7 @@ def intervene(
     return Report(plan.task, recipe.name, plan.n, plan.seed, accuracy, steps, collapse(latents_of(items)), effects)
 
 
-def _effect(routed: Routed, think: Thinker, task: Task, items: list[Item], name: str, batch: int) -> Effect:
+def _effect(routed: Routed, think: LatentThinker, task: Task, items: list[Item], name: str, batch: int) -> Effect:
     groups: dict[tuple[int, Any], list[Item]] = defaultdict(list)
     for item in items:
         if len(item.latents):
@@ -181,7 +181,9 @@ def _effect(routed: Routed, think: Thinker, task: Task, items: list[Item], name:
     return Effect(fmean(after), len(after), difference.diff, difference.low, difference.high, share)
 
 
-def _again(routed: Routed, think: Thinker, items: list[Item], donors: list[Item], name: str, steps: int) -> list[str]:
+def _again(
+    routed: Routed, think: LatentThinker, items: list[Item], donors: list[Item], name: str, steps: int
+) -> list[str]:
     """Answers under an intervention, with the number of steps that the items took by themselves."""
     options = {**resolved(think.config), "num_latents": steps, "stop": "fixed"}
     if name == "random_copies" and "replay_pick" in options:
@@ -189,7 +191,7 @@ def _again(routed: Routed, think: Thinker, items: list[Item], donors: list[Item]
     if name == "fewer_steps":
         options["num_latents"] = steps - 1
     kind = hub.name_of("think", type(think))
-    again = hub.load("think", kind, **options) if kind is not None else type(think)(**options)
+    again: LatentThinker = hub.load("think", kind, **options) if kind is not None else type(think)(**options)
     again.learned = think.learned
     if name == "mask":
         return _masked(routed, again, items)
@@ -207,7 +209,7 @@ def _again(routed: Routed, think: Thinker, items: list[Item], donors: list[Item]
     return [a.text for a in routed.answer_many([item.chat for item in items], think=again, edit=edit)]
 
 
-def _masked(routed: Routed, think: Thinker, items: list[Item]) -> list[str]:
+def _masked(routed: Routed, think: LatentThinker, items: list[Item]) -> list[str]:
     """Answers where no later position sees a latent: what it holds goes on through the state that is fed back alone."""
     session = Session(routed)
     session.append(prepare(routed.model, routed.processor, [item.chat for item in items]), think=think)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmroute.bench.items import messages
 from mmroute.engine.attach import Routed
 from mmroute.tasks.base import Sample, Task
-from mmroute.think.base import Thinker, Thought
+from mmroute.think.base import LatentThinker, Thought
 
 __all__ = ["Item", "latents_of", "recorded"]
 
@@ -35,7 +35,7 @@ def latents_of(items: Sequence[Item]) -> list[Float[Tensor, "T D"]]:
     return [item.latents for item in items if len(item.latents)]
 
 
-def recorded(routed: Routed, think: Thinker, task: Task, samples: Sequence[Sample]) -> list[Item]:
+def recorded(routed: Routed, think: LatentThinker, task: Task, samples: Sequence[Sample]) -> list[Item]:
     """Asks a batch and keeps what each latent step fed back."""
     chats = [messages(routed, task, sample, think) for sample in samples]
     seen: list[Tensor] = []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmroute.config import options, parse
 
-__all__ = ["Box", "Mind", "Thinker", "Thought", "Window"]
+__all__ = ["Box", "LatentThinker", "LookingThinker", "Mind", "Thinker", "Thought", "Window"]
 
 Box = tuple[float, float, float, float]
 """Left, upper, right and lower edge, as shares of the picture's width and height."""
@@ -85,11 +85,9 @@ class Thinker(ABC):
     """Prompt style that generated tasks and benchmarks use for it."""
     config: Any
     needs_row: ClassVar[bool] = False
-    """Whether `step` reads the attention on the image tokens and their embeddings."""
+    """Whether it reads the attention on the image tokens and their embeddings."""
     draws: ClassVar[bool] = False
     """Whether hops end with pictures that the model writes; `interleave.Drawing` sees to them."""
-    looks: ClassVar[bool] = False
-    """Whether hops end with boxes, whose image features then enter; `interleave.Looking` sees to them."""
     learned: nn.Module | None = None
     """What `fit` made; it is trained and saved with the routers."""
 
@@ -125,18 +123,38 @@ class Thinker(ABC):
             norm: weight of its last norm.
         """
 
-    def box_at(self, text: str) -> Box | None:
-        """The box that what was written so far ends with. Only for who `looks`."""
-        raise NotImplementedError
-
-    def window(self, box: Box, rows: int, columns: int) -> Window:
-        """The cells of a grid of image features that a box stands for. Only for who `looks`."""
-        raise NotImplementedError
-
-    def step(self, mind: Mind) -> Thought:
-        """The next latent step; marks in `mind` what it visits. Only for who has `num_latents`."""
-        raise NotImplementedError
-
     @abstractmethod
     def starts_hop(self, piece: str) -> bool:
         """Whether a generated token with this text begins a new hop; the hop before it is then closed."""
+
+
+class LatentThinker(Thinker):
+    """Thinks in latent steps between the prompt and what is written."""
+
+    style = "latent"
+
+    @property
+    @abstractmethod
+    def num_latents(self) -> int:
+        """Latent steps at most."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> int:
+        """Positions that all of them enter at most."""
+
+    @abstractmethod
+    def step(self, mind: Mind) -> Thought:
+        """The next latent step; marks in `mind` what it visits."""
+
+
+class LookingThinker(Thinker):
+    """Ends hops with boxes, whose image features then enter; `interleave.Looking` sees to them."""
+
+    @abstractmethod
+    def box_at(self, text: str) -> Box | None:
+        """The box that what was written so far ends with."""
+
+    @abstractmethod
+    def window(self, box: Box, rows: int, columns: int) -> Window:
+        """The cells of a grid of image features that a box stands for."""

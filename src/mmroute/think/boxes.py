@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mmroute.config import options
-from mmroute.think.base import Box, Thinker, Window
+from mmroute.think.base import Box, LookingThinker, Window
 
 __all__ = ["Boxes"]
 
@@ -25,7 +25,7 @@ _NUMBER = r"\s*(\d(?:\.\d+)?)\s*"
 _BOX = re.compile(rf"<coor>{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}</coor>$")
 
 
-class Boxes(Thinker):
+class Boxes(LookingThinker):
     """Grounded thoughts: each hop looks again where it points."""
 
     @options
@@ -42,7 +42,6 @@ class Boxes(Thinker):
         """Appended to a free question; the release's own words, its spelling too, since VolCano was trained on them."""
 
     style = "cot"
-    looks = True
     config: Config
 
     @property

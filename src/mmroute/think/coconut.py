@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmroute.config import options
-from mmroute.think.base import Mind, Thinker, Thought
+from mmroute.think.base import LatentThinker, Mind, Thought
 from mmroute.tokens import Modality
 
 __all__ = ["Coconut"]
@@ -22,7 +22,7 @@ __all__ = ["Coconut"]
 MAX_LATENTS = 64
 
 
-class Coconut(Thinker):
+class Coconut(LatentThinker):
     """Latent steps without images."""
 
     @options
@@ -41,7 +41,6 @@ class Coconut(Thinker):
         instruction: str = "Answer with the final answer only."
         """Appended to a free question."""
 
-    style = "latent"
     config: Any
 
     @property

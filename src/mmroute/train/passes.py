@@ -21,7 +21,7 @@ from mmroute.engine.attach import Routed
 from mmroute.engine.controller import MAX_HOPS
 from mmroute.errors import ConfigError
 from mmroute.rollout import Edit, Rollout, start
-from mmroute.think.base import Thinker, Thought
+from mmroute.think.base import LatentThinker, Thought
 from mmroute.train.coherence import TokenSR, coherence_loss
 from mmroute.train.curriculum import TrainConfig
 from mmroute.train.examples import IGNORED
@@ -48,7 +48,7 @@ class Worked:
 class Passes:
     """Runs lessons through one attached model; holds no state of a run."""
 
-    def __init__(self, routed: Routed, think: Thinker, config: TrainConfig, sr: TokenSR | None = None) -> None:
+    def __init__(self, routed: Routed, think: LatentThinker, config: TrainConfig, sr: TokenSR | None = None) -> None:
         """
         Args:
             routed: an attached model with its processor.

@@ -30,6 +30,7 @@ from mmroute.config import parse
 from mmroute.engine.attach import Routed, attach
 from mmroute.errors import ConfigError, InputError
 from mmroute.tasks.base import Generated, Spec
+from mmroute.think.base import LatentThinker
 from mmroute.train.coherence import TokenSR
 from mmroute.train.curriculum import Stage, TrainConfig
 from mmroute.train.delta import save_delta
@@ -95,7 +96,7 @@ class VedasRun:
     ) -> None:
         """Opens the folder and attaches the model; see `train_vedas`. Use it as a context manager."""
         think = recipe.build("think")
-        if recipe.train is None or think.style != "latent":
+        if recipe.train is None or not isinstance(think, LatentThinker):
             raise ConfigError(
                 f"recipe {recipe.name}: training latents needs think.name coconut, ivtlr, vedas or pause, and a "
                 "section `train`"
