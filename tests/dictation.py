@@ -28,5 +28,5 @@ def dictated(monkeypatch: pytest.MonkeyPatch, scripts: Sequence[Sequence[int]]) 
         return torch.tensor([scripts[row][len(seen[row]) - 1] for row in rows])
 
     with monkeypatch.context() as patch:
-        patch.setattr(reason, "_sample", write)
+        patch.setattr(reason, "sample", write)
         yield seen

@@ -29,7 +29,7 @@ from mmroute.engine.attach import attach
 from mmroute.errors import BudgetError, ConfigError, InputError
 from mmroute.prune._budget import check_budget
 from mmroute.prune.schedule import Schedule
-from mmroute.reason import Session
+from mmroute.session import Session
 
 __all__ = [
     "Cliff",

@@ -23,7 +23,7 @@ from mmroute.tokens import Modality
 from mmroute.trace import Call
 
 if TYPE_CHECKING:
-    from mmroute.reason import Session
+    from mmroute.session import Session
 
 __all__ = ["Drawing", "Interleaver", "Looking", "interleaver"]
 

@@ -10,9 +10,8 @@ Legend: B batch, N positions, V vocabulary.
 """
 
 import logging
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,16 @@ from torch import Tensor
 from mmroute import hub
 from mmroute.backbones.images import check_prompt, open_images, prepare
 from mmroute.beams import search
-from mmroute.cache import Chunk, RaggedCache
+from mmroute.decoding import end_ids, processor_of, sample
 from mmroute.engine.attach import Routed, fit
-from mmroute.errors import ConfigError, InputError, UnsupportedCall
+from mmroute.errors import ConfigError, InputError
 from mmroute.interleave import interleaver
-from mmroute.rollout import Edit, Grid, Rollout, start
+from mmroute.rollout import Edit
+from mmroute.session import Session, place_relevance
 from mmroute.think.base import Box, LatentThinker, LookingThinker, Thinker
-from mmroute.tokens import Modality
-from mmroute.trace import Call, HopClose, Trace
+from mmroute.trace import Trace
 
-__all__ = ["Answer", "Session", "answer", "answer_many", "converse", "place_relevance"]
+__all__ = ["Answer", "answer", "answer_many", "converse"]
 
 log = logging.getLogger(__name__)
 
@@ -64,386 +63,6 @@ class Answer:
     """Boxes that it wrote and whose image features entered."""
 
 
-class Session:
-    """One batch of conversations on one routed cache.
-
-    Positions are always explicit: a model's own notion of where it stands is model state, and two sessions on one
-    model would mix theirs up.
-    """
-
-    def __init__(self, routed: Routed, reserve: int = 0) -> None:
-        self.routed = routed
-        self.cache: RaggedCache = routed.new_cache()
-        self.ids: Tensor | None = None
-        self.mask: Tensor | None = None
-        self.next_position: Tensor | None = None
-        self.rows: list[int] = []
-        """Conversations still in the batch, by their first index."""
-        self.calls: list[tuple[Call, list[int]]] = []
-        """Every forward call with the conversations that took part."""
-        self.closes: list[tuple[HopClose, list[int]]] = []
-        self._grids: list[list[Tensor]] = []
-        self._padding: dict[int, list[int]] = {}
-        self._reserve = reserve
-        self._images: list[list[Grid]] = []
-        self._positions: Tensor | None = None
-        self._hidden: Tensor | None = None
-        self.latents: dict[int, int] = {}
-        """Latent steps by conversation."""
-        self.replayed: dict[int, list[dict[str, Any]]] = {}
-        """By conversation: the image tokens copied beside each latent, as a trace records them."""
-        self._axes = 1
-        """Numbers that make a position: 3 where it has a time, a row and a column."""
-        self.draws = False
-        """Whether logits are those of image tokens too, which the model's own forward may hide."""
-
-    @property
-    def grids(self) -> Tensor | None:
-        """(images, 3): the patch grid of every image so far, row by row, where the family has grids."""
-        flat = [grid for row in self._grids for grid in row]
-        return torch.stack(flat) if flat else None
-
-    def append(
-        self,
-        batch: dict[str, Tensor],
-        relevance: Tensor | None = None,
-        hops: list[int] | None = None,
-        think: Thinker | None = None,
-    ) -> Tensor:
-        """Enters a prompt, or an observation with new images, as one segment.
-
-        Args:
-            batch: `input_ids` (B, N), `attention_mask` (B, N) of this segment, and its image tensors. Rows may hold
-                different numbers of images; a shorter row is padded on its left.
-            relevance: (B, N) ground truth for pruners that ask for it.
-            hops: [row]: the hop the segment belongs to; None is 0, the prompt's.
-            think: whose latent steps follow.
-
-        Returns:
-            (B, V) logits of each row's last position.
-
-        Raises:
-            UnsupportedCall: latent steps have been taken; places behind them cannot be told from ids.
-        """
-        if self.latents:
-            raise UnsupportedCall("an observation behind latent steps is not supported; take them after the last one")
-        return self._enter(batch, relevance, hops, think=think)[:, -1]
-
-    def _enter(
-        self,
-        batch: dict[str, Tensor],
-        relevance: Tensor | None,
-        hops: list[int] | None,
-        every: bool = False,
-        think: Thinker | None = None,
-    ) -> Tensor:
-        """(B, N, V) logits of a segment's positions, or (B, 1, V) of its last one."""
-        routed, family = self.routed, self.routed.family
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        start = 0 if self.ids is None else self.ids.shape[1]
-        if self.ids is None:
-            self.rows = list(range(ids.shape[0]))
-            self.cache.reserve(ids.shape[1] + self._reserve)
-        else:
-            ids = torch.cat([self.ids, ids], 1)
-            mask = torch.cat([self.mask, mask], 1)  # type: ignore[list-item]
-        if batch.get("image_grid_thw") is not None:
-            fresh = self._by_row(batch)
-            self._grids = [old + new for old, new in zip(self._grids or [[] for _ in fresh], fresh, strict=True)]
-        for conversation, real in zip(self.rows, batch["attention_mask"].tolist(), strict=True):
-            pads = [start + i for i, value in enumerate(real) if not value]
-            self._padding[conversation] = self._padding.get(conversation, []) + pads
-        positions = family.positions(routed.model, ids, mask, self.grids)
-        self.ids, self.mask = ids, mask
-        self._axes = positions.shape[0] if positions.ndim == 3 else 1
-        top = positions.amax(0) if positions.ndim == 3 else positions
-        self.next_position = top.masked_fill(mask == 0, -1).amax(1) + 1
-        images = {k: batch[k] for k in family.image_kwargs(batch)}
-        if hops is not None:
-            chunk = self.cache.next or Chunk()
-            chunk.hop = torch.tensor(hops, device=ids.device)[:, None].expand(-1, ids.shape[1] - start)
-            self.cache.next = chunk
-        if think is not None:
-            chunk = self.cache.next or Chunk()
-            chunk.watch = think.needs_row
-            self.cache.next = chunk
-            self._positions = positions if positions.ndim == 3 else positions[None]
-            self._images = self._images_by_row(batch) if images else [[] for _ in self.rows]
-        given = {"relevance": relevance, **images, "logits_to_keep": 0 if every else 1}
-        logits = self._forward(ids[:, start:], positions[..., start:], given, think is not None)
-        if hops is not None:
-            self.calls[-1][0].hop = list(hops)
-        return logits
-
-    def observe(
-        self, pictures: Sequence[Any], hops: list[int], relevance: Sequence[Sequence[float]] | None = None
-    ) -> Tensor:
-        """Enters a picture, between its delimiters, in every row that has one to see.
-
-        Args:
-            pictures: [row]: path, bytes or Pillow image, or None where nothing is to be seen.
-            hops: [row]: the hop that each row is in.
-            relevance: [row]: ground truth for pruners that ask for it, one number per vision position of its picture.
-
-        Returns:
-            (B, V) logits; of no meaning in rows without a picture.
-        """
-        controller = self.routed.controller
-        rows = [i for i, picture in enumerate(pictures) if picture is not None]
-        chats = [[{"role": "user", "content": [{"type": "image", "image": pictures[i]}]}] for i in rows]
-        given = prepare(self.routed.model, _processor(self.routed), chats)
-        ids = given["input_ids"]
-        picture, bracket = controller.table[ids] == Modality.VISION, controller.delimiters[ids]
-        # Of what a chat template prints only the picture and the delimiters that touch it, padded on the left.
-        start = picture.long().argmax(1)
-        start = start - (bracket.gather(1, (start - 1).clamp(min=0)[:, None]).squeeze(1) & (start > 0)).long()
-        end = ids.shape[1] - picture.flip(1).long().argmax(1)
-        after = bracket.gather(1, end.clamp(max=ids.shape[1] - 1)[:, None]).squeeze(1) & (end < ids.shape[1])
-        end = end + after.long()
-        width = int((end - start).max())
-        at = end[:, None] - width + torch.arange(width, device=ids.device)
-        real = at >= start[:, None]
-
-        def placed(values: Tensor, fill: int) -> Tensor:
-            out = values.new_full((len(pictures), width), fill)
-            out[rows] = values.gather(1, at.clamp(min=0)).masked_fill(~real, fill)
-            return out
-
-        batch = {k: given[k] for k in self.routed.family.image_kwargs(given)}
-        if "mm_token_type_ids" in batch:
-            batch["mm_token_type_ids"] = placed(batch["mm_token_type_ids"], 0)
-        batch["input_ids"] = placed(ids, _processor(self.routed).tokenizer.pad_token_id or 0)
-        batch["attention_mask"] = placed(torch.ones_like(ids), 0)
-        return self.append(batch, place_relevance(relevance, batch, self.routed), hops)
-
-    def insert(self, embeds: Tensor, mask: Tensor, hops: list[int], relevance: Tensor | None = None) -> Tensor:
-        """Enters image features as one segment of given vision positions, where positions are plain numbers.
-
-        Args:
-            embeds: (B, N, D); a row with fewer is padded on its left.
-            mask: (B, N), 1 where there is a feature.
-            hops: [row]: the hop they belong to.
-            relevance: (B, N) ground truth for pruners that ask for it.
-
-        Returns:
-            (B, V) logits; of no meaning in rows without features.
-        """
-        assert self.ids is not None and self.mask is not None and self.next_position is not None
-        start, N = self.ids.shape[1], embeds.shape[1]
-        for conversation, real in zip(self.rows, mask.tolist(), strict=True):
-            self._padding[conversation] += [start + i for i, value in enumerate(real) if not value]
-        positions = self.next_position[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
-        self.next_position = self.next_position + mask.sum(1)
-        placeholder = torch.full_like(mask, self.routed.model.config.image_token_id)
-        self.ids, self.mask = torch.cat([self.ids, placeholder], 1), torch.cat([self.mask, mask], 1)
-        self.cache.next = Chunk(
-            modality=mask * int(Modality.VISION),
-            valid=mask.bool(),
-            hop=torch.tensor(hops, device=mask.device)[:, None].expand(-1, N),
-            relevance=relevance,
-        )
-        logits = self._forward(None, positions, {"inputs_embeds": embeds, "logits_to_keep": 1})[:, -1]
-        self.calls[-1][0].hop = list(hops)
-        return logits
-
-    def forget(self, rows: list[bool], column: int, hops: list[int]) -> None:
-        """Some rows go on as if nothing had entered them at or behind a logical column.
-
-        Args:
-            rows: [row]: whether it forgets.
-            column: where.
-            hops: [row]: the hop that it is in.
-        """
-        assert self.mask is not None
-        self.cache.forget_rows(rows, column, [h if f else -1 for h, f in zip(hops, rows, strict=True)])
-        self.closes.append((self.cache.trace.closes[-1], list(self.rows)))
-        self.mask = self.mask.clone()
-        self.mask[rows, column:] = 0
-
-    def write(self, ids: Tensor, mask: Tensor, hops: list[int]) -> Tensor:
-        """Enters words that stand for what the model would write: all run, none is ranked before its hop is closed.
-
-        Args:
-            ids: (B, N), a row with fewer words padded on its left.
-            mask: (B, N), 1 where there is a word.
-            hops: [row]: the hop the words belong to.
-
-        Returns:
-            (B, N, V) logits behind every word.
-        """
-        assert self.ids is not None
-        self.cache.next = Chunk(generated=mask.bool(), valid=mask.bool())
-        return self._enter({"input_ids": ids, "attention_mask": mask}, None, hops, every=True)
-
-    def step(self, ids: Tensor, hops: list[int] | None = None) -> Tensor:
-        """Enters one generated token per row.
-
-        Args:
-            ids: (B,).
-            hops: [row]: the hop each token belongs to.
-
-        Returns:
-            (B, V) logits.
-        """
-        assert self.ids is not None and self.mask is not None and self.next_position is not None
-        self.ids = torch.cat([self.ids, ids[:, None]], 1)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
-        positions = self.next_position[:, None]
-        if self._axes == 3:
-            positions = positions.expand(3, -1, -1)
-        self.next_position = self.next_position + 1
-        if hops is not None:
-            self.cache.next = Chunk(hop=torch.tensor(hops, device=ids.device)[:, None])
-        logits = self._forward(ids[:, None], positions, {"logits_to_keep": 1})[:, -1]
-        if hops is not None:
-            self.calls[-1][0].hop = list(hops)
-        return logits
-
-    def think(self, think: LatentThinker, seeds: Sequence[int], edit: Edit | None = None) -> Tensor:
-        """Takes the latent steps behind a prompt that was entered for them.
-
-        Args:
-            think: as given to `append`.
-            seeds: [row]: a number for each conversation.
-            edit: changes what a step enters.
-
-        Returns:
-            (B, V) logits after each row's last step.
-        """
-        assert self.mask is not None and self._positions is not None and self._hidden is not None
-        routed, before = self.routed, self.mask.shape[1]
-        mind = start(
-            self.cache,
-            think,
-            hidden=self._hidden,
-            modality=self.cache.meta["modality"].long(),
-            valid=self.mask.bool(),
-            positions=self._positions,
-            grids=self._images,
-            seeds=torch.tensor(seeds, device=self.mask.device),
-        )
-        rollout, first = Rollout(routed, think, self.cache, mind, self.mask, edit), len(self.cache.trace.calls)
-        rollout.run(stop_id=_stop_id(routed, think))
-        self.mask, self.next_position = rollout.mask, mind.next_position
-        assert self.ids is not None
-        self.ids = torch.cat([self.ids, self.ids.new_zeros(len(self.ids), rollout.columns)], 1)
-        for call in self.cache.trace.calls[first:]:
-            call.kind = "decode"  # one sequential step, however many positions it brings
-            self.calls.append((call, list(self.rows)))
-        valid = rollout.mask[:, before:].tolist()
-        for b, conversation in enumerate(self.rows):
-            self._padding[conversation] += [before + i for i, real in enumerate(valid[b]) if not real]
-            self.latents[conversation] = rollout.steps[b]
-        self._note_replays(rollout)
-        return routed.family.head(routed.model, mind.hidden)
-
-    def _note_replays(self, rollout: Rollout) -> None:
-        columns = rollout.mind.columns.tolist()
-        for step, thought in enumerate(rollout.thoughts, start=1):
-            sources = thought.source.tolist()
-            for b, conversation in enumerate(self.rows):
-                pads = self._padding[conversation]
-                at = [columns[b][i] for i in sources[b] if i >= 0]
-                if step <= rollout.steps[b] and at:
-                    found = {"hop": step, "row": 0, "columns": [c - bisect_left(pads, c) for c in at]}
-                    self.replayed.setdefault(conversation, []).append(found)
-
-    def _forward(self, ids: Tensor | None, positions: Tensor, extra: dict[str, Any], latent: bool = False) -> Tensor:
-        given = {k: v for k, v in extra.items() if v is not None}
-        given |= {
-            "input_ids": ids,
-            "attention_mask": self.mask,
-            "position_ids": positions,
-            "past_key_values": self.cache,
-            "use_cache": True,
-        }
-        if latent or self.draws:  # the head's input is wanted too, or more of what it says
-            keep = given.pop("logits_to_keep")
-            h = self.routed.controller.base(**given).last_hidden_state
-            h = h[:, -keep:] if keep else h
-            if latent:
-                self._hidden = h[:, -1]
-            head = self.routed.family.head
-            logits = head(self.routed.model, h, images=True) if self.draws else head(self.routed.model, h)
-        else:
-            logits = self.routed.model(**given).logits
-        self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
-        return logits
-
-    def _images_by_row(self, batch: dict[str, Tensor]) -> list[list[Grid]]:
-        """Grids of a segment's images by the row they belong to; rows may hold different numbers of images."""
-        grids = self.routed.family.image_grid(self.routed.model, batch)
-        out: list[list[Grid]] = []
-        for vision in (self.routed.controller.table[batch["input_ids"]] == 1).sum(1).tolist():
-            out.append([])
-            while vision > 0:
-                rows, columns = grids.pop(0)
-                vision -= rows * columns
-                out[-1].append((rows, columns))
-        return out
-
-    def _by_row(self, batch: dict[str, Tensor]) -> list[list[Tensor]]:
-        """The same as the patch grids of the processor."""
-        grids = iter(batch["image_grid_thw"])
-        return [[next(grids) for _ in row] for row in self._images_by_row(batch)]
-
-    def close_hop(self, ended: list[int]) -> None:
-        """Compresses what a finished hop left behind, if the pruner does such a thing.
-
-        Args:
-            ended: [row]: the hop that row has just finished; -1 where none ended.
-        """
-        pruner = self.routed.controller.pruner
-        if pruner is not None and pruner.closes:
-            self.cache.close_hop(pruner, ended)
-            self.closes.append((self.cache.trace.closes[-1], list(self.rows)))
-
-    def keep_rows(self, stays: list[int]) -> None:
-        """Only these rows of the batch, by their present index, go on."""
-        assert self.ids is not None and self.mask is not None and self.next_position is not None
-        index = torch.tensor(stays, device=self.ids.device)
-        self.cache.batch_select_indices(index)
-        self._grids = [self._grids[i] for i in stays] if self._grids else []
-        self.ids, self.mask = self.ids[index], self.mask[index]
-        self.next_position = self.next_position[index]
-        self.rows = [self.rows[i] for i in stays]
-
-    def repeat_rows(self, times: int) -> None:
-        """Every row as often, one beside the other, for beams; traces count what all of a conversation's did."""
-        assert self.ids is not None and self.mask is not None and self.next_position is not None
-        index = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(times)
-        self.rows = [row for row in self.rows for _ in range(times)]
-        self.reorder_rows(index)
-
-    def reorder_rows(self, index: Tensor) -> None:
-        """The batch's rows by their present index; some may go and others be doubled."""
-        assert self.ids is not None and self.mask is not None and self.next_position is not None
-        self.cache.batch_select_indices(index)
-        self.ids, self.mask = self.ids[index], self.mask[index]
-        self.next_position = self.next_position[index]
-
-    def trace_of(self, conversation: int) -> Trace:
-        """The trace of one conversation alone: its columns count its own positions, padding left out."""
-        pads = self._padding[conversation]
-
-        def own(column: int) -> int:
-            return column - bisect_left(pads, column)
-
-        calls: list[Call] = []
-        so_far = [0]  # calls of this conversation among the first ones of the batch
-        for batch_call, rows in self.calls:
-            for here in (i for i, row in enumerate(rows) if row == conversation):  # several where it has beams
-                call = batch_call.row(here)
-                if not any(call.new[0]):
-                    continue  # another row's picture or latent step brought this one nothing
-                calls.append(call.moved(own))
-            so_far.append(len(calls))
-        closes = [close.row(rows.index(conversation)).moved(own) for close, rows in self.closes if conversation in rows]
-        closes = [replace(close, at_call=so_far[close.at_call]) for close in closes if close.hop[0] >= 0]
-        shape, replayed = self.routed.controller.shape, self.replayed.get(conversation, [])
-        return Trace(shape, calls, closes, replayed, full=self.routed.full_trace)
-
-
 def answer(routed: Routed, question: str, images: Any = (), **options: Any) -> Answer:
     """One answer about images.
 
@@ -463,7 +82,7 @@ def answer(routed: Routed, question: str, images: Any = (), **options: Any) -> A
 def converse(routed: Routed, question: str, images: Any, think: Thinker) -> list[dict[str, Any]]:
     """The conversation that `answer` answers: one user message, its images in place, with the thinker's cue."""
     given = [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
-    check_prompt(question.replace(IMAGE_MARK, " "), given, _processor(routed))
+    check_prompt(question.replace(IMAGE_MARK, " "), given, processor_of(routed))
     pictures = open_images(given)
     text = _cued(routed, question, think)
     marks = text.count(IMAGE_MARK)
@@ -483,7 +102,7 @@ def converse(routed: Routed, question: str, images: Any, think: Thinker) -> list
 
 def _cued(routed: Routed, question: str, think: Thinker) -> str:
     """The question with the first cue that the model's vocabulary can write."""
-    tokenizer = _processor(routed).tokenizer
+    tokenizer = processor_of(routed).tokenizer
     unknown = tokenizer.unk_token_id
 
     def writes(text: str) -> bool:
@@ -568,8 +187,8 @@ def answer_many(
     for name, given in (("seed", seeds), ("relevance", relevance), ("observations", observations)):
         if given is not None and len(given) != len(conversations):
             raise InputError(f"{name} has {len(given)} entries for {len(conversations)} conversations; give one each")
-    tokenizer = _processor(routed).tokenizer
-    batch = prepared if prepared is not None else prepare(routed.model, _processor(routed), conversations)
+    tokenizer = processor_of(routed).tokenizer
+    batch = prepared if prepared is not None else prepare(routed.model, processor_of(routed), conversations)
     session = Session(routed, reserve=limit + think.columns)
     session.draws = think.draws
     placed = place_relevance(relevance, batch, routed)
@@ -580,9 +199,9 @@ def answer_many(
         logits = session.think(think, seeds, edit)
     else:
         logits = session.append(batch, placed)
-    company = interleaver(session, think, _processor(routed), batch, relevance)
+    company = interleaver(session, think, processor_of(routed), batch, relevance)
     draw = [torch.Generator().manual_seed(each) for each in seeds]
-    ends = _end_ids(routed)
+    ends = end_ids(routed)
     written: list[list[int]] = [[] for _ in conversations]
     cuts: list[list[int]] = [[0] for _ in conversations]
     hop = [1 + max(session.latents.values(), default=0)] * len(conversations)
@@ -600,7 +219,7 @@ def answer_many(
     for _ in range(limit if num_beams == 1 else 0):
         if company is not None:
             logits = company.limit(logits)
-        ids = _sample(logits, temperature, top_p, [draw[r] for r in session.rows])
+        ids = sample(logits, temperature, top_p, [draw[r] for r in session.rows])
         values = ids.tolist()
         through = company.over if company is not None else set()
         over = [(begins(v) or r in through) and bool(written[r]) for r, v in zip(session.rows, values, strict=True)]
@@ -612,7 +231,7 @@ def answer_many(
                 [hop[r] for r in session.rows],
                 None if relevance is None else [relevance[r] if i in shown else [] for i, r in enumerate(session.rows)],
             )
-            ids[due] = _sample(logits[due], temperature, top_p, [draw[session.rows[i]] for i in due])
+            ids[due] = sample(logits[due], temperature, top_p, [draw[session.rows[i]] for i in due])
             values = ids.tolist()
         for row, value, ended in zip(session.rows, values, over, strict=True):
             if ended or not written[row]:
@@ -654,63 +273,3 @@ def answer_many(
         )
         for row, ids in enumerate(written)
     ]
-
-
-def _processor(routed: Routed) -> Any:
-    if routed.processor is None:
-        raise ConfigError(
-            "answering needs a processor; use mmroute.load(...), or attach(model, processor) with AutoProcessor's"
-        )
-    return routed.processor
-
-
-def _stop_id(routed: Routed, think: Thinker) -> int | None:
-    """The word at which latent steps end by themselves."""
-    if getattr(think.config, "stop", "fixed") == "fixed":
-        return None
-    tokenizer = _processor(routed).tokenizer
-    ids = tokenizer(think.config.answer_cue, add_special_tokens=False)["input_ids"]
-    if not ids or ids[0] == tokenizer.unk_token_id:
-        raise ConfigError(
-            f"think.answer_cue {think.config.answer_cue!r} is no word of this vocabulary, so no thought would end; "
-            "give the first word of this model's answers, or set think.stop=fixed"
-        )
-    return ids[0]
-
-
-def _end_ids(routed: Routed) -> set[int]:
-    ends = routed.model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends}
-
-
-def _sample(logits: Tensor, temperature: float, top_p: float, draw: list[torch.Generator]) -> Tensor:
-    if temperature == 0:
-        return logits.argmax(-1)
-    share = (logits.float() / temperature).softmax(-1)
-    ranked, order = share.sort(dim=-1, descending=True)
-    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)  # the first one always stays
-    picks = [torch.multinomial(row.cpu(), 1, generator=g) for row, g in zip(ranked, draw, strict=True)]
-    return order.gather(1, torch.stack(picks).to(order.device)).squeeze(1)
-
-
-def place_relevance(
-    relevance: Sequence[Sequence[float]] | None, batch: dict[str, Tensor], routed: Routed
-) -> Tensor | None:
-    """(B, N): ground truth at the vision columns, zero elsewhere.
-
-    Raises:
-        InputError: a row has more or fewer numbers than vision positions.
-    """
-    if relevance is None:
-        return None
-    ids = batch["input_ids"]
-    vision = routed.controller.table[ids] == 1
-    out = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-    for row, values in enumerate(relevance):
-        columns = vision[row].nonzero().flatten()
-        if len(columns) != len(values):
-            raise InputError(
-                f"conversation {row}: relevance has {len(values)} numbers, the prompt {len(columns)} vision positions"
-            )
-        out[row, columns] = torch.tensor(values, dtype=torch.float32, device=ids.device)
-    return out

@@ -58,7 +58,7 @@ def test_the_new_way_to_think_cuts_at_bullets(tiny_folder, image, monkeypatch):
     folder = tiny_folder("qwen2_5_vl")
     ids = load(folder).processor.tokenizer("- ab- c- def", add_special_tokens=False)["input_ids"]
     script = iter(ids)
-    monkeypatch.setattr(reason, "_sample", lambda *_: torch.tensor([next(script)]))
+    monkeypatch.setattr(reason, "sample", lambda *_: torch.tensor([next(script)]))
     hops = example("add_thinker").main(str(folder), image, "where?", max_new_tokens=len(ids))
     assert hops == ["- ab", "- c", "- def"]
 

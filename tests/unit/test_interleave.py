@@ -17,7 +17,7 @@ from mmroute import backbones, hub
 from mmroute.backbones.images import prepare, user_message
 from mmroute.cost import estimate_kv_bytes, kv_bytes_per_slot
 from mmroute.errors import ConfigError, UnsupportedCall
-from mmroute.reason import Session
+from mmroute.session import Session
 from mmroute.tokens import Modality
 
 SIZE = 16

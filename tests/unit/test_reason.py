@@ -17,9 +17,10 @@ import mmroute
 from mmroute import hub, reason
 from mmroute.backbones.images import prepare, user_message
 from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares, kv_bytes_per_slot
+from mmroute.decoding import sample
 from mmroute.errors import ConfigError, InputError, UnsupportedCall
 from mmroute.prune.base import Pruner
-from mmroute.reason import Session
+from mmroute.session import Session
 from mmroute.tokens import Modality
 from mmroute.trace import Trace
 
@@ -174,7 +175,7 @@ def test_top_p_samples_from_the_smallest_set_that_holds_that_share():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
     def drawn(top_p):
-        return {int(reason._sample(logits, 1.0, top_p, [torch.Generator().manual_seed(s)])) for s in range(200)}
+        return {int(sample(logits, 1.0, top_p, [torch.Generator().manual_seed(s)])) for s in range(200)}
 
     assert drawn(1.0) == {0, 1, 2, 3}
     assert drawn(0.8) == {0, 1}
@@ -217,7 +218,7 @@ def dictated(monkeypatch, tokenizer, scripts=SCRIPTS):
         return torch.tensor([ids[row][len(seen[row]) - 1] for row in rows])
 
     with monkeypatch.context() as patch:
-        patch.setattr(reason, "_sample", write)
+        patch.setattr(reason, "sample", write)
         yield ids, seen
 
 
@@ -531,7 +532,7 @@ def test_a_closed_vocabulary_gets_the_cue_it_can_write_and_a_warning(loaded, mon
             return {"input_ids": [int(word in known) for word in text.split()]}
 
     with mmroute.attach(model) as routed:
-        monkeypatch.setattr(reason, "_processor", lambda routed: type("P", (), {"tokenizer": Closed()})())
+        monkeypatch.setattr(reason, "processor_of", lambda routed: type("P", (), {"tokenizer": Closed()})())
         with caplog.at_level(logging.WARNING):
             assert reason._cued(routed, "where", hub.load("think", "text")) == "where cot:"
             assert not caplog.records

@@ -15,7 +15,7 @@ import torch
 
 from mmroute.bench import items
 from mmroute.engine.attach import Routed
-from mmroute.reason import Session, place_relevance
+from mmroute.session import Session, place_relevance
 from mmroute.tasks.base import Generated, Sample, Spec, Task
 from mmroute.think.base import LookingThinker, Thinker
 

@@ -28,10 +28,11 @@ from mmroute.bench.latent_space import Collapse, collapse
 from mmroute.bench.record_latents import Item, latents_of, recorded
 from mmroute.cache import RaggedCache
 from mmroute.config import resolved
+from mmroute.decoding import end_ids
 from mmroute.engine.attach import Routed
 from mmroute.errors import ConfigError
-from mmroute.reason import Session, _end_ids
 from mmroute.recipe import Recipe, equip
+from mmroute.session import Session
 from mmroute.tasks._grid import step as moved
 from mmroute.tasks.base import Generated, Sample, Spec, Task
 from mmroute.think.base import LatentThinker, Thought
@@ -221,7 +222,7 @@ def _masked(routed: Routed, think: LatentThinker, items: list[Item]) -> list[str
 
     logits = session.think(think, list(range(len(items))), hide)
     forget_latents(session.cache)
-    ends, written = _end_ids(routed), [list[int]() for _ in items]
+    ends, written = end_ids(routed), [list[int]() for _ in items]
     hop = 1 + max(session.latents.values())
     for step in range(think.max_new_tokens):
         ids = logits.argmax(-1)

@@ -38,7 +38,7 @@ from mmroute.gate.base import Cost, Evidence, Gate, Needs, Rating, Ratings, scor
 from mmroute.train import delta
 
 if TYPE_CHECKING:
-    from mmroute.reason import Session
+    from mmroute.session import Session
 
 __all__ = ["Prp"]
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mmroute.gate.base import Rating
-from mmroute.reason import Session
+from mmroute.session import Session
 
 __all__ = ["FirstToken", "SessionRater", "TrainedRater"]
 

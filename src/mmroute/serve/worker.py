@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmroute import reason
 from mmroute.backbones.images import prepare
 from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares, kv_bytes_per_slot, planned_trace
+from mmroute.decoding import end_ids, sample
 from mmroute.errors import InputError
-from mmroute.reason import Session
+from mmroute.session import Session
 from mmroute.think.base import Thinker
 from mmroute.trace import Trace
 
@@ -123,7 +123,7 @@ class _Writer:
 
     def __init__(self, routed: Any, think: Thinker, job: Job) -> None:
         self.tokenizer = routed.processor.tokenizer
-        self.ends = reason._end_ids(routed)
+        self.ends = end_ids(routed)
         self.think, self.job = think, job
         self.draw = torch.Generator().manual_seed(job.seed)
         self.ids: list[int] = []
@@ -133,7 +133,7 @@ class _Writer:
 
     def take(self, logits: Tensor) -> tuple[bool, int]:
         """Draws the next token; whether the answer ended with it, and the hop that it closes (-1: none)."""
-        self.last = reason._sample(logits, self.job.temperature, self.job.top_p, [self.draw])
+        self.last = sample(logits, self.job.temperature, self.job.top_p, [self.draw])
         value = int(self.last)
         self.ids.append(value)
         if value in self.ends:

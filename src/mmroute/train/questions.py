@@ -10,7 +10,7 @@ from mmroute.backbones.images import prepare
 from mmroute.bench.items import _tower_flops
 from mmroute.engine.attach import Routed
 from mmroute.gate.base import Question
-from mmroute.reason import Session
+from mmroute.session import Session
 from mmroute.tokens import Modality
 from mmroute.train.rollouts import answer_flops, roll_out
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from mmroute import cost
 from mmroute.backbones.images import prepare
 from mmroute.bench.items import _tower_flops
+from mmroute.decoding import end_ids, sample
 from mmroute.engine.attach import Routed
 from mmroute.gate._statistics import statistics
 from mmroute.gate.base import Prefill, Ratings
 from mmroute.gate.prp import Prp
-from mmroute.reason import Session, _end_ids, _sample
+from mmroute.session import Session
 from mmroute.tokens import NUM_MODALITIES, Modality
 from mmroute.trace import Shape
 
@@ -80,7 +81,7 @@ def roll_out(
     started = time.perf_counter()
     B = len(chats)
     draw = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
-    ends = _end_ids(routed)
+    ends = end_ids(routed)
     ids: list[list[int]] = [[] for _ in chats]
     figures = np.full((3, B, max_new_tokens), np.nan)  # log-probability, entropy, margin
     last = np.zeros((B, session.routed.controller.shape.hidden), np.float32)
@@ -90,7 +91,7 @@ def roll_out(
     )
     try:
         for step in range(max_new_tokens):
-            token = _sample(logits, temperature, 1.0, [draw[r] for r in session.rows])
+            token = sample(logits, temperature, 1.0, [draw[r] for r in session.rows])
             figures[:, session.rows, step] = _figures(logits, token)
             values = token.tolist()
             for row, value in zip(session.rows, values, strict=True):

@@ -19,8 +19,8 @@ from mmroute.bench.latent_space import collapse
 from mmroute.bench.latents import CHANGES, INTERVENTIONS, intervene
 from mmroute.bench.record_latents import recorded
 from mmroute.errors import ConfigError
-from mmroute.reason import Session
 from mmroute.recipe import Recipe
+from mmroute.session import Session
 from mmroute.tasks._grid import step as moved
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.tasks.base import Spec

@@ -72,7 +72,7 @@ def test_json_ends_stdout_with_exactly_one_line(run: Run, image: Path, tiny_fold
 def test_json_holds_any_text_in_one_line(run: Run, image: Path, tiny_folder: Callable, monkeypatch) -> None:
     from mmroute import reason
 
-    monkeypatch.setattr(reason, "_sample", lambda logits, *_: logits[:, :1].argmax(-1) + 198)  # a line break
+    monkeypatch.setattr(reason, "sample", lambda logits, *_: logits[:, :1].argmax(-1) + 198)  # a line break
     _, out, _ = run("where?", "-i", image, "--model", tiny_folder("llava"), *SHORT, "--json")
     assert json.loads(out)["answer"] == "\n" * 6
     assert out.count("\n") == 1

@@ -15,7 +15,7 @@ from mmroute.engine.attach import attach
 from mmroute.errors import CheckpointMismatch, ConfigError
 from mmroute.gate.base import Evidence, Query
 from mmroute.gate.prp import Prp, Seat, bucket_prob
-from mmroute.reason import Session
+from mmroute.session import Session
 from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.train.folder import write_folder

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import mmroute
-from mmroute import hub, reason
+from mmroute import hub, session
 from mmroute.backbones.images import prepare, user_message
 from mmroute.errors import ConfigError, UnsupportedCall
-from mmroute.reason import Session
+from mmroute.session import Session
 from mmroute.tokens import Modality
 from mmroute.trace import Trace
 
@@ -127,10 +127,10 @@ def test_the_head_ends_a_thought_where_it_would_write_the_answer(loaded, monkeyp
         family, said = type(routed.family), []
         head = family.head
         monkeypatch.setattr(family, "head", lambda *args: said.append(head(*args).argmax(-1).tolist()) or head(*args))
-        monkeypatch.setattr(reason, "_stop_id", lambda routed, think: -1)  # no word: all steps are taken
+        monkeypatch.setattr(session, "stop_id", lambda routed, think: -1)  # no word: all steps are taken
         whole = routed.answer_many(asked())
         said = said[1:7]  # before them the prompt's
-        monkeypatch.setattr(reason, "_stop_id", lambda routed, think: said[1][0])
+        monkeypatch.setattr(session, "stop_id", lambda routed, think: said[1][0])
         ended = routed.answer_many(asked())
     want = [next((t for t, row in enumerate(said, 1) if row[b] == said[1][0]), 6) for b in range(3)]
     assert [a.latents for a in whole] == [6] * 3
