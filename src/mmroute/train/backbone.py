@@ -22,7 +22,7 @@ from torch import Tensor
 from mmroute import hub
 from mmroute.bench.schema import commit_of_source
 from mmroute.config import resolved
-from mmroute.errors import ConfigError, InputError
+from mmroute.errors import ConfigError
 from mmroute.tasks import _skins
 from mmroute.tasks._texts import EOS, MAX_COORDINATE, VOCABULARY
 from mmroute.tasks.base import Generated
@@ -32,7 +32,7 @@ from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas, pla
 from mmroute.train.fast import Positions, run_text
 from mmroute.train.folder import copy_weights, write_folder
 from mmroute.train.follow import Follower
-from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, save_state
+from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.recipe import Phase, Recipe, as_yaml, at
 from mmroute.train.small_model import MERGE, PATCH, build
 from mmroute.train.stream import Stream
@@ -129,14 +129,8 @@ class Run:
         self.model.to(self.device)
         self.optimisers = Optimisers(self.model, recipe.weight_decay)
         self.state = out / "state.safetensors"
-        self.progress = Progress(recipe=json.dumps(resolved(recipe)))
-        if resume and self.state.exists():
-            saved = load_state(self.state, self.model, self.optimisers)
-            if saved.recipe != self.progress.recipe:
-                raise ConfigError(f"{out} was started with another recipe; give the same one, or another --out")
-            self.progress = saved
-        elif self.state.exists():
-            raise InputError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
+        refuse_old_run(self.state, resume)
+        self.progress = go_on(self.state, self.model, self.optimisers, Progress(recipe=json.dumps(resolved(recipe))))
         self.journal = Journal(out / "log.jsonl", self.progress.log_bytes, followers)
         self._held_out: dict[tuple[str, str, int], Batch] = {}
 

@@ -5,7 +5,7 @@ Legend: B batch, N columns, P vision tokens of one image, D hidden.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmroute.backbones.images import prepare
+from mmroute.bench.items import load_task
 from mmroute.engine.attach import Routed
+from mmroute.errors import ConfigError
 from mmroute.tasks import _skins
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.tasks.base import Generated, Spec
@@ -25,7 +27,22 @@ from mmroute.train.decode import embed
 from mmroute.train.examples import IGNORED, Batch, item
 from mmroute.train.small_model import MERGE, PATCH
 
-__all__ = ["Chains", "Writer"]
+__all__ = ["Chains", "Writer", "worlds"]
+
+
+def worlds(names: Iterable[str]) -> dict[str, Generated]:
+    """Generated worlds, each by the `name` or `name:preset` it was asked for with.
+
+    Raises:
+        ConfigError: no such task, or one that does not know the right chains.
+    """
+    found: dict[str, Generated] = {}
+    for name in names:
+        task = load_task(name)
+        if not isinstance(task, Generated):
+            raise ConfigError(f"train.tasks: {name} is no generated world; those know the right chains")
+        found[name] = task
+    return found
 
 
 @dataclass(frozen=True)

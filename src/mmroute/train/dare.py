@@ -27,18 +27,17 @@ from torch import Tensor
 
 from mmroute import calibrate
 from mmroute import recipe as recipes
-from mmroute.bench.items import load_task
 from mmroute.bench.schema import commit_of_source
 from mmroute.config import parse
 from mmroute.engine.attach import Routed, attach
 from mmroute.engine.saving import load as load_parts
-from mmroute.errors import ConfigError, InputError
+from mmroute.errors import ConfigError
 from mmroute.prune._gates import Relaxation
 from mmroute.prune.dare import Dare
 from mmroute.prune.mod import MoD
 from mmroute.prune.symmetric import Symmetric
 from mmroute.tasks.base import Generated, Spec
-from mmroute.train.chains import Chains, Writer
+from mmroute.train.chains import Chains, Writer, worlds
 from mmroute.train.dare_config import TrainConfig
 from mmroute.train.dare_distil import distil
 from mmroute.train.dare_learners import Learners
@@ -48,7 +47,7 @@ from mmroute.train.dare_passes import Passes
 from mmroute.train.delta import save_delta, tuned
 from mmroute.train.examples import IGNORED
 from mmroute.train.follow import Follower
-from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, replacing, save_state
+from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, replacing, save_state
 from mmroute.train.recipe import as_yaml
 from mmroute.train.tuning import Tuning
 
@@ -136,14 +135,8 @@ class DareRun:
         self.recipe, self.out, self.pruner = recipe, out, pruner
         self.config = parse(TrainConfig, recipe.train, "train")
         self.state = out / "state.safetensors"
-        if self.state.exists() and not resume:
-            raise InputError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
-        self.tasks: dict[str, Generated] = {}
-        for name in self.config.tasks:
-            task = load_task(name)
-            if not isinstance(task, Generated):
-                raise ConfigError(f"train.tasks: {name} is no generated world; those know the right chains")
-            self.tasks[name] = task
+        refuse_old_run(self.state, resume)
+        self.tasks = worlds(self.config.tasks)
         if self.config.start is not None and self.config.backbone == "lora":
             raise ConfigError("train.start brings weights that adapters would hide; give train.backbone full or frozen")
         if self.config.init == "distill" and not isinstance(pruner, Dare):
@@ -162,14 +155,13 @@ class DareRun:
         self.learners = Learners(backbone, pruner, self.config, self.routed.controller.shape.hidden)
         self.passes = Passes(self.routed, pruner)
         self.writer = Writer(self.routed, recipe.build("think"))
-        self.progress = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
-        if resume and self.state.exists():
-            saved = load_state(self.state, model, self.learners)  # type: ignore[arg-type]
-            if saved.recipe != self.progress.recipe:
-                self._stack.close()
-                raise ConfigError(f"{out} was started with another recipe; give the same one, or another --out")
-            self.progress = saved
-        elif self.config.init == "distill":
+        fresh = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
+        try:
+            self.progress = go_on(self.state, model, self.learners, fresh)
+        except BaseException:
+            self._stack.close()
+            raise
+        if self.progress is fresh and self.config.init == "distill":
             rng = np.random.default_rng([self.config.seed, _DISTILLED_FROM, 0])  # no step draws these
             drawn = (self._drawn(rng) for _ in range(math.ceil(_DISTILLED_FROM / self.config.batch)))
             distil(self.passes, map(self.writer.batch, drawn))
@@ -214,7 +206,7 @@ class DareRun:
                 logger.info("step %d: loss %.4f, chains %s", progress.step, entry["loss"], shown)
             if progress.step % config.save_every == 0 or progress.step == config.steps:
                 progress.log_bytes = self.journal.num_bytes
-                save_state(self.state, self.model, self.learners, progress)  # type: ignore[arg-type]
+                save_state(self.state, self.model, self.learners, progress)
             if progress.step == stop_after:
                 break
         return progress

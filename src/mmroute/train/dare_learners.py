@@ -9,7 +9,7 @@ from mmroute.prune.dare import Dare
 from mmroute.prune.mod import MoD
 from mmroute.prune.symmetric import Symmetric
 from mmroute.train.dare_config import TrainConfig
-from mmroute.train.loop import Optimisers
+from mmroute.train.loop import Optimisers, load_moments, moments
 
 __all__ = ["Learners"]
 
@@ -57,8 +57,7 @@ class Learners:
     def tensors(self) -> dict[str, Tensor]:
         """All moments and the pruner's averages, by name."""
         out = {} if self.backbone is None else {f"backbone.{k}": v for k, v in self.backbone.tensors().items()}
-        for index, state in self.routers.state_dict()["state"].items():
-            out |= {f"router.{index}.{key}": value for key, value in state.items()}
+        out |= moments("router", self.routers)
         return out | {f"average.{name}": value for name, value in self.pruner.named_buffers()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -69,10 +68,6 @@ class Learners:
             by_owner[owner][rest] = value
         if self.backbone is not None:
             self.backbone.load(by_owner["backbone"])
-        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for name, value in by_owner["router"].items():
-            index, key = name.split(".", 1)
-            state[int(index)][key] = value
-        self.routers.load_state_dict({"state": dict(state), "param_groups": self.routers.state_dict()["param_groups"]})
+        load_moments("router", self.routers, tensors)
         for name, value in self.pruner.named_buffers():
             value.copy_(by_owner["average"][name])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmroute.train.coherence import TokenSR
 from mmroute.train.curriculum import Stage, TrainConfig
-from mmroute.train.loop import Optimisers
+from mmroute.train.loop import Optimisers, load_moments, moments
 
 __all__ = ["Learners"]
 
@@ -50,8 +50,7 @@ class Learners:
         """All moments and the weights that are not the model's, by name."""
         out = {} if self.backbone is None else {f"backbone.{k}": v for k, v in self.backbone.tensors().items()}
         if self.new is not None:
-            for index, state in self.new.state_dict()["state"].items():
-                out |= {f"new.{index}.{key}": value for key, value in state.items()}
+            out |= moments("new", self.new)
         if self.sr is not None:
             out |= {f"sr.{name}": value for name, value in self.sr.state_dict().items()}
         return out | {f"buffer.{name}": value for name, value in self.parts.named_buffers()}
@@ -65,11 +64,7 @@ class Learners:
         if self.backbone is not None:
             self.backbone.load(by_owner["backbone"])
         if self.new is not None:
-            state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-            for name, value in by_owner["new"].items():
-                index, key = name.split(".", 1)
-                state[int(index)][key] = value
-            self.new.load_state_dict({"state": dict(state), "param_groups": self.new.state_dict()["param_groups"]})
+            load_moments("new", self.new, tensors)
         if self.sr is not None:
             self.sr.load_state_dict(by_owner["sr"])
         for name, value in self.parts.named_buffers():

@@ -13,17 +13,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmroute.errors import CheckpointMismatch, MmrouteError
+from mmroute.errors import CheckpointMismatch, ConfigError, InputError, MmrouteError
 from mmroute.train.follow import Follower
 
-__all__ = ["Journal", "Optimisers", "Progress", "load_state", "rate_at", "replacing", "save_state", "unwritable"]
+__all__ = [
+    "Journal",
+    "Learning",
+    "Optimisers",
+    "Progress",
+    "go_on",
+    "load_moments",
+    "load_state",
+    "moments",
+    "rate_at",
+    "refuse_old_run",
+    "replacing",
+    "save_state",
+    "unwritable",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +129,36 @@ class Progress:
     finished: bool = False
 
 
+class Learning(Protocol):
+    """What a run saves of its optimisers, and takes back."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """What `tensors` gave."""
+
+
+def moments(name: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's moments as `name.INDEX.KEY`."""
+    return {
+        f"{name}.{index}.{key}": value
+        for index, state in optimiser.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def load_moments(name: str, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Takes what `moments` gave out of tensors that may be others' too."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        owner, _, rest = path.partition(".")
+        if owner == name:
+            index, key = rest.split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
 class Optimisers:
     """Muon for the matrices, AdamW for embeddings, the patch projection, norms and biases."""
 
@@ -145,22 +189,12 @@ class Optimisers:
 
     def tensors(self) -> dict[str, Tensor]:
         """All moments, by name."""
-        return {
-            f"{name}.{index}.{key}": value
-            for name, optimiser in (("muon", self.muon), ("adamw", self.adamw))
-            for index, state in optimiser.state_dict()["state"].items()
-            for key, value in state.items()
-        }
+        return moments("muon", self.muon) | moments("adamw", self.adamw)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes the moments that `tensors` gave."""
-        for name, optimiser in (("muon", self.muon), ("adamw", self.adamw)):
-            state: dict[int, dict[str, Tensor]] = {}
-            for path, value in tensors.items():
-                owner, index, key = path.split(".", 2)
-                if owner == name:
-                    state.setdefault(int(index), {})[key] = value
-            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        load_moments("muon", self.muon, tensors)
+        load_moments("adamw", self.adamw, tensors)
 
 
 def rate_at(step: int, steps: int, warmup: int, floor: float) -> float:
@@ -174,7 +208,7 @@ def rate_at(step: int, steps: int, warmup: int, floor: float) -> float:
     return min(1.0, (step + 1) / warmup) * cosine
 
 
-def save_state(path: Path, model: nn.Module, optimisers: Optimisers, progress: Progress) -> None:
+def save_state(path: Path, model: nn.Module, optimisers: Learning, progress: Progress) -> None:
     """Writes all that a resumed run needs, in one file that is whole or not there.
 
     Raises:
@@ -190,7 +224,7 @@ def save_state(path: Path, model: nn.Module, optimisers: Optimisers, progress: P
         )
 
 
-def load_state(path: Path, model: nn.Module, optimisers: Optimisers) -> Progress:
+def load_state(path: Path, model: nn.Module, optimisers: Learning) -> Progress:
     """Puts a saved state into the model and the optimisers.
 
     Raises:
@@ -210,3 +244,27 @@ def load_state(path: Path, model: nn.Module, optimisers: Optimisers) -> Progress
         ) from error
     optimisers.load(tensors)
     return progress
+
+
+def refuse_old_run(state: Path, resume: bool) -> None:
+    """
+    Raises:
+        InputError: there is a state already, and nobody asked to go on with it.
+    """
+    if state.exists() and not resume:
+        raise InputError(f"{state.parent} holds a run already; add --resume to go on with it, or give another --out")
+
+
+def go_on(state: Path, model: nn.Module, learning: Learning, fresh: Progress) -> Progress:
+    """Where a folder's run stands, its weights and moments put back; `fresh` where it has not begun.
+
+    Raises:
+        ConfigError: the state belongs to another recipe.
+        CheckpointMismatch: it is no state of this model.
+    """
+    if not state.exists():
+        return fresh
+    saved = load_state(state, model, learning)
+    if saved.recipe != fresh.recipe:
+        raise ConfigError(f"{state.parent} was started with another recipe; give the same one, or another --out")
+    return saved

@@ -37,13 +37,13 @@ from mmroute.bench.schema import commit_of_source, write_json
 from mmroute.bench.stats import wilson
 from mmroute.config import options, parse, read_yaml, resolved
 from mmroute.engine.attach import attach
-from mmroute.errors import ConfigError, InputError
+from mmroute.errors import ConfigError
 from mmroute.tasks._texts import PAD, VISION_END, VISION_START
 from mmroute.tasks._visual import judge_drawings
 from mmroute.tasks.base import Generated, Spec
 from mmroute.train.discrepancy import code_distances, token_discrepancy
 from mmroute.train.follow import Follower
-from mmroute.train.loop import Journal, Optimisers, Progress, load_state, rate_at, save_state
+from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.picture_model import CODES, CUE, SEPARATOR, WORDS, Shape, build, write_folder
 from mmroute.train.recipe import as_yaml, find_recipe, merge
 from mmroute.train.tile_codes import TILE, picture
@@ -185,14 +185,8 @@ class Run:
         self.apart = code_distances(self.model.model.vqmodel)
         self.optimisers = Optimisers(self.model, recipe.weight_decay)
         self.state = out / "state.safetensors"
-        self.progress = Progress(recipe=json.dumps(resolved(recipe)))
-        if resume and self.state.exists():
-            saved = load_state(self.state, self.model, self.optimisers)
-            if saved.recipe != self.progress.recipe:
-                raise ConfigError(f"{out} was started with another recipe; give the same one, or another --out")
-            self.progress = saved
-        elif self.state.exists():
-            raise InputError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
+        refuse_old_run(self.state, resume)
+        self.progress = go_on(self.state, self.model, self.optimisers, Progress(recipe=json.dumps(resolved(recipe))))
         self.journal = Journal(out / "log.jsonl", self.progress.log_bytes, followers)
         self._held: Batch | None = None
 

@@ -24,20 +24,20 @@ import numpy as np
 import torch
 
 from mmroute import recipe as recipes
-from mmroute.bench.items import load_task
 from mmroute.bench.schema import commit_of_source
 from mmroute.config import parse
 from mmroute.engine.attach import Routed, attach
-from mmroute.errors import ConfigError, InputError
+from mmroute.errors import ConfigError
 from mmroute.tasks.base import Generated, Spec
 from mmroute.think.base import LatentThinker
+from mmroute.train.chains import worlds
 from mmroute.train.coherence import TokenSR
 from mmroute.train.curriculum import Stage, TrainConfig
 from mmroute.train.delta import save_delta
 from mmroute.train.follow import Follower
 from mmroute.train.learners import Learners
 from mmroute.train.lessons import Teacher
-from mmroute.train.loop import Journal, Progress, load_state, rate_at, replacing, save_state
+from mmroute.train.loop import Journal, Progress, go_on, rate_at, refuse_old_run, replacing, save_state
 from mmroute.train.passes import Passes
 from mmroute.train.recipe import as_yaml, at
 from mmroute.train.tuning import Tuning
@@ -105,14 +105,8 @@ class VedasRun:
         self.config = c = parse(TrainConfig, recipe.train, "train")
         self.lengths = [c.length(stage) for stage in c.stages]
         self.state = out / "state.safetensors"
-        if self.state.exists() and not resume:
-            raise InputError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
-        self.tasks: dict[str, Generated] = {}
-        for name in c.tasks:
-            task = load_task(name)
-            if not isinstance(task, Generated):
-                raise ConfigError(f"train.tasks: {name} is no generated world; those know the right chains")
-            self.tasks[name] = task
+        refuse_old_run(self.state, resume)
+        self.tasks = worlds(c.tasks)
         self.model, self._stack = model, ExitStack()
         self.tuning = Tuning(model, c.backbone, c.lora_rank, c.lora_alpha, c.lora_targets, c.seed, c.embeddings)
         self._stack.callback(self.tuning.restore)
@@ -125,12 +119,8 @@ class VedasRun:
             self.learners = Learners(model, self.routed.parts, self.sr, c)
             self.passes = Passes(self.routed, think, c, self.sr)
             self.teacher = Teacher(self.routed, think, c.steps, c.groups, c.splitter)
-            self.progress = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
-            if resume and self.state.exists():
-                saved = load_state(self.state, model, self.learners)  # type: ignore[arg-type]
-                if saved.recipe != self.progress.recipe:
-                    raise ConfigError(f"{out} was started with another recipe; give the same one, or another --out")
-                self.progress = saved
+            fresh = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
+            self.progress = go_on(self.state, model, self.learners, fresh)
             self.journal = Journal(out / "log.jsonl", self.progress.log_bytes, followers)
         except BaseException:
             self._stack.close()
@@ -169,7 +159,7 @@ class VedasRun:
             self._look_and_advance()
             if progress.step % c.save_every == 0 or progress.finished:
                 progress.log_bytes = self.journal.num_bytes
-                save_state(self.state, self.model, self.learners, progress)  # type: ignore[arg-type]
+                save_state(self.state, self.model, self.learners, progress)
             if progress.step == stop_after:
                 break
         return progress
