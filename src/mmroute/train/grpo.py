@@ -35,6 +35,7 @@ from mmroute.tasks._mixture import Drawn
 from mmroute.train import rating
 from mmroute.train.prompts import Prompts
 from mmroute.train.rollouts import roll_out
+from mmroute.train.stopping import Best
 
 if TYPE_CHECKING:
     from mmroute.train.prp import PrpConfig
@@ -212,7 +213,7 @@ def fit_rollouts(
     order, held = np.flatnonzero(train), np.flatnonzero(validation)
     shuffle, draw = np.random.default_rng(config.seed), torch.Generator().manual_seed(config.seed)
     steps = math.ceil(len(order) / max(config.batch // config.group_size, 2))
-    best, best_state, errors = math.inf, copy.deepcopy(rater.state_dict()), list[float]()
+    best = Best(rater, config.patience)
     try:
         for p in learned:
             p.requires_grad_(bool(reasons))
@@ -229,17 +230,14 @@ def fit_rollouts(
                     torch.nn.utils.clip_grad_norm_([*rater.parameters(), *reasons], 1.0)
                     optimiser.step()
             said = Prompts.read(model, [chats[int(i)] for i in held]).probs(gate) @ rating.levels(rater.levels, y)
-            errors.append(float(((rating.gain(said) - rating.gain(y[held])) ** 2).mean()))
-            log.info("epoch %d: validation error %.4f", epoch + 1, errors[-1])
-            if errors[-1] < best:
-                best, best_state = errors[-1], copy.deepcopy(rater.state_dict())
-            elif epoch - int(np.argmin(errors)) >= config.patience:
+            error = float(((rating.gain(said) - rating.gain(y[held])) ** 2).mean())
+            log.info("epoch %d: validation error %.4f", epoch + 1, error)
+            if best.is_over(error):
                 break
     finally:
         for p in learned:
             p.requires_grad_(True)
-    rater.load_state_dict(best_state)
-    return errors
+    return best.put_back()
 
 
 @torch.no_grad()

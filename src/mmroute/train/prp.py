@@ -9,7 +9,6 @@ Source: PRP (arXiv 2606.30217), draft and joint rating learning.
 Deviates: see `train.rating`; calibration on a split of its own is ours.
 """
 
-import copy
 import logging
 import math
 from dataclasses import asdict, field
@@ -37,6 +36,7 @@ from mmroute.train import rating
 from mmroute.train.collect import collect
 from mmroute.train.grpo import fit_rollouts
 from mmroute.train.prompts import Prompts, chats_of
+from mmroute.train.stopping import Best
 
 __all__ = ["GateConfig", "PrpConfig", "fit", "sections", "train_prp"]
 
@@ -150,7 +150,7 @@ def fit(
     total, step = steps * config.max_epochs, 0
     shuffle, draw = np.random.default_rng(config.seed), torch.Generator().manual_seed(config.seed)
     frozen = [p for p in gate.model.parameters() if p.requires_grad]
-    best, best_state, errors = math.inf, copy.deepcopy(rater.state_dict()), list[float]()
+    best = Best(rater, config.patience)
     try:
         for p in frozen:
             p.requires_grad_(False)
@@ -172,17 +172,14 @@ def fit(
                 step += 1
             with torch.no_grad():
                 said = torch.cat([_read(prompts.rate(gate, part).exp()) for part in held.split(256)])
-            errors.append(float(((rating.gain(said) - rating.gain(y[held])) ** 2).mean()))
-            log.info("epoch %d: validation error %.4f", epoch + 1, errors[-1])
-            if errors[-1] < best:
-                best, best_state = errors[-1], copy.deepcopy(rater.state_dict())
-            elif epoch - int(np.argmin(errors)) >= config.patience:
+            error = float(((rating.gain(said) - rating.gain(y[held])) ** 2).mean())
+            log.info("epoch %d: validation error %.4f", epoch + 1, error)
+            if best.is_over(error):
                 break
     finally:
         for p in frozen:
             p.requires_grad_(True)
-    rater.load_state_dict(best_state)
-    return errors
+    return best.put_back()
 
 
 def _read(probs: Float[Tensor, "B R K"]) -> Float[Tensor, "B R"]:
