@@ -399,8 +399,9 @@ def main(
     commit, dirty = schema.commit_of_source()
     began, start = datetime.now(UTC).isoformat(timespec="seconds"), WALL.read()
     command = f"python -m mmroute.bench.engine --rounds {rounds} --warmup {warmup} --processes {processes}"
-    measured: dict[str, list[Raw]] = {case.name: [] for case in CASES}
+    results: list[schema.EngineResult] = []
     for number, cases in enumerate(groups(CASES)):
+        measured: dict[str, list[Raw]] = {case.name: [] for case in cases}
         many = 10 if cases[0].what == "decode" else 1
         counts = rounds * many, warmup * many
         if processes == 0:
@@ -410,17 +411,18 @@ def main(
             options = ["--group", str(number), "--rounds", str(counts[0]), "--warmup", str(counts[1])]
             for name, fields in json.loads(_apart(*options, "--device", device)).items():
                 measured[name].append(Raw(**fields))
-    peaks: dict[str, tuple[int, int]] = {}
-    if memory:
-        for case in CASES:
-            ours, stock = (
-                int(_apart("--peak", case.name, "--side", s, "--device", device)) for s in ("routed", "stock")
-            )
-            peaks[case.name] = ours, stock
-    run = schema.run_here(command, commit, dirty, began, WALL.read() - start)
-    results = [result_of(case, measured[case.name], run, device, *peaks.get(case.name, (None, None))) for case in CASES]
-    for result in results:
-        schema.write_result(out / f"{result.case.replace('.', '')}.json", result)
+        for case in cases:
+            peaks: tuple[int | None, int | None] = (None, None)
+            if memory:
+                ours, stock = (
+                    _apart("--peak", case.name, "--side", s, "--device", device) for s in ("routed", "stock")
+                )
+                peaks = int(ours), int(stock)
+            run = schema.run_here(command, commit, dirty, began, WALL.read() - start)
+            results.append(result_of(case, measured[case.name], run, device, *peaks))
+            # A long run that is cut leaves what it has found.
+            schema.write_result(out / f"{case.name.replace('.', '')}.json", results[-1])
+            typer.echo(f"{case.name}: {results[-1].ratio['median']:.3f} of stock", err=True)
     typer.echo(card(results))
     line = {r.case: {"ratio": r.ratio["median"], "goal": r.goal, "reached": r.reached} for r in results}
     typer.echo(json.dumps(line))
