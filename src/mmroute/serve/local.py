@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mmroute import recipe
-from mmroute.errors import InputError, MmrouteError
+from mmroute.errors import ConfigError, InputError, MmrouteError
 from mmroute.gate.base import Rating
 from mmroute.serve.breaker import Breaker
 from mmroute.serve.limits import decode_data_image
@@ -28,7 +28,7 @@ from mmroute.serve.session_raters import FirstToken, SessionRater, TrainedRater
 from mmroute.serve.settings import Settings, UpstreamSettings
 from mmroute.serve.upstreams import Fault, Reply, SessionReply, SessionUpstream
 from mmroute.serve.worker import Job, Turns
-from mmroute.think.base import Thinker
+from mmroute.think.base import LatentThinker, LookingThinker, Thinker
 
 __all__ = ["SESSIONS", "LocalReply", "LocalUpstream"]
 
@@ -43,6 +43,12 @@ class LocalUpstream(SessionUpstream):
     def __init__(
         self, role: str, settings: UpstreamSettings, all_: Settings, rater: SessionRater | None = None
     ) -> None:
+        """
+        Raises:
+            ConfigError: its recipe cannot be read, or its thoughts cannot be streamed.
+        """
+        self._recipe = recipe.read(settings.recipe)
+        _check(role, self._recipe)
         plain = settings.model_copy(update={"tools": False, "json_mode": False, "logprobs": False})
         super().__init__(role, plain, Breaker(all_.circuit))
         self.rater = rater
@@ -67,8 +73,7 @@ class LocalUpstream(SessionUpstream):
         """
         if self._thread is not None:
             return
-        made = recipe.read(self.settings.recipe)
-        self.routed, self.think = self._stack.enter_context(recipe.equip(self.settings.model, made))
+        self.routed, self.think = self._stack.enter_context(recipe.equip(self.settings.model, self._recipe))
         self.shape = self.routed.controller.shape
         self._thread = threading.Thread(target=self._work, name=f"mmroute-{self.role}", daemon=True)
         self._thread.start()
@@ -164,6 +169,19 @@ class LocalUpstream(SessionUpstream):
 
 
 _OVER = object()
+
+
+def _check(role: str, made: recipe.Recipe) -> None:
+    """
+    Raises:
+        ConfigError: its thoughts hold more than words, and a stream of words is all that an answer is here.
+    """
+    think = made.build("think")
+    if think.draws or isinstance(think, LookingThinker | LatentThinker):
+        raise ConfigError(
+            f"{role}.recipe: {made.name} thinks in pictures, boxes or latents, and the gateway streams words alone; "
+            "give a recipe that thinks in text (dare-lh, none), or ask this one by `mmroute ask` or `routed.answer`"
+        )
 
 
 class LocalReply(SessionReply):

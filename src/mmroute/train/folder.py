@@ -6,13 +6,14 @@ Everything is written into a folder beside and moved into place, so a folder tha
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from mmroute.backbones.load import locate
@@ -20,8 +21,9 @@ from mmroute.errors import CheckpointMismatch
 from mmroute.tasks._texts import BOS, EOS, IMAGE, PAD, SPECIAL, UNK, VISION_END, VISION_START, VOCABULARY
 from mmroute.train.loop import unwritable
 from mmroute.train.small_model import MERGE, PATCH
+from mmroute.train.words import word_tokenizer
 
-__all__ = ["CHAT_TEMPLATE", "copy_weights", "make_tokenizer", "write_folder"]
+__all__ = ["CHAT_TEMPLATE", "copy_weights", "make_tokenizer", "write_folder", "write_stock"]
 
 MAX_TOKENS = 256
 """Largest picture in vision tokens that the processor leaves as it is."""
@@ -39,26 +41,9 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words: split at spaces, unknown words become `<unk>`."""
-    words = {word: i for i, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNK))
-    # A colon belongs to mode words and `answer:`; other marks stand alone even where they touch a word.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), *(pre_tokenizers.Split(mark, "isolated") for mark in ".,?;()")]
-    )
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
-        additional_special_tokens=[w for w in SPECIAL if w not in (BOS, EOS, PAD, UNK)],
-        padding_side="left",
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-    )
+    """The tokenizer of the small Qwen-shaped models."""
+    extra = [word for word in SPECIAL if word not in (BOS, EOS, PAD, UNK)]
+    return word_tokenizer(VOCABULARY, SPECIAL, additional_special_tokens=extra)
 
 
 def copy_weights(start: str, model: Qwen2_5_VLForConditionalGeneration) -> None:
@@ -91,19 +76,47 @@ def write_folder(path: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: 
     Raises:
         MmrouteError: the disk is full; what stood at `path` still stands there.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with _replacing(path) as beside:
+        _write(beside, model, recipe, results)
+
+
+def write_stock(path: Path, model: Any, processor: Any, recipe: str, results: dict[str, Any]) -> None:
+    """Writes any stock model in bf16 with its processor, recipe and figures.
+
+    Args:
+        path: as in `write_folder`.
+        model: stays in its own dtype.
+        processor: of the model.
+        recipe: YAML text that `mmroute train backbone` takes.
+        results: command, commit and figures, for `RESULTS.json`.
+
+    Raises:
+        MmrouteError: the disk is full; what stood at `path` still stands there.
+    """
+    stored = type(model)(model.config)
+    stored.load_state_dict(model.state_dict())
+    with _replacing(path) as beside:
+        stored.to(torch.bfloat16).save_pretrained(beside)
+        processor.save_pretrained(beside)
+        (beside / "recipe.yaml").write_text(recipe)
+        _json(beside / "RESULTS.json", results)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when the block has filled it."""
+    beside, old = (path.with_name(f".{path.name}.{kind}{os.getpid()}") for kind in ("", "old."))
     try:
         beside.mkdir(parents=True)
-        _write(beside, model, recipe, results)
-        old = path.with_name(f".{path.name}.old.{os.getpid()}")
+        yield beside
         if path.exists():
             path.rename(old)
         beside.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(folder: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: str, results: dict[str, Any]) -> None:
