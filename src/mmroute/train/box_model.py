@@ -50,7 +50,7 @@ class Shape:
     heads: PositiveInt = 4
     kv_heads: PositiveInt = 2
     mlp: PositiveInt = 320
-    rope_theta: Annotated[float, Field(gt=1)] = 100.0
+    rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
     alike_from: Annotated[int, Field(ge=0)] = 1
     """First layer, counted from 0, whose queries start equal to its keys."""
     vision_depth: PositiveInt = 1

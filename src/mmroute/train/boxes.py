@@ -1,13 +1,14 @@
 """Trains a small LLaVA to look again where its thoughts point: `mmroute train backbone --recipe boxes`.
 
 Each hop of a text names an object and its box; the image features under the box enter behind it, and what follows may
-read them. Beside the words, each vision token learns to name where it lies and what it shows.
+read them. Looking is what takes long (`backbone.py`): at first most steps learn random read-outs of the picture, and
+beside the words each vision token learns to name where it lies and what it shows.
 
 Legend: B batch, N positions, P vision tokens of one image, C tiles of one side, D hidden.
 
 Source: VoCoT (NAACL 2025, arXiv 2405.16919): chains that alternate words, boxes and the features under them;
     cross-entropy on words alone.
-Deviates: from scratch, tower and all, in one phase; the naming loss is ours (`naming.py`); boxes are those of cells.
+Deviates: from scratch, tower and all, in one phase; read-outs and naming loss are ours; boxes are those of cells.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from mmroute.think.base import LookingThinker
 from mmroute.train.box_model import TILE, WORDS, Shape, build, make_processor
 from mmroute.train.examples import seen_tiles
 from mmroute.train.naming import IGNORED, names_of_tiles, naming_loss
+from mmroute.train.recipe import Ramp, at
 from mmroute.train.scratch import ScratchRecipe, ScratchRun, accuracy, answered
 from mmroute.train.stories import BOX_END, boxed
 
@@ -53,6 +55,8 @@ class Recipe(ScratchRecipe):
     """Weight of the naming loss."""
     place_layer: Annotated[int, Field(ge=0)] = 1
     """Text layers after which vision tokens name themselves."""
+    probe: Ramp = ((0.0, 0.7), (0.5, 0.1))
+    """Share of steps that learn random read-outs of the picture, by the share of the run that is over."""
 
 
 def story(task: Generated, spec: Spec, think: LookingThinker) -> tuple[list[int], list[int], list[int]]:
@@ -80,6 +84,29 @@ def _ids(words: Sequence[str]) -> list[int]:
 
 
 @dataclass(frozen=True)
+class _Text:
+    """One item as token ids."""
+
+    prompt: list[int]
+    rest: list[int]
+    cells: list[int]
+    """Vision tokens that stand at the placeholders of `rest`, in order."""
+    learned: list[bool]
+    """[word of `rest`]."""
+
+
+def _chain(task: Generated, spec: Spec, think: LookingThinker) -> _Text:
+    prompt, rest, cells = story(task, spec, think)
+    return _Text(prompt, rest, cells, [token != _INDEX[IMAGE] for token in rest])
+
+
+def _probe(task: Generated, spec: Spec) -> _Text:
+    """Where things are and what lies where, at random: looking, without a chain."""
+    words = task.words(spec, "probe")
+    return _Text(_ids(words.prompt), _ids(words.response), [], words.supervised)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Texts padded on their right, with their pictures."""
 
@@ -95,21 +122,18 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def collate(task: Generated, specs: Sequence[Spec], think: LookingThinker) -> Batch:
-    """Items as one batch."""
-    texts = [story(task, spec, think) for spec in specs]
-    width = max(len(prompt) + len(rest) for prompt, rest, _ in texts)
+def collate(task: Generated, specs: Sequence[Spec], think: LookingThinker, probe: bool = False) -> Batch:
+    """Items as one batch: their chains, or read-outs of their pictures."""
+    texts = [_probe(task, spec) if probe else _chain(task, spec, think) for spec in specs]
+    width = max(len(text.prompt) + len(text.rest) for text in texts)
     ids = torch.full((len(texts), width), _INDEX[PAD])
     labels = torch.full_like(ids, IGNORED)
     source = torch.full_like(ids, -1)
-    for b, (prompt, rest, cells) in enumerate(texts):
-        row = torch.tensor([*prompt, *rest])
-        ids[b, : len(row)] = row
-        learned = row.clone()
-        learned[: len(prompt)] = IGNORED
-        learned[row == _INDEX[IMAGE]] = IGNORED
-        labels[b, : len(row)] = learned
-        source[b, : len(row)][row == _INDEX[IMAGE]] = torch.tensor([*range(specs[b].canvas ** 2), *cells])
+    for b, (spec, text) in enumerate(zip(specs, texts, strict=True)):
+        row = torch.tensor([*text.prompt, *text.rest])
+        learned = torch.tensor([*[False] * len(text.prompt), *text.learned])
+        ids[b, : len(row)], labels[b, : len(row)] = row, row.where(learned, torch.tensor(IGNORED))
+        source[b, : len(row)][row == _INDEX[IMAGE]] = torch.tensor([*range(spec.canvas**2), *text.cells])
     named = names_of_tiles([seen_tiles(task, spec) for spec in specs], specs[0].canvas, _INDEX)
     return Batch(ids, labels, source, _pixels([task.codes(spec) for spec in specs]), named)
 
@@ -149,7 +173,9 @@ class Run(ScratchRun[Recipe]):
 
     def losses(self, number: int) -> dict[str, Tensor]:
         """Cross-entropy of words, and how badly vision tokens name themselves."""
-        batch = collate(self.task, self.drawn(number)[0], self.think).to(self.device)
+        specs, rng = self.drawn(number)
+        probe = bool(rng.random() < at(self.recipe.probe, number / self.recipe.steps))
+        batch = collate(self.task, specs, self.think, probe).to(self.device)
         logits, early = self._run(batch)
         learned = batch.labels[:, 1:] != IGNORED
         loss = F.cross_entropy(logits, batch.labels[:, 1:][learned])
