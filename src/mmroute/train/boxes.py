@@ -11,6 +11,7 @@ Source: VoCoT (NAACL 2025, arXiv 2405.16919): chains that alternate words, boxes
 Deviates: from scratch, tower and all, in one phase; read-outs and naming loss are ours; boxes are those of cells.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,8 +56,10 @@ class Recipe(ScratchRecipe):
     """Weight of the naming loss."""
     place_layer: Annotated[int, Field(ge=0)] = 1
     """Text layers after which vision tokens name themselves."""
-    probe: Ramp = ((0.0, 0.7), (0.5, 0.1))
-    """Share of steps that learn random read-outs of the picture, by the share of the run that is over."""
+    probe: Ramp = ((0.0, 1.0), (0.25, 0.5), (0.6, 0.1))
+    """Share of steps that learn random read-outs of pictures, by the share of the run that is over."""
+    probed: list[str] = dataclasses.field(default_factory=lambda: ["gridspatial", "arrows"])
+    """Worlds whose pictures are read out. Most cells of `gridspatial` are empty, so that it teaches looking slowly."""
 
 
 def story(task: Generated, spec: Spec, think: LookingThinker) -> tuple[list[int], list[int], list[int]]:
@@ -157,6 +160,12 @@ class Run(ScratchRun[Recipe]):
     def think(self) -> LookingThinker:
         return hub.load("think", "boxes")
 
+    @cached_property
+    def probed(self) -> list[Generated]:
+        """Worlds whose pictures are read out."""
+        names = self.recipe.probed
+        return [hub.load("tasks", name, preset=self.recipe.preset, tile_px=TILE) for name in names]
+
     def build(self) -> Any:
         return build(self.recipe.model, self.canvas, self.recipe.seed)
 
@@ -173,9 +182,10 @@ class Run(ScratchRun[Recipe]):
 
     def losses(self, number: int) -> dict[str, Tensor]:
         """Cross-entropy of words, and how badly vision tokens name themselves."""
-        specs, rng = self.drawn(number)
+        rng = self.rng(number)
         probe = bool(rng.random() < at(self.recipe.probe, number / self.recipe.steps))
-        batch = collate(self.task, specs, self.think, probe).to(self.device)
+        task = self.probed[int(rng.integers(len(self.probed)))] if probe else self.task
+        batch = collate(task, self.drawn(rng, task), self.think, probe).to(self.device)
         logits, early = self._run(batch)
         learned = batch.labels[:, 1:] != IGNORED
         loss = F.cross_entropy(logits, batch.labels[:, 1:][learned])

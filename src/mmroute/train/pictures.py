@@ -160,7 +160,8 @@ class Run(ScratchRun[Recipe]):
 
     def losses(self, number: int) -> dict[str, Tensor]:
         """Cross-entropy of words and codes, and token discrepancy of codes."""
-        logits, labels = self._logits(collate(list(self.texts(*self.drawn(number)))))
+        rng = self.rng(number)
+        logits, labels = self._logits(collate(list(self.texts(self.drawn(rng), rng))))
         codes = labels >= CODES
         apart = token_discrepancy(logits[codes][:, CODES:], labels[codes] - CODES, self.apart)
         return {"loss": F.cross_entropy(logits, labels), "discrepancy": apart}

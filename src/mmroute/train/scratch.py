@@ -111,7 +111,7 @@ class ScratchRun(ABC, Generic[R]):
         if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
             raise ConfigError(f"--device is cpu, or cuda where there is one (given {device!r})")
         self.recipe, self.out, self.device = recipe, out, torch.device(device)
-        self.task = self.world(recipe)
+        self.task: Generated = self.world(recipe)
         self.canvas = self.task.preset.canvas
         self.model = self.build().to(self.device)
         self.optimisers = Optimisers(self.model, recipe.weight_decay)
@@ -191,14 +191,18 @@ class ScratchRun(ABC, Generic[R]):
         self.optimisers.step(share * recipe.muon, share * recipe.adamw)
         return {name: round(loss.item(), 6) for name, loss in losses.items()}
 
-    def drawn(self, number: int) -> tuple[list[Spec], np.random.Generator]:
-        """The items of a step, and what else it draws from: functions of the seed and the step."""
-        rng = np.random.default_rng([self.recipe.seed, number])
+    def rng(self, number: int) -> np.random.Generator:
+        """What a step draws from: a function of the seed and the step."""
+        return np.random.default_rng([self.recipe.seed, number])
+
+    def drawn(self, rng: np.random.Generator, task: Generated | None = None) -> list[Spec]:
+        """The items of a step, of the recipe's own world unless another is given."""
+        task = task or self.task
         specs = []
         for _ in range(self.recipe.batch):
-            size = int(rng.choice(self.task.sizes))
-            specs.append(self.task.stream(rng, size, int(rng.integers(1, self.task.max_length(size) + 1))))
-        return specs, rng
+            size = int(rng.choice(task.sizes))
+            specs.append(task.stream(rng, size, int(rng.integers(1, task.max_length(size) + 1))))
+        return specs
 
     def held_out(self) -> list[Spec]:
         """The items that `look` looks at."""

@@ -132,6 +132,17 @@ def test_steps_lower_both_losses_and_reach_the_tower(tmp_path):
     assert not torch.equal(before, run.model.model.vision_tower.embeddings.patch_embedding.weight)
 
 
+def test_read_outs_learn_places_and_contents_alone(think, tmp_path):
+    run = Run(recipe(probe=((0.0, 1.0),), probed=["arrows"]), tmp_path)
+    (task,) = run.probed
+    batch = collate(task, run.drawn(run.rng(0), task), think, probe=True)
+    words = {WORDS[token] for token in batch.labels[batch.labels != IGNORED].tolist()}
+    assert {"red", "r0c1", "<|im_end|>"} & words
+    assert "</coor>" not in words
+    assert (batch.source >= 0).sum(1).tolist() == [16, 16], "nothing enters behind the prompt"
+    assert run.step(0)["loss"] > 0
+
+
 def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path):
     whole = Run(recipe(), tmp_path / "whole")
     whole.train()
