@@ -3,8 +3,10 @@
 A CLIP tower whose patch is one tile, a projector, a Mistral text model with plain positions. Its words are those of all
 small models, then the brackets and numbers of boxes.
 
-As in `small_model.py` the start decides whether it learns to look. What is added here: the tower's place vectors start
-as a row part plus a column part of the size of what a tile shows; stock ones start fifty times smaller.
+As in `small_model.py` the start decides whether it learns to look. What is added here: attention starts by passing on
+what it looks at, so a word that looks at what resembles it learns from the first step where that lies (without this no
+look-up was learned in 370 steps, docs/log.md); and the tower's place vectors start as a row part plus a column part of
+the size of what a tile shows, where stock ones start fifty times smaller.
 """
 
 from typing import Annotated
@@ -24,7 +26,7 @@ from mmroute.config import options
 from mmroute.errors import ConfigError
 from mmroute.tasks._texts import BOS, EOS, IMAGE, PAD, SPECIAL, VOCABULARY, coordinate
 from mmroute.train.folder import CHAT_TEMPLATE
-from mmroute.train.small_model import coordinate_words, look_alike
+from mmroute.train.small_model import coordinate_words, look_alike, pass_on
 from mmroute.train.stories import BOX_END, BOX_START
 from mmroute.train.words import word_tokenizer
 
@@ -51,8 +53,8 @@ class Shape:
     kv_heads: PositiveInt = 2
     mlp: PositiveInt = 320
     rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
-    alike_from: Annotated[int, Field(ge=0)] = 1
-    """First layer, counted from 0, whose queries start equal to its keys."""
+    alike_from: Annotated[int, Field(ge=0)] = 0
+    """First layer, counted from 0, whose queries start equal to its keys and whose outputs pass on what they look at."""
     vision_depth: PositiveInt = 1
     vision_hidden: PositiveInt = 64
     vision_heads: PositiveInt = 4
@@ -118,7 +120,9 @@ def build(shape: Shape, canvas: int, seed: int) -> LlavaForConditionalGeneration
         model = LlavaForConditionalGeneration(config)
         words = model.model.language_model.embed_tokens.weight
         words.copy_(coordinate_words(words, WORDS, shape.initializer_range))
-        look_alike(model.model.language_model.layers[shape.alike_from :], shape.heads, shape.kv_heads)
+        layers = model.model.language_model.layers
+        look_alike(layers[shape.alike_from :], shape.heads, shape.kv_heads)
+        pass_on(layers[shape.alike_from :], shape.heads, shape.kv_heads)
         places = model.model.vision_tower.embeddings.position_embedding.weight
         named = [coordinate(row, column) for row in range(canvas) for column in range(canvas)]
         places[1:] = coordinate_words(places[1:], named, 1.0)  # the class token stands in front

@@ -11,7 +11,6 @@ Source: VoCoT (NAACL 2025, arXiv 2405.16919): chains that alternate words, boxes
 Deviates: from scratch, tower and all, in one phase; read-outs and naming loss are ours; boxes are those of cells.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +32,7 @@ from mmroute.tasks.base import Generated, Spec
 from mmroute.think.base import LookingThinker
 from mmroute.train.box_model import TILE, WORDS, Shape, build, make_processor
 from mmroute.train.examples import seen_tiles
-from mmroute.train.naming import IGNORED, names_of_tiles, naming_loss
+from mmroute.train.naming import IGNORED, names_of_tiles, naming_loss, place_words
 from mmroute.train.recipe import Ramp, at
 from mmroute.train.scratch import ScratchRecipe, ScratchRun, accuracy, answered
 from mmroute.train.stories import BOX_END, boxed
@@ -54,12 +53,11 @@ class Recipe(ScratchRecipe):
     model: Shape = Shape()
     place: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the naming loss."""
-    place_layer: Annotated[int, Field(ge=0)] = 1
-    """Text layers after which vision tokens name themselves."""
-    probe: Ramp = ((0.0, 1.0), (0.25, 0.5), (0.6, 0.1))
+    place_layer: Annotated[int, Field(ge=0)] = 0
+    """Text layers after which vision tokens name themselves; 0 is as they enter. Words enter as themselves, so the first
+    layer finds one in the other."""
+    probe: Ramp = ((0.0, 1.0), (0.3, 0.9), (0.6, 0.1))
     """Share of steps that learn random read-outs of pictures, by the share of the run that is over."""
-    probed: list[str] = dataclasses.field(default_factory=lambda: ["gridspatial", "arrows"])
-    """Worlds whose pictures are read out. Most cells of `gridspatial` are empty, so that it teaches looking slowly."""
 
 
 def story(task: Generated, spec: Spec, think: LookingThinker) -> tuple[list[int], list[int], list[int]]:
@@ -160,12 +158,6 @@ class Run(ScratchRun[Recipe]):
     def think(self) -> LookingThinker:
         return hub.load("think", "boxes")
 
-    @cached_property
-    def probed(self) -> list[Generated]:
-        """Worlds whose pictures are read out."""
-        names = self.recipe.probed
-        return [hub.load("tasks", name, preset=self.recipe.preset, tile_px=TILE) for name in names]
-
     def build(self) -> Any:
         return build(self.recipe.model, self.canvas, self.recipe.seed)
 
@@ -184,8 +176,7 @@ class Run(ScratchRun[Recipe]):
         """Cross-entropy of words, and how badly vision tokens name themselves."""
         rng = self.rng(number)
         probe = bool(rng.random() < at(self.recipe.probe, number / self.recipe.steps))
-        task = self.probed[int(rng.integers(len(self.probed)))] if probe else self.task
-        batch = collate(task, self.drawn(rng, task), self.think, probe).to(self.device)
+        batch = collate(self.task, self.drawn(rng), self.think, probe).to(self.device)
         logits, early = self._run(batch)
         learned = batch.labels[:, 1:] != IGNORED
         loss = F.cross_entropy(logits, batch.labels[:, 1:][learned])
@@ -207,26 +198,37 @@ class Run(ScratchRun[Recipe]):
         return self.model.lm_head(out.last_hidden_state[:, :-1][learned]).float(), early
 
     @cached_property
-    def _held(self) -> Batch:
-        return collate(self.task, self.held_out(), self.think).to(self.device)
+    def _held(self) -> tuple[Batch, Batch]:
+        specs = self.held_out()
+        return tuple(collate(self.task, specs, self.think, probe).to(self.device) for probe in (False, True))
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:
-        """On held-out items, all before given: shares of right words, of whole boxes, of chains, of answers."""
-        batch = self._held
-        logits, _ = self._run(batch)
-        labels = batch.labels[:, 1:]
-        learned = labels != IGNORED
-        hit = learned.clone()
-        hit[learned] = logits.argmax(-1) == labels[learned]
+        """On held-out items, all before given: shares of right words, of whole boxes, of chains, of answers, and of places
+        found in read-outs."""
+        chain, probe = self._held
+        hit, learned = self._right(chain)
+        labels = chain.labels[:, 1:]
         answers = torch.zeros_like(learned)
         answers[:, 1:] = labels[:, :-1] == _INDEX["answer:"]
+        found, _ = self._right(probe)
+        places = torch.isin(probe.labels[:, 1:], place_words(_INDEX, self.canvas).to(self.device))
         return {
             "words": _share(hit[learned]),
             "boxes": _share(_whole_boxes(hit, labels)),
             "chains": _share((hit | ~learned).all(1)),
             "answers": _share(hit[answers]),
+            "finds": _share(found[places]),
         }
+
+    def _right(self, batch: Batch) -> tuple[Bool[Tensor, "B M"], Bool[Tensor, "B M"]]:
+        """Which learned words are the most likely one, and which are learned at all."""
+        logits, _ = self._run(batch)
+        labels = batch.labels[:, 1:]
+        learned = labels != IGNORED
+        hit = learned.clone()
+        hit[learned] = logits.argmax(-1) == labels[learned]
+        return hit, learned
 
 
 def _whole_boxes(hit: Bool[Tensor, "B M"], labels: Int[Tensor, "B M"]) -> Bool[Tensor, " boxes"]:

@@ -195,13 +195,12 @@ class ScratchRun(ABC, Generic[R]):
         """What a step draws from: a function of the seed and the step."""
         return np.random.default_rng([self.recipe.seed, number])
 
-    def drawn(self, rng: np.random.Generator, task: Generated | None = None) -> list[Spec]:
-        """The items of a step, of the recipe's own world unless another is given."""
-        task = task or self.task
+    def drawn(self, rng: np.random.Generator) -> list[Spec]:
+        """The items of a step."""
         specs = []
         for _ in range(self.recipe.batch):
-            size = int(rng.choice(task.sizes))
-            specs.append(task.stream(rng, size, int(rng.integers(1, task.max_length(size) + 1))))
+            size = int(rng.choice(self.task.sizes))
+            specs.append(self.task.stream(rng, size, int(rng.integers(1, self.task.max_length(size) + 1))))
         return specs
 
     def held_out(self) -> list[Spec]:

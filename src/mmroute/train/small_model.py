@@ -23,7 +23,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from mmroute.config import options
 from mmroute.errors import ConfigError
 
-__all__ = ["MERGE", "PATCH", "Shape", "build", "coordinate_words", "look_alike"]
+__all__ = ["MERGE", "PATCH", "Shape", "build", "coordinate_words", "look_alike", "pass_on"]
 
 PATCH = 14
 """Pixels along one side of a vision patch."""
@@ -142,6 +142,14 @@ def look_alike(layers: Iterable[Any], heads: int, kv_heads: int) -> None:
     for layer in layers:
         keys = layer.self_attn.k_proj.weight.unflatten(0, (kv_heads, -1))
         layer.self_attn.q_proj.weight.copy_(keys.repeat_interleave(heads // kv_heads, 0).flatten(0, 1))
+
+
+@torch.no_grad()
+def pass_on(layers: Iterable[Any], heads: int, kv_heads: int) -> None:
+    """Lets attention of stock layers start by passing on what it looks at: outputs as the transposes of values."""
+    for layer in layers:
+        values = layer.self_attn.v_proj.weight.unflatten(0, (kv_heads, -1))
+        layer.self_attn.o_proj.weight.copy_(values.repeat_interleave(heads // kv_heads, 0).flatten(0, 1).T)
 
 
 def coordinate_words(start: Float[Tensor, "V D"], vocabulary: Sequence[str], spread: float) -> Float[Tensor, "V D"]:

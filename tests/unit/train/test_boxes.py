@@ -133,11 +133,10 @@ def test_steps_lower_both_losses_and_reach_the_tower(tmp_path):
 
 
 def test_read_outs_learn_places_and_contents_alone(think, tmp_path):
-    run = Run(recipe(probe=((0.0, 1.0),), probed=["arrows"]), tmp_path)
-    (task,) = run.probed
-    batch = collate(task, run.drawn(run.rng(0), task), think, probe=True)
+    run = Run(recipe(probe=((0.0, 1.0),)), tmp_path)
+    batch = collate(run.task, run.drawn(run.rng(0)), think, probe=True)
     words = {WORDS[token] for token in batch.labels[batch.labels != IGNORED].tolist()}
-    assert {"red", "r0c1", "<|im_end|>"} & words
+    assert {"empty", "r1c1", "<|im_end|>"} <= words
     assert "</coor>" not in words
     assert (batch.source >= 0).sum(1).tolist() == [16, 16], "nothing enters behind the prompt"
     assert run.step(0)["loss"] > 0
