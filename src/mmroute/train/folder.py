@@ -46,7 +46,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer(VOCABULARY, SPECIAL, additional_special_tokens=extra)
 
 
-def copy_weights(start: str, model: Qwen2_5_VLForConditionalGeneration) -> None:
+def copy_weights(start: str, model: Any) -> None:
     """Gives a model the weights of a bundled checkpoint or of a folder.
 
     Raises:
@@ -54,7 +54,7 @@ def copy_weights(start: str, model: Qwen2_5_VLForConditionalGeneration) -> None:
     """
     _, folder = locate(start)
     try:
-        other = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        other = type(model).from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
             for (name, new), (_, own) in zip(other.named_parameters(), model.named_parameters(), strict=True):
                 if new.shape != own.shape:

@@ -28,7 +28,7 @@ from mmroute.errors import ConfigError
 from mmroute.reason import Answer
 from mmroute.tasks.base import Generated, Sample, Spec
 from mmroute.think.base import Thinker
-from mmroute.train.folder import write_stock
+from mmroute.train.folder import copy_weights, write_stock
 from mmroute.train.follow import Follower
 from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.recipe import as_yaml, find_recipe, merge
@@ -52,6 +52,8 @@ class ScratchRecipe:
     preset: str = "nano"
     """Fixes the canvas."""
     prompt_order: Literal["image_first", "question_first"] = "image_first"
+    start: str | None = None
+    """Bundled name or folder of a checkpoint of the same shape, to begin with its weights; fresh ones if not given."""
     steps: Annotated[int, Field(ge=1)] = 1200
     batch: Annotated[int, Field(ge=1)] = 16
     muon: Annotated[float, Field(gt=0)] = 8e-3
@@ -113,7 +115,10 @@ class ScratchRun(ABC, Generic[R]):
         self.recipe, self.out, self.device = recipe, out, torch.device(device)
         self.task: Generated = self.world(recipe)
         self.canvas = self.task.preset.canvas
-        self.model = self.build().to(self.device)
+        self.model = self.build()
+        if recipe.start is not None:
+            copy_weights(recipe.start, self.model)
+        self.model.to(self.device)
         self.optimisers = Optimisers(self.model, recipe.weight_decay)
         self.state = out / "state.safetensors"
         refuse_old_run(self.state, resume)

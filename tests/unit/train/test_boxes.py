@@ -10,7 +10,7 @@ import mmroute
 from mmroute import hub
 from mmroute.backbones.images import prepare
 from mmroute.config import parse, read_yaml
-from mmroute.errors import ConfigError
+from mmroute.errors import CheckpointMismatch, ConfigError
 from mmroute.tasks._texts import EOS, IMAGE
 from mmroute.train import boxes
 from mmroute.train.box_model import TILE, WORDS, Shape, build, make_processor
@@ -166,6 +166,11 @@ def test_training_ends_in_a_folder_that_stock_classes_open_and_that_was_examined
     assert found == exam(folder, recipe(steps=1, eval_every=1))
     assert found["n"] == 2
     assert {"accuracy", "ci95", "boxes", "chance"} <= set(found)
+    again = Run(recipe(start=str(folder)), tmp_path / "again")
+    stored = LlavaForConditionalGeneration.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, stored[name].float()) for name, value in again.model.state_dict().items())
+    with pytest.raises(CheckpointMismatch, match="cannot be the start of this recipe"):
+        Run(recipe(start=str(folder), model={**SHAPE, "mlp": 48}), tmp_path / "other")
 
 
 def test_pictures_whose_boxes_cannot_be_written_are_refused(tmp_path):
