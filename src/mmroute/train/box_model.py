@@ -5,14 +5,18 @@ small models, then the brackets and numbers of boxes.
 
 As in `small_model.py` the start decides whether it learns to look. What is added here: attention starts by passing on
 what it looks at, so a word that looks at what resembles it learns from the first step where that lies (without this no
-look-up was learned in 370 steps, docs/log.md); and the tower's place vectors start as a row part plus a column part of
+look-up was learned in 370 steps, docs/log.md); the first heads look at the word before, since a name is two words; and
+the tower's place vectors start as a row part plus a column part of
 the size of what a tile shows, where stock ones start fifty times smaller.
 """
 
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -35,6 +39,8 @@ __all__ = ["CANVASES", "TILE", "WORDS", "Shape", "build", "make_processor"]
 TILE = 28
 """Pixels of one side of a tile, which is one patch of the tower."""
 _PARTS = 8
+_FAST, _LEAD = 0.05, 8.0
+"""Radians a place of the slowest rotary band that looks back, and by how much the word before then leads."""
 CANVASES = (4, 8)
 """Tiles of one side of pictures whose boxes the vocabulary can write."""
 WORDS: list[str] = [*VOCABULARY, BOX_START, BOX_END, *(f"{i / _PARTS:.3f}" for i in range(_PARTS + 1))]
@@ -123,10 +129,31 @@ def build(shape: Shape, canvas: int, seed: int) -> LlavaForConditionalGeneration
         layers = model.model.language_model.layers
         look_alike(layers[shape.alike_from :], shape.heads, shape.kv_heads)
         pass_on(layers[shape.alike_from :], shape.heads, shape.kv_heads)
+        common = torch.randn(shape.hidden)
+        words += shape.initializer_range * common
+        _look_back(layers[0].self_attn, common, shape)
         places = model.model.vision_tower.embeddings.position_embedding.weight
         named = [coordinate(row, column) for row in range(canvas) for column in range(canvas)]
         places[1:] = coordinate_words(places[1:], named, 1.0)  # the class token stands in front
     return model
+
+
+def _look_back(attention: Any, common: Float[Tensor, " D"], shape: Shape) -> None:
+    """Lets the first group of heads start by looking at the word before: a name is two words, colour and shape.
+
+    All words share a part, `common`. Queries turn it into a vector, keys into the same vector one place on, so that
+    their product is largest where the key stands one place before the query.
+    """
+    size, half = shape.hidden // shape.heads, shape.hidden // shape.heads // 2
+    turns = shape.rope_theta ** (-torch.arange(half) / half)
+    bands = (turns > _FAST).float()
+    seen = common / (common.norm() * math.sqrt(shape.hidden / 2))  # of a normed word, about half is the common part
+    scale = math.sqrt(_LEAD * math.sqrt(size) / float(bands.sum()))
+    here = torch.cat([bands, torch.zeros(half)]) * scale
+    before = torch.cat([bands * turns.cos(), bands * turns.sin()]) * scale
+    for head in range(shape.heads // shape.kv_heads):
+        attention.q_proj.weight[head * size : (head + 1) * size] = here[:, None] * seen
+    attention.k_proj.weight[:size] = before[:, None] * seen
 
 
 def make_processor(canvas: int) -> LlavaProcessor:
