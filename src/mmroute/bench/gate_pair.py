@@ -5,7 +5,6 @@ Legend: n queries.
 
 import math
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,18 @@ from mmroute.bench import deferral, schema
 from mmroute.bench.deferral import curve
 from mmroute.bench.gate_gather import gather, rate_chats
 from mmroute.bench.gate_schema import GateSummary
+from mmroute.bench.gate_time import timed
 from mmroute.bench.outcomes.base import Outcomes
 from mmroute.bench.stats import wilson
-from mmroute.engine.attach import attach
 from mmroute.errors import ConfigError
 from mmroute.gate._policy import policy
 from mmroute.gate.base import charge
 from mmroute.gate.prp import Prp
 from mmroute.recipe import Recipe
-from mmroute.tasks._mixture import draw_mixture
 from mmroute.train.prompts import chats_of
 from mmroute.train.prp import GateConfig, sections
-from mmroute.train.rollouts import roll_out
 
-__all__ = ["absent", "by_part", "evaluate", "open_pair", "timed"]
+__all__ = ["absent", "by_part", "evaluate", "open_pair"]
 
 
 def evaluate(
@@ -108,49 +105,6 @@ def by_part(outcomes: Outcomes) -> dict[str, dict[str, float]]:
         columns = {"share": here, "draft": outcomes.draft[here], "target": outcomes.target[here]}
         out[name] = {column: round(float(values.mean()), 4) for column, values in columns.items()}
     return out
-
-
-def timed(
-    recipe: Recipe, draft: Any, target: Any, rater: Prp, sent: np.ndarray, num: int, seed: int, rounds: int = 5
-) -> dict[str, float]:
-    """Seconds one by one, both models in turn within a round: medians over rounds of each question.
-
-    Args:
-        recipe: with a `gate` section.
-        draft: a loaded model.
-        target: likewise.
-        rater: a `Prp` on this draft.
-        sent: which of the questions of `seed` the target answers.
-        num: how many of them are timed.
-        seed: which.
-        rounds: timed ones; one more warms up.
-
-    Returns:
-        `ratio` of routed seconds over always-target, and `rating_steps`, a rating over a decode step of the draft.
-    """
-    num = min(num, len(sent))
-    think = recipe.build("think")
-    items = draw_mixture(sections(recipe)[0].mix, num, "test", seed)
-    asked = {"draft": chats_of(draft, items, think), "target": chats_of(target, items, think)}
-    spent: dict[str, list[list[tuple[float, float, float]]]] = {role: [[] for _ in items] for role in asked}
-    steps = np.ones(num)
-    with attach(draft) as small, attach(target) as large:
-        for turn in range(rounds + 1):
-            for i in range(num):
-                for role, routed, gate in (("draft", small, rater), ("target", large, None)):
-                    (wrote,), _ = roll_out(routed, [asked[role][i]], max_new_tokens=think.max_new_tokens, rater=gate)
-                    if turn:  # the first round warms up
-                        spent[role][i].append(wrote.seconds)
-                    if role == "draft":
-                        steps[i] = max(len(wrote.ids) - 1, 1)
-    mid = {r: np.array([[median(part) for part in zip(*each, strict=True)] for each in spent[r]]) for r in spent}
-    prefill, rating, decode = mid["draft"].T
-    whole = mid["target"].sum(1)
-    z = sent[:num]
-    return {
-        "ratio": float((prefill + rating + np.where(z, whole, decode)).sum() / whole.sum()),
-        "rating_steps": float(np.median(rating) / np.median(decode / steps)),
-    }
 
 
 def open_pair(

@@ -87,6 +87,8 @@ class Claims:
     """Over always-target, where accuracy equals it."""
     time_at_equal_accuracy: float | None
     """Seconds likewise: single questions, both models in turn; None was not timed."""
+    time_at_equal_accuracy_together: float | None = None
+    """Seconds likewise, of a batch."""
     rating_decode_steps: float | None
     """Seconds of a rating over those of a decode step of the draft."""
     rating_flops: float
