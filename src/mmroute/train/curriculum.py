@@ -65,6 +65,9 @@ class TrainConfig:
     tasks: dict[str, Annotated[float, Field(gt=0)]]
     """Weight of each world, `name` or `name:preset`."""
     stages: Annotated[list[Stage], Field(min_length=1)]
+    start: str | None = None
+    """Folder `latent` of an earlier run, or the name of a bundled one: this one begins with its routers and backbone,
+    so that replay or depth is added to latents that work."""
     batch: Annotated[int, Field(ge=1)] = 32
     epoch_items: Annotated[int, Field(ge=0)] = 0
     """Items of one epoch, for stages that count in epochs."""

@@ -30,7 +30,6 @@ from mmroute import recipe as recipes
 from mmroute.bench.schema import commit_of_source
 from mmroute.config import parse
 from mmroute.engine.attach import Routed, attach
-from mmroute.engine.saving import load as load_parts
 from mmroute.errors import ConfigError
 from mmroute.prune._gates import Relaxation
 from mmroute.prune.dare import Dare
@@ -44,7 +43,7 @@ from mmroute.train.dare_learners import Learners
 from mmroute.train.dare_look import held_out, kept_in_training, rate_table
 from mmroute.train.dare_losses import routing_losses
 from mmroute.train.dare_passes import Passes
-from mmroute.train.delta import save_delta, tuned
+from mmroute.train.delta import begun_from, save_delta
 from mmroute.train.examples import IGNORED
 from mmroute.train.follow import Follower
 from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, replacing, save_state
@@ -137,8 +136,6 @@ class DareRun:
         self.state = out / "state.safetensors"
         refuse_old_run(self.state, resume)
         self.tasks = worlds(self.config.tasks)
-        if self.config.start is not None and self.config.backbone == "lora":
-            raise ConfigError("train.start brings weights that adapters would hide; give train.backbone full or frozen")
         if self.config.init == "distill" and not isinstance(pruner, Dare):
             raise ConfigError("train.init distill is for prune.name dare; leave it out for its controls")
         if self.config.start is not None and self.config.init == "distill":
@@ -149,14 +146,12 @@ class DareRun:
         backbone = Optimisers(model, 0.01) if self.config.backbone != "frozen" else None
         self.routed: Routed = attach(model, prune=pruner, prefix_tokens=recipe.prefix_tokens, executor="dense")
         self._stack.callback(self._restore)
-        if self.config.start is not None:
-            load_parts(self.routed, self.config.start)
-            self._stack.enter_context(tuned(model, Path(self.config.start)))
         self.learners = Learners(backbone, pruner, self.config, self.routed.controller.shape.hidden)
         self.passes = Passes(self.routed, pruner)
         self.writer = Writer(self.routed, recipe.build("think"))
         fresh = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
         try:
+            self._stack.enter_context(begun_from(self.config.start, self.routed, self.config.backbone))
             self.progress = go_on(self.state, model, self.learners, fresh)
         except BaseException:
             self._stack.close()

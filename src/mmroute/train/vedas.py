@@ -33,7 +33,7 @@ from mmroute.think.base import LatentThinker
 from mmroute.train.chains import worlds
 from mmroute.train.coherence import TokenSR
 from mmroute.train.curriculum import Stage, TrainConfig
-from mmroute.train.delta import save_delta
+from mmroute.train.delta import begun_from, save_delta
 from mmroute.train.follow import Follower
 from mmroute.train.learners import Learners
 from mmroute.train.lessons import Teacher
@@ -114,6 +114,7 @@ class VedasRun:
             parts = {"prune": recipe.build("prune"), "deepen": recipe.build("deepen"), "think": think}
             self.routed: Routed = attach(model, prefix_tokens=recipe.prefix_tokens, executor="physical", **parts)
             self._stack.callback(self.routed.detach)
+            self._stack.enter_context(begun_from(c.start, self.routed, c.backbone))
             hidden = self.routed.controller.shape.hidden
             self.sr = TokenSR(hidden, c.seed).to(model.device) if c.recon_weight else None
             self.learners = Learners(model, self.routed.parts, self.sr, c)

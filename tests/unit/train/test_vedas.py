@@ -239,6 +239,28 @@ def test_what_was_trained_answers_as_the_trainer_saw_it(model, tmp_path):
     assert (labels != IGNORED).sum(1).tolist() == [3] * 6
 
 
+def test_replay_is_added_to_latents_that_an_earlier_run_taught(model, tmp_path):
+    plain = {"name": "coconut", "num_latents": 6, "stop": "head"}
+    folder = train_vedas(recipe(plain, DEPTH), model, tmp_path / "first")
+    stock = {n: p.clone() for n, p in model.named_parameters()}
+    with VedasRun(recipe(VEDAS, DEPTH, start=str(folder)), model, tmp_path / "second") as run:
+        saved, moved = load_file(folder / "mmroute.safetensors"), load_file(folder / "backbone.safetensors")
+        parts, now = run.routed.parts.state_dict(), dict(model.named_parameters())
+        assert saved and all(torch.equal(parts[n], value) for n, value in saved.items())
+        assert moved and all(torch.equal(now[n], value.float()) for n, value in moved.items())
+        run.train()
+        run.write({})
+    assert all(torch.equal(stock[n], p) for n, p in model.named_parameters())
+    for given, error, message in (
+        (recipe(VEDAS, DEPTH, start=str(folder), backbone="lora"), ConfigError, "full or frozen"),
+        (recipe(VEDAS, start=str(folder)), CheckpointMismatch, "deepen"),
+        (recipe(VEDAS, DEPTH, start="nowhere"), ConfigError, "no routers in 'nowhere'"),
+    ):
+        with pytest.raises(error, match=message):
+            VedasRun(given, model, tmp_path / "third")
+        assert all(torch.equal(stock[n], p) for n, p in model.named_parameters())
+
+
 def test_gates_end_a_stage_early_or_the_whole_run(model, tmp_path):
     easy = [
         {"name": "a", "steps": 9, "until": 0.0, "latents": 0},
