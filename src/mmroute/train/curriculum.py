@@ -84,6 +84,8 @@ class TrainConfig:
     """How far gradients run back through latents: all steps, none, or the last n (`truncated:n`)."""
     recon_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the closer look; 1.0 in the paper up to 3B, 0.2 at 7B."""
+    recon_relative: bool = True
+    """Measure its error in units of the tower's tokens; off in the paper."""
     window_share: Share = 0.3
     """Side of its window as a share of the grid's."""
     window_cells: tuple[int, int] | None = None

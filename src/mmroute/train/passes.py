@@ -87,10 +87,10 @@ class Passes:
         coherence = loss.new_zeros(())
         if self.sr is not None and rollout.thoughts and training:
             c = self.config
-            pictures, grids = lesson.images(), lesson.grids
             coherence = coherence_loss(
-                self.routed, rollout, rollout.shares, self.sr, pictures, grids, c.window_share, c.window_cells
-            )
+                self.routed, rollout, rollout.shares, self.sr, lesson.images(), lesson.grids,
+                c.window_share, c.window_cells, c.recon_relative,
+            )  # fmt: skip
         return Worked(loss, supervised, coherence, (right | ~learned).all(1).tolist(), share)
 
     @property

@@ -173,6 +173,22 @@ def test_the_closer_look_teaches_the_language_model_and_never_the_tower(model, t
         assert out.coherence.item() > 0
 
 
+def test_the_closer_look_weighs_the_same_on_a_tower_with_larger_tokens(model, tmp_path):
+    """Tower and word embeddings 50 times as large: tokens, copies and closer look are, and the relative error is not."""
+    before, errors = {n: p.clone() for n, p in model.named_parameters()}, {}
+    last = [p for n, p in model.named_parameters() if "visual.merger.mlp.2" in n or "embed_tokens" in n]
+    assert len(last) == 3
+    for relative in (True, False):
+        for scale in (1, 50):
+            with torch.no_grad():
+                for n, p in model.named_parameters():
+                    p.copy_(before[n] * (scale if any(p is each for each in last) else 1))
+            with VedasRun(recipe(recon_weight=1.0, recon_relative=relative), model, tmp_path / f"{relative}") as run:
+                errors[relative, scale] = run.passes.work(lesson(run), "all").coherence.item()
+    assert errors[True, 50] == pytest.approx(errors[True, 1], rel=0.3)  # picks may differ
+    assert errors[False, 50] > 100 * errors[False, 1]
+
+
 def test_what_is_trained_is_listed_by_name(model, tmp_path):
     with VedasRun(recipe(deepen=DEPTH, backbone="frozen"), model, tmp_path / "a") as run:
         names = {n for n, p in model.named_parameters() if p.requires_grad}
