@@ -174,7 +174,7 @@ def test_the_closer_look_teaches_the_language_model_and_never_the_tower(model, t
 
 
 def test_the_closer_look_weighs_the_same_on_a_tower_with_larger_tokens(model, tmp_path):
-    """Tower and word embeddings 50 times as large: tokens, copies and closer look are, and the relative error is not."""
+    """With tower and word embeddings 50 times as large, tokens, copies and closer look are too."""
     before, errors = {n: p.clone() for n, p in model.named_parameters()}, {}
     last = [p for n, p in model.named_parameters() if "visual.merger.mlp.2" in n or "embed_tokens" in n]
     assert len(last) == 3
