@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmroute.deepen.vedas import Vedas
-from mmroute.engine.select import hashed
+from mmroute.select import hashed
 from mmroute.tokens import Tokens
 from mmroute.trace import Shape
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmroute.config import options
 from mmroute.deepen._segments import best
 from mmroute.deepen.base import Again, Deepener
-from mmroute.engine.select import hashed
+from mmroute.select import hashed
 from mmroute.tokens import Tokens
 
 __all__ = ["Uniform"]

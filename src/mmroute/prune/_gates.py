@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmroute.engine.select import Group, top
 from mmroute.prune import _closing
 from mmroute.prune._rates import ROUTED, KeepRates, target
 from mmroute.prune._topk import clip_outliers, logistic_noise, soft_topk, straight_through
 from mmroute.prune.base import Keep, Site, keep_count
+from mmroute.select import Group, top
 from mmroute.tokens import Modality, Tokens
 
 __all__ = ["Gates", "Relaxation"]

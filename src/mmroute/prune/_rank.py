@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmroute.engine.select import Group
+from mmroute.select import Group
 from mmroute.tokens import Tokens
 
 __all__ = [

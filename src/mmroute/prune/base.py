@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmroute.config import options, parse
-from mmroute.engine.select import Group, top
 from mmroute.errors import ConfigError
+from mmroute.select import Group, top
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 

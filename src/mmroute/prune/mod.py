@@ -19,10 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmroute.config import options
-from mmroute.engine.select import top
 from mmroute.errors import ConfigError
 from mmroute.prune._budget import check_budget, cosine
 from mmroute.prune.base import Keep, Pruner, Site
+from mmroute.select import top
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 

@@ -16,13 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmroute.config import options
-from mmroute.engine.select import Group
 from mmroute.errors import ConfigError
 from mmroute.prune import _rank
 from mmroute.prune._budget import constant
 from mmroute.prune._gates import Relaxation
 from mmroute.prune._topk import clip_outliers, logistic_noise, soft_topk, straight_through
 from mmroute.prune.base import Keep, Pruner, Site, keep_count
+from mmroute.select import Group
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 

@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
-from mmroute.engine.select import hashed
 from mmroute.errors import ConfigError
+from mmroute.select import hashed
 from mmroute.think.base import Mind, Thought
 from mmroute.think.coconut import Coconut
 from mmroute.tokens import Modality

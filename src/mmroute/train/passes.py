@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.engine.attach import Routed
-from mmroute.engine.controller import MAX_HOPS
+from mmroute.engine.positions import MAX_HOPS
 from mmroute.errors import ConfigError
 from mmroute.rollout import Edit, Rollout, start
 from mmroute.think.base import LatentThinker, Thought
