@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmroute.prune import _rank
 from mmroute.prune.base import Site
+from mmroute.select import hashed
 from mmroute.tokens import Modality, Tokens
 
 __all__ = ["last_queries", "needs_of", "vision_scores"]
@@ -42,7 +43,7 @@ def vision_scores(scorer: str, x: Float[Tensor, "B N D"], tokens: Tokens, site: 
         case "knorm":
             return -_rank.key_norm(site.qk(x)[1].transpose(1, 2)).detach()
     assert scorer == "oracle", scorer
-    tie = _rank.hashed(tokens, 0, site.layer)
+    tie = hashed(tokens, 0, site.layer)
     return _rank.lexicographic(site.relevance, tie, tokens.valid)
 
 

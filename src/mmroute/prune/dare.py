@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from mmroute.config import options
 from mmroute.errors import ConfigError
-from mmroute.prune import _closing, _rank
+from mmroute.prune import _closing
 from mmroute.prune._gates import Gates, Relaxation
 from mmroute.prune._rates import ROUTED, KeepRates, policy, target
 from mmroute.prune._scorers import last_queries, needs_of, vision_scores
 from mmroute.prune.base import Keep, Pruner, Site, Slots
-from mmroute.select import top
+from mmroute.select import hashed, top
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 
@@ -237,7 +237,7 @@ class Dare(Pruner):
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
         if self.config.scorer == "random":
-            return _rank.hashed(tokens, 0, site.layer)
+            return hashed(tokens, 0, site.layer)
         own = self._logits(x, tokens, site)
         if self.config.scorer == "router":
             return own
