@@ -24,12 +24,12 @@ from mmroute.deepen.base import Deepener
 from mmroute.engine.choice import build_groups
 from mmroute.engine.compiled import Compiled
 from mmroute.engine.layer import Step
-from mmroute.engine.positions import MAX_HOPS, describe, describe_next, merged
+from mmroute.engine.positions import describe, describe_next, merged
 from mmroute.engine.train import GrowingCache
 from mmroute.errors import UnsupportedCall
 from mmroute.prune.base import Keep, Pruner
 from mmroute.select import Group
-from mmroute.tokens import Modality, Tokens
+from mmroute.tokens import MAX_HOPS, Modality, Tokens
 from mmroute.trace import Call, Trace
 
 __all__ = ["Controller", "prepare_cache"]
@@ -146,10 +146,10 @@ class Controller:
         if self.is_off:
             if isinstance(cache, RaggedCache):
                 raise UnsupportedCall("a routed cache cannot be used while routing is off; leave the off() block")
-            self._stock_checkpointing()
+            self.stock_checkpointing()
             return args, kwargs
         if not (isinstance(cache, RaggedCache) or self.executes):
-            self._stock_checkpointing()
+            self.stock_checkpointing()
             return args, kwargs
         self._check(cache, args, kwargs, training)
         given = kwargs.get("inputs_embeds")
@@ -336,7 +336,7 @@ class Controller:
     def _checkpointing(self) -> bool:
         return bool(getattr(self.text, "gradient_checkpointing", False))
 
-    def _stock_checkpointing(self) -> None:
+    def stock_checkpointing(self) -> None:
         """Gives the layers back what `_checkpoints` took."""
         for i in self.checkpointed:
             self.text.layers[i].gradient_checkpointing = self._checkpointing

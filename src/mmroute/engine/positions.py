@@ -12,12 +12,9 @@ from torch.nn.functional import one_hot
 
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.errors import UnsupportedCall
-from mmroute.tokens import Tokens
+from mmroute.tokens import MAX_HOPS, Tokens
 
-__all__ = ["MAX_HOPS", "describe", "describe_next", "merged", "place_in_hop"]
-
-MAX_HOPS = 32
-"""Hops that a teacher-forced batch may name; later ones share the last group."""
+__all__ = ["describe", "describe_next", "merged", "place_in_hop"]
 
 
 def merged(first: Chunk, second: Chunk) -> Chunk:

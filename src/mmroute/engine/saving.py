@@ -35,7 +35,7 @@ from mmroute.engine.attach import Routed, attach
 from mmroute.errors import CheckpointMismatch, ConfigError, MmrouteError
 from mmroute.files import replacing
 from mmroute.prune.base import Pruner
-from mmroute.tokens import Modality
+from mmroute.tokens import MAX_HOPS, Modality
 from mmroute.trace import Shape
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ __all__ = ["Manifest", "Method", "from_pretrained", "load", "read_manifest", "sa
 
 FORMAT = 1
 MANIFEST, WEIGHTS = "mmroute.json", "mmroute.safetensors"
-MAX_HOPS = 32
 _SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "last_valid",
     "lexicographic",
     "most_spread",
+    "rms_normed",
     "running",
 ]
 
@@ -71,6 +72,11 @@ def attention_of_last(
     logits_BKGN = q_BKGE @ k.float().transpose(2, 3) / E**0.5
     others = ~running(tokens, groups)
     return torch.softmax(logits_BKGN.masked_fill(others[:, None, None], float("-inf")), dim=-1).mean(dim=(1, 2))
+
+
+def rms_normed(x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    """The stream over its root mean square, which is what routers read: raw residuals have outlier channels."""
+    return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
 
 
 def key_norm(keys: Float[Tensor, "B N K E"]) -> Float[Tensor, "B N"]:

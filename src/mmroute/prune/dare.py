@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mmroute.config import options
 from mmroute.errors import ConfigError
-from mmroute.prune import _closing
+from mmroute.prune import _closing, _rank
 from mmroute.prune._gates import Gates, Relaxation
 from mmroute.prune._rates import ROUTED, KeepRates, policy, target
 from mmroute.prune._scorers import last_queries, needs_of, vision_scores
@@ -263,7 +263,7 @@ class Dare(Pruner):
         """What routers see of the stream, in fp32."""
         x = (x.detach() if self.config.detach_input else x).float()
         if self.config.score_input == "rms":
-            x = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+            x = _rank.rms_normed(x)
         return x
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:

@@ -112,8 +112,7 @@ class Symmetric(Pruner):
         return constant(self.config.keep, num_layers, self.config.first_layer)
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
-        x = x.detach().float()
-        return self.router[str(site.layer)](x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()).squeeze(-1)
+        return self.router[str(site.layer)](_rank.rms_normed(x.detach().float())).squeeze(-1)
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:
         """Hop by hop the best of text and vision together; in training with noise and gates."""
