@@ -240,7 +240,7 @@ class Prp(Gate):
         B = len(session.rows)
         mask = torch.cat([session.mask, session.mask.new_ones(B, 1)], 1)
         positions = session.next_position[:, None]
-        if session._axes == 3:
+        if session.axes == 3:
             positions = positions.expand(3, -1, -1)
         kind = torch.zeros(B, 1, dtype=torch.long, device=mask.device)  # text
         probs = rater(self.model, session.cache, mask, positions, modality=kind, route=False).exp()

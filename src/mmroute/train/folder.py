@@ -4,8 +4,6 @@ Everything is written into a folder beside and moved into place, so a folder tha
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLFo
 
 from mmroute.backbones.load import locate
 from mmroute.errors import CheckpointMismatch
+from mmroute.files import replacing_folder
 from mmroute.tasks._texts import BOS, EOS, IMAGE, PAD, SPECIAL, UNK, VISION_END, VISION_START, VOCABULARY
 from mmroute.train.loop import unwritable
 from mmroute.train.small_model import MERGE, PATCH
@@ -91,19 +90,11 @@ def write_folder(path: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: 
     Raises:
         MmrouteError: the disk is full; what stood at `path` still stands there.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.mkdir(parents=True)
-        _write(beside, model, recipe, results)
-        old = path.with_name(f".{path.name}.old.{os.getpid()}")
-        if path.exists():
-            path.rename(old)
-        beside.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        with replacing_folder(path) as beside:
+            _write(beside, model, recipe, results)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write(folder: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: str, results: dict[str, Any]) -> None:

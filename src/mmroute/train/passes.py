@@ -18,10 +18,10 @@ from torch import Tensor
 
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.engine.attach import Routed
-from mmroute.engine.controller import MAX_HOPS
 from mmroute.errors import ConfigError
 from mmroute.rollout import Edit, Rollout, start
 from mmroute.think.base import LatentThinker, Thought
+from mmroute.tokens import MAX_HOPS
 from mmroute.train.coherence import TokenSR, coherence_loss
 from mmroute.train.curriculum import TrainConfig
 from mmroute.train.examples import IGNORED

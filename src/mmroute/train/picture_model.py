@@ -5,8 +5,6 @@ atlas. Its image encoder is the exact atlas tokenizer (`tile_codes.py`).
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +23,7 @@ from transformers import (
 from mmroute.backbones.chameleon import BEGIN, END
 from mmroute.config import options
 from mmroute.errors import ConfigError
+from mmroute.files import replacing_folder
 from mmroute.tasks._texts import BOS, EOS, PAD, SPECIAL, UNK, VOCABULARY
 from mmroute.train.loop import unwritable
 from mmroute.train.tile_codes import NUM_CODES, TILE, code_name, set_weights, vq_config
@@ -141,20 +140,13 @@ def write_folder(path: Path, model: Any, canvas: int, recipe: str, results: dict
     Raises:
         MmrouteError: the disk is full; what stood at `path` still stands there.
     """
-    beside, old = (path.with_name(f".{path.name}.{kind}{os.getpid()}") for kind in ("", "old."))
     stored = ChameleonForConditionalGeneration(model.config)
     stored.load_state_dict(model.state_dict())
     try:
-        beside.mkdir(parents=True)
-        stored.to(torch.bfloat16).save_pretrained(beside)
-        make_processor(canvas).save_pretrained(beside)
-        (beside / "recipe.yaml").write_text(recipe)
-        (beside / "RESULTS.json").write_text(json.dumps(results, indent=2) + "\n")
-        if path.exists():
-            path.rename(old)
-        beside.rename(path)
+        with replacing_folder(path) as beside:
+            stored.to(torch.bfloat16).save_pretrained(beside)
+            make_processor(canvas).save_pretrained(beside)
+            (beside / "recipe.yaml").write_text(recipe)
+            (beside / "RESULTS.json").write_text(json.dumps(results, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -15,7 +15,6 @@ Deviates: from scratch instead of LoRA on Anole; no label smoothing; one text pe
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,17 +32,18 @@ from torch import Tensor
 from mmroute import hub
 from mmroute.backbones.chameleon import BEGIN, END
 from mmroute.backbones.load import load
-from mmroute.bench.schema import commit_of_source, write_json
 from mmroute.bench.stats import wilson
 from mmroute.config import options, parse, read_yaml, resolved
 from mmroute.engine.attach import attach
 from mmroute.errors import ConfigError
+from mmroute.files import write_json
+from mmroute.origin import origin_here
 from mmroute.tasks._texts import PAD, VISION_END, VISION_START
 from mmroute.tasks._visual import judge_drawings
 from mmroute.tasks.base import Generated, Spec
 from mmroute.train.discrepancy import code_distances, token_discrepancy
 from mmroute.train.follow import Follower
-from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
+from mmroute.train.loop import Journal, Optimisers, Progress, device_named, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.picture_model import CODES, CUE, SEPARATOR, WORDS, Shape, build, write_folder
 from mmroute.train.recipe import as_yaml, find_recipe, merge
 from mmroute.train.tile_codes import TILE, picture
@@ -172,9 +172,7 @@ class Run:
             ConfigError: the device is missing, the world lists no actions, or the state belongs to another recipe.
             InputError: the folder holds a run and `resume` is off.
         """
-        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-            raise ConfigError(f"--device is cpu, or cuda where there is one (given {device!r})")
-        self.recipe, self.out, self.device = recipe, out, torch.device(device)
+        self.recipe, self.out, self.device = recipe, out, device_named(device)
         self.task: Generated = _task(recipe)
         if not hasattr(self.task, "moves"):
             raise ConfigError(
@@ -333,13 +331,11 @@ def train_pictures(
         MmrouteError: the disk is full; the last state is intact.
     """
     recipe = parse(Recipe, merge(read_yaml(find_recipe(name)), changes), "recipe")
-    commit, dirty = commit_of_source()
+    origin = origin_here()
     run = Run(recipe, out, device, resume, followers)
     progress = run.train()
     results = {
-        "command": "mmroute " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "dirty": dirty,
+        **origin,
         "device": device,
         "steps": progress.step,
         "cpu_s": progress.cpu_s,
@@ -362,19 +358,15 @@ def main(
 ) -> None:
     """Examines a checkpoint folder that this trainer wrote, by the recipe in it."""
     recipe = parse(Recipe, {**read_yaml(folder / "recipe.yaml"), "exam_items": items}, "recipe")
-    commit, dirty = commit_of_source()
     results = {
         "schema": "drawn/1",
-        "command": "python -m mmroute.train.pictures " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "dirty": dirty,
+        **origin_here("python -m mmroute.train.pictures"),
         "preset": recipe.preset,
         "split": "test",
         "context": recipe.context,
         "decoding": "greedy, drawn thoughts, weights as stored (bf16), computed in fp32",
         "tasks": {recipe.task: exam(folder, recipe)},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, results)
 
 

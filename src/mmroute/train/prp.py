@@ -24,12 +24,12 @@ from torch import Tensor
 
 from mmroute.bench import reliability
 from mmroute.bench.outcomes.base import Outcomes, Row, content_hash, pair_up, split_of_group, write_parquet
-from mmroute.bench.schema import commit_of_source
 from mmroute.config import options, parse, resolved
 from mmroute.engine.attach import attach
 from mmroute.errors import ConfigError, InputError, MissingExtra
 from mmroute.gate.base import Ratings
 from mmroute.gate.prp import Prp, fingerprint
+from mmroute.origin import commit_of_source
 from mmroute.recipe import Recipe
 from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.train import rating
