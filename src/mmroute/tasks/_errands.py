@@ -144,17 +144,21 @@ class _Plan:
 
     def walk(self, goal: str) -> bool:
         """A shortest way to a cell beside printer or table; False without one."""
-        ways: dict[Cell, list[int]] = {self.now.agent: []}
-        target = tuple(self.world[goal])
+        came: dict[Cell, tuple[Cell, int] | None] = {self.now.agent: None}
+        n, target = len(self.world["walls"]), tuple(self.world[goal])
         todo = [self.now.agent]
         for cell in todo:
             if _apart(cell, target) == 1:
-                for action in ways[cell]:
+                way = []
+                while (last := came[cell]) is not None:
+                    cell, action = last
+                    way.append(action)
+                for action in reversed(way):
                     self.do(action)
                 return True
-            for a, q in neighbours(cell, len(self.world["walls"])):
-                if q not in ways and met(self.world, self.now.printer, q) == "floor":
-                    ways[q] = [*ways[cell], a]
+            for a, q in neighbours(cell, n):
+                if q not in came and met(self.world, self.now.printer, q) == "floor":
+                    came[q] = cell, a
                     todo.append(q)
         return False
 
