@@ -31,7 +31,7 @@ from mmroute.gate.base import Ratings, score_of
 from mmroute.gate.prp import Prp, fingerprint
 from mmroute.recipe import Recipe
 from mmroute.train.prompts import chats_of
-from mmroute.train.prp import sections
+from mmroute.train.prp_config import sections
 from mmroute.train.recipe import merge
 
 __all__ = ["ATTAINABLE", "OURS", "GateBench", "Plan", "is_gate_bench", "read", "run"]

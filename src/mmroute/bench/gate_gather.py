@@ -24,7 +24,7 @@ from mmroute.recipe import Recipe
 from mmroute.tasks._mixture import Drawn, draw_mixture
 from mmroute.train.collect import Collected, collect
 from mmroute.train.prompts import Prompts
-from mmroute.train.prp import sections
+from mmroute.train.prp_config import sections
 from mmroute.train.questions import ask
 
 __all__ = ["Gathered", "gather", "rate_chats"]

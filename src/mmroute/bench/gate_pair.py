@@ -25,7 +25,7 @@ from mmroute.gate.prp import Prp
 from mmroute.recipe import Recipe
 from mmroute.tasks._mixture import draw_mixture
 from mmroute.train.prompts import chats_of
-from mmroute.train.prp import GateConfig, sections
+from mmroute.train.prp_config import GateConfig, sections
 from mmroute.train.rollouts import roll_out
 
 __all__ = ["absent", "by_part", "evaluate", "open_pair", "timed"]

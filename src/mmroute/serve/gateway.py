@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +26,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mmroute.errors import MmrouteError
+from mmroute.gate._manifest import Manifest, first_threshold
+from mmroute.serve import raters
 from mmroute.serve.book import Book
 from mmroute.serve.breaker import RetryBudget
 from mmroute.serve.chat import Chat
@@ -54,6 +57,8 @@ class Live:
     decider: Decider
     keys: Keys
     artifact: str
+    known: Manifest | None
+    """Of a draft behind HTTP: what its ratings were calibrated as."""
 
 
 class Gateway:
@@ -87,12 +92,14 @@ class Gateway:
 
     def _build(self, settings: Settings, before: Live | None) -> Live:
         same = before is not None and before.decider.made_of(settings)
-        draft = self.upstreams["draft"]
-        first = draft.first_threshold if isinstance(draft, SessionUpstream) else None
+        draft, known = self.upstreams["draft"], raters.manifest(settings)
+        artifact, first = f"{settings.draft.model}:{settings.rates_by}", None
+        if isinstance(draft, SessionUpstream):
+            artifact, first = draft.artifact, draft.first_threshold
+        elif known is not None:
+            artifact, first = f"prp:{known.id_with()}", partial(first_threshold, known.facts)
         decider = before.decider if same and before is not None else Decider(settings, first)
-        how = f"{settings.draft.model}:{settings.rates_by}"
-        artifact = draft.artifact if isinstance(draft, SessionUpstream) else how
-        return Live(decider, Keys(settings.api_keys_file), artifact)
+        return Live(decider, Keys(settings.api_keys_file), artifact, known)
 
     @property
     def served(self) -> list[str]:

@@ -148,7 +148,7 @@ class Router:
         running = await self.opener.open("draft", raters.call_body(asked, self.settings), stream=False)
         try:
             rated = raters.read_call(running.whole or {}, self.settings.num_ratings)
-            return raters.rating(rated, self.settings)
+            return raters.rating(rated, self.settings, self.live.known)
         finally:
             await running.aclose()
 
@@ -166,7 +166,7 @@ class Router:
             if chunk is None:
                 break
             peek.feed(chunk)
-        rated = raters.rating(peek.rated if peek.state == "rated" else None, self.settings)
+        rated = raters.rating(peek.rated if peek.state == "rated" else None, self.settings, self.live.known)
         running.put_back(peek.held())
         running.rating_tokens = peek.tokens
         return rated, running

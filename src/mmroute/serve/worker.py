@@ -37,6 +37,10 @@ class Job:
     park: bool
     """Wait after the rating for `go` or `gone`."""
     trace: bool
+    template: dict[str, Any]
+    """Variables of the chat template."""
+    top_logprobs: int | None
+    """Alternatives named beside each token's log-probability; None is no log-probabilities."""
     loop: asyncio.AbstractEventLoop
     out: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     go: threading.Event = field(default_factory=threading.Event)
@@ -64,7 +68,7 @@ class Turns:
             raise InputError("max_tokens >= 1, temperature >= 0 and top_p in (0, 1] are needed")
         if job.gone.is_set():
             return
-        batch = prepare(routed.model, routed.processor, [job.messages])
+        batch = prepare(routed.model, routed.processor, [job.messages], job.template)
         session = Session(routed, reserve=limit)
         routed.full_trace = job.trace
         logits = session.append(batch)
@@ -130,6 +134,9 @@ class _Writer:
         self.hop = 1
         self.sent = ""
         self.last: Tensor
+        self._entries: list[dict[str, Any]] = []
+        """Log-probabilities of tokens whose text has not gone out yet."""
+        self._decoded = ""
 
     def take(self, logits: Tensor) -> tuple[bool, int]:
         """Draws the next token; whether the answer ended with it, and the hop that it closes (-1: none)."""
@@ -138,10 +145,23 @@ class _Writer:
         self.ids.append(value)
         if value in self.ends:
             return True, -1
+        if self.job.top_logprobs is not None:
+            self._entries.append(self._entry(logits, value, self.job.top_logprobs))
         closed = -1
         if len(self.ids) > 1 and self.think.starts_hop(self.tokenizer.decode([value])):
             closed, self.hop = self.hop, self.hop + 1
         return self._say(), closed
+
+    def _entry(self, logits: Tensor, value: int, num: int) -> dict[str, Any]:
+        """A token as OpenAI's `logprobs.content` has it, from the logits before any temperature."""
+        logp = logits[0].float().log_softmax(-1)
+        before, self._decoded = self._decoded, self.text
+        # What the token added to the text: a tokenizer of words sets a blank before it that its own name has not.
+        own = self._decoded.removeprefix(before) if self._decoded.startswith(before) else ""
+        best = logp.topk(min(num, len(logp)))
+        named = [(i, self.tokenizer.decode([i])) for i in best.indices.tolist()]
+        top = [_token(text, p) for (_, text), p in zip(named, best.values.tolist(), strict=True)]
+        return {**_token(own or self.tokenizer.decode([value]), float(logp[value])), "top_logprobs": top}
 
     @property
     def text(self) -> str:
@@ -163,12 +183,16 @@ class _Writer:
 
     def _emit(self, text: str) -> None:
         if text.startswith(self.sent) and len(text) > len(self.sent):
-            self.job.emit(("text", text[len(self.sent) :]))
-            self.sent = text
+            self.job.emit(("text", text[len(self.sent) :], self._entries))
+            self.sent, self._entries = text, []
 
     def flush(self) -> None:
         if not any(stop in self.text for stop in self.job.stops):
             self._say(last=True)
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def _view(trace: Trace, grid: tuple[int, int], vision: list[bool]) -> dict[str, Any]:

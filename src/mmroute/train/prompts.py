@@ -86,16 +86,11 @@ class Prompts:
 
     def rate(self, gate: Prp, index: Tensor) -> Float[Tensor, "B R K"]:
         """Log-probabilities of the levels of some prompts, with gradients."""
-        assert gate.rater is not None
         config = backbones.of(gate.model).text_model(gate.model).config
         cache = DynamicCache(config=config)
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(k[index], v[index], layer)
-        mask = torch.cat([self.mask[index], self.mask.new_ones(len(index), 1)], 1)
-        positions = self.after[index][:, None]
-        if self.axes == 3:
-            positions = positions.expand(3, -1, -1)
-        return gate.rater(gate.model, cache, mask, positions)
+        return gate.levels(cache, self.mask[index], self.after[index], self.axes)
 
     @torch.no_grad()
     def probs(self, gate: Prp, batch: int = 256) -> Float[Tensor, "n R K"]:

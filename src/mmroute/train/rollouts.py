@@ -7,7 +7,7 @@ Legend: B rows, T generated tokens, V vocabulary, L layers, D hidden.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,6 +59,7 @@ def roll_out(
     temperature: float = 0.0,
     seeds: Sequence[int] | None = None,
     rater: Prp | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> tuple[list[Rollout], Ratings | None]:
     """Answers of one batch, each as it would be alone, and ratings taken between reading and writing.
 
@@ -69,10 +70,11 @@ def roll_out(
         temperature: 0 is greedy.
         seeds: one per conversation.
         rater: on this model; it changes no answer.
+        template: variables of the chat template.
     """
     began = time.perf_counter()
     tokenizer = routed.processor.tokenizer
-    batch = prepare(routed.model, routed.processor, chats)
+    batch = prepare(routed.model, routed.processor, chats, template)
     session = Session(routed, reserve=max_new_tokens)
     with _watching(routed, batch["attention_mask"]) as states:
         logits = session.append(batch)

@@ -13,6 +13,7 @@ from mmroute.backbones.images import prepare
 from mmroute.backbones.load import load
 from mmroute.engine.attach import attach
 from mmroute.errors import CheckpointMismatch, ConfigError
+from mmroute.gate._suffix import Suffix
 from mmroute.gate.base import Evidence, Query
 from mmroute.gate.prp import Prp, Seat, bucket_prob
 from mmroute.session import Session
@@ -20,7 +21,8 @@ from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.train.folder import write_folder
 from mmroute.train.prompts import Prompts, chats_of
-from mmroute.train.prp import PrpConfig, fit
+from mmroute.train.prp import fit
+from mmroute.train.prp_config import PrpConfig
 from mmroute.train.rollouts import roll_out
 from mmroute.train.small_model import Shape, build
 
@@ -47,10 +49,10 @@ def chats(draft: Any) -> list:
 @pytest.fixture
 def gate(draft: Any) -> Prp:
     made = Prp().bind(draft)
-    assert made.rater is not None
+    assert isinstance(made.reader, Suffix)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in made.rater.parameters():  # fresh weights rate everything alike
+        for p in made.reader.parameters():  # fresh weights rate everything alike
             p.add_(0.3 * torch.randn(p.shape, generator=draw))
     return made
 
@@ -117,8 +119,8 @@ def test_a_rating_costs_one_step_and_its_flops_are_those_counted(draft: Any, cha
         made = session(routed, chats[:1])
         rated = gate.rate_session(made)
     prompts = Prompts.read(draft, chats[:1])
-    assert gate.rater is not None
-    gate.rater.requires_grad_(False)  # the counter's hooks cannot bear parameters under no_grad
+    assert isinstance(gate.reader, Suffix)
+    gate.reader.requires_grad_(False)  # the counter's hooks cannot bear parameters under no_grad
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         prompts.rate(gate, torch.arange(1))
     # the counter sees no fused attention on the CPU: one query against 1 + N keys, twice, in every layer

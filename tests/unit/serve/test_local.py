@@ -1,13 +1,11 @@
 """Models of this process: the streamed answer is the library's own, the draft's prefill is kept, leaving stops it."""
 
 import asyncio
-import base64
-import io
 import json
 
 import numpy as np
 import pytest
-from gateways import QUICK, asking, serving
+from gateways import QUICK, as_openai, asking, serving
 from httpx2 import AsyncClient
 from PIL import Image
 
@@ -42,20 +40,6 @@ class Fixed:
 def sample():
     task = hub.load("tasks", "maze")
     return task.messages(next(task.samples("test", 1)), "cot")
-
-
-def as_openai(messages):
-    def part(block):
-        if block["type"] == "text":
-            return block
-        data = io.BytesIO()
-        block["image"].save(data, "PNG")
-        return {
-            "type": "image_url",
-            "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"},
-        }
-
-    return [{"role": m["role"], "content": [part(b) for b in m["content"]]} for m in messages]
 
 
 @pytest.fixture(scope="module")
