@@ -3,6 +3,7 @@
 Legend: n queries.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -107,6 +108,7 @@ def gather(
         {name: seen.last for name, seen in first.seen.items()},
         sampled,
         dict(zip(outcomes.ids, replies, strict=True)),
+        dict(zip([item.sample.id for item in items], texts, strict=True)),
     )
     asked = first.asked + more.asked + second.asked
     return Gathered(items, outcomes, evidence, [_kind(item) for item in items], asked)
@@ -145,7 +147,8 @@ def _asked(
     work: Path | None,
 ) -> list[tuple[float, float]] | None:
     """The replies to one question, those of the folder first."""
-    file = None if work is None else work / f"{question.name}-{fingerprint(routed.model)[:16]}.jsonl"
+    asked = hashlib.sha256(repr(question).encode()).hexdigest()[:8]  # other words, other replies
+    file = None if work is None else work / f"{question.name}-{asked}-{fingerprint(routed.model)[:16]}.jsonl"
     known: dict[str, tuple[float, float]] = {}
     if file is not None and file.exists():
         whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -61,6 +61,8 @@ class Scored:
     score: Array
     ratings: Ratings | None = None
     samples: int = 1
+    steps: int = 0
+    """First steps of the draft that were looked at, of `early`."""
     asked: float = 0.0
     """Mean cost of questions besides, per query."""
     skipped: str = ""
@@ -86,6 +88,7 @@ def evidence_of(
     last: dict[str, np.ndarray] | None = None,
     sampled: dict[str, list[str]] | None = None,
     replies: dict[str, dict[str, float]] | None = None,
+    answers: dict[str, str] | None = None,
 ) -> list[Evidence]:
     """What gates may look at, from a table and from what was kept beside it.
 
@@ -95,11 +98,15 @@ def evidence_of(
         last: its state after the answer.
         sampled: labels of its sampled answers.
         replies: to questions besides, by query id; `NAME.flops` is what the reply to NAME took.
+        answers: what the draft wrote.
     """
     out = []
     for i, name in enumerate(outcomes.ids):
         stats = {key: float(values[i]) for key, values in outcomes.stats.items() if not math.isnan(values[i])}
-        answer = Continuation(label=outcomes.labels[i][0], stats=stats, last=(last or {}).get(name)) if stats else None
+        answer = None
+        if stats:
+            text = (answers or {}).get(name, "")
+            answer = Continuation(text, outcomes.labels[i][0], stats, last=(last or {}).get(name))
         labels = (sampled or {}).get(name) or (outcomes.labels[i] if len(outcomes.labels[i]) > 1 else [])
         query = Query(
             name,
@@ -140,7 +147,7 @@ def score_gates(cases: Iterable[Case], train: Sequence[Evidence], test: Sequence
             out.append(Scored(case.title, gate.needs, np.zeros(0), skipped=str(error)))
             continue
         asked = sum(float(np.mean([e.replies.get(f"{q.name}.flops", 0.0) for e in test])) for q in gate.questions)
-        out.append(Scored(case.title, gate.needs, rated.score, rated, max(samples, 1), asked))
+        out.append(Scored(case.title, gate.needs, rated.score, rated, max(samples, 1), gate.steps, asked))
     return out
 
 
@@ -248,13 +255,14 @@ def costs_of(scored: Scored, outcomes: Outcomes) -> dict[str, Array]:
             f"{scored.title} is charged the draft's prefill, whose {outcomes.unit} the table does not know"
         )
     prefill = np.nan_to_num(outcomes.prefill_cost)
-    per_step = (outcomes.draft_cost - prefill) / np.maximum(outcomes.stats.get("tokens", np.full(n, 32.0)), 1)
+    written = np.maximum(outcomes.stats.get("tokens", np.full(n, 32.0)), 1)
+    per_step = (outcomes.draft_cost - prefill) / written
     given = {
         "draft": outcomes.draft_cost,
         "target": outcomes.target_cost,
         "prefill": prefill,
         "overhead": overhead,
-        "early": 8 * per_step,
+        "early": np.minimum(scored.steps, written) * per_step,
         "samples": scored.samples,
     }
     kept, sent = (charge(scored.needs, np.full(n, route), **given) for route in (False, True))  # type: ignore[arg-type]

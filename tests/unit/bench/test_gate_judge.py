@@ -70,6 +70,11 @@ def test_who_reads_the_answer_pays_for_it_on_every_query() -> None:
     assert [at["prefill"][0], at["prefill"][-1]] == [2, 11]
     assert [at["answer"][0], at["answer"][-1]] == [2, 12]
     assert judge(Scored("x", "samples", score, samples=4), made, resamples=0).curve["cost"][0] == 5
+    # of 32 tokens that cost 1 together, 8 or 16 were written before the target was asked; of 4 at most these
+    early = [judge(Scored("x", "early", score, steps=m), made, resamples=0).curve["cost"][-1] for m in (8, 16)]
+    assert early == pytest.approx([11.25, 11.5])
+    made.stats["tokens"] = np.full(400, 4.0)
+    assert judge(Scored("x", "early", score, steps=16), made, resamples=0).curve["cost"][-1] == 12
     assert judge(Scored("x", "nothing", score), made, resamples=0).figures["cost_ratio_at_40"] == pytest.approx(0.52)
 
 
