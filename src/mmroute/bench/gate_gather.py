@@ -124,7 +124,7 @@ def rate_chats(rater: Prp, chats: Sequence[list[dict[str, Any]]], batch: int = 6
     """
     parts, positions = [], 0
     for start in range(0, len(chats), batch):
-        prompts = Prompts.read(rater.model, chats[start : start + batch], batch)
+        prompts = Prompts.of(rater, chats[start : start + batch], batch)
         parts.append(prompts.probs(rater))
         positions += int(prompts.mask.sum())
     return rater.ratings(torch.cat(parts), positions // len(chats))

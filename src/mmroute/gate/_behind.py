@@ -23,6 +23,7 @@ def behind(
     *,
     ids: Int[Tensor, "B n"] | None = None,
     embeds: Float[Tensor, "B n D"] | None = None,
+    real: Int[Tensor, "B n"] | None = None,
     is_routed: bool = False,
 ) -> Float[Tensor, "B n D"]:
     """States of positions that are entered behind a cache; it holds n columns more afterwards.
@@ -35,6 +36,7 @@ def behind(
         axes: numbers that make a place.
         ids: what is entered, or
         embeds: the same as embeddings.
+        real: 1 where it is no padding; None is everywhere.
         is_routed: the model is attached; what is entered runs every layer, is never ranked and stores no score.
     """
     given = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
@@ -44,7 +46,7 @@ def behind(
         given |= {"modality": torch.zeros(B, n, dtype=torch.long, device=mask.device), "route": False}  # type: ignore[dict-item]  # text
     out = backbones.of(model).base_model(model)(
         **given,
-        attention_mask=torch.cat([mask, mask.new_ones(B, n)], 1),
+        attention_mask=torch.cat([mask, mask.new_ones(B, n) if real is None else real], 1),
         position_ids=positions.expand(3, -1, -1) if axes == 3 else positions,
         past_key_values=cache,
         use_cache=True,

@@ -15,9 +15,10 @@ from jaxtyping import Float
 
 from mmroute.errors import CheckpointMismatch
 from mmroute.gate._calibrate import Calibration
+from mmroute.gate._verify import Verifier
 from mmroute.gate.base import score_of
 
-__all__ = ["FORMAT", "Manifest", "first_threshold"]
+__all__ = ["FORMAT", "Manifest", "first_threshold", "verifier_of"]
 
 FORMAT = "prp/1"
 
@@ -26,6 +27,12 @@ def first_threshold(facts: Mapping[str, Any], budget: float) -> float | None:
     """The threshold of a share of target calls on the calibration split; None where the file names no quantiles."""
     quantiles = facts.get("quantiles")
     return None if not quantiles else float(np.interp(1 - budget, np.linspace(0, 1, len(quantiles)), quantiles))
+
+
+def verifier_of(facts: Mapping[str, Any]) -> Verifier | None:
+    """The fit of a second look at finished answers; None where the file has none."""
+    weights = facts.get("verify")
+    return None if weights is None else Verifier(tuple(weights))
 
 
 @dataclass(frozen=True)

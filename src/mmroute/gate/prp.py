@@ -32,8 +32,9 @@ from mmroute.config import options, resolved
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError, MmrouteError
 from mmroute.gate._calibrate import Calibration, calibration
 from mmroute.gate._digits import Digits
-from mmroute.gate._manifest import FORMAT, Manifest, first_threshold
+from mmroute.gate._manifest import FORMAT, Manifest, first_threshold, verifier_of
 from mmroute.gate._suffix import Suffix
+from mmroute.gate._verify import Verifier
 from mmroute.gate._words import LEVELS
 from mmroute.gate.base import Cost, Evidence, Gate, Needs, Rating, Ratings, score_of
 from mmroute.train import delta
@@ -50,6 +51,17 @@ class Seat:
 
     session: "Session"
     row: int
+
+
+def stacked(picked: Sequence[tuple[Ratings, int]]) -> Ratings:
+    """Single rows of several ratings of one rater as ratings of their own."""
+
+    def column(name: str) -> Any:
+        values = [getattr(ratings, name) for ratings, _ in picked]
+        return None if values[0] is None else np.stack([v[row] for v, (_, row) in zip(values, picked, strict=True)])
+
+    names = ("score", "draft", "target", "draft_probs", "target_probs")
+    return Ratings(**{name: column(name) for name in names}, overhead=picked[0][0].overhead)
 
 
 def expected(probs: Float[Tensor, "B R K"]) -> Float[Tensor, "B R"]:
@@ -87,6 +99,8 @@ class Prp(Gate):
         """How each rating is mapped to a probability."""
         cost_weight: Annotated[float, Field(ge=0)] = 0.0
         """lambda: success that one unit of cost must buy."""
+        decide_after: Annotated[int, Field(ge=0)] = 0
+        """Tokens of its answer that the draft writes before it rates; a shorter answer is rated at its end."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
@@ -94,6 +108,12 @@ class Prp(Gate):
             raise ConfigError(f"gate.prp.score {self.config.score!r} needs num_ratings 2; with 1 it is 'draft'")
         if self.config.form == "tokens" and self.config.levels != LEVELS:
             raise ConfigError(f"gate.prp.levels is {LEVELS} where ratings are digits, given {self.config.levels}")
+        if self.config.decide_after:
+            if self.config.form == "tokens":
+                raise ConfigError(
+                    "gate.prp.decide_after is 0 where the draft writes its rating before its first thought"
+                )
+            self.needs = "early"
         self.model: Any = None
         self.reader: Suffix | Digits | None = None
         """What says the ratings behind a prompt; only the one of `suffix` has weights of its own."""
@@ -114,6 +134,10 @@ class Prp(Gate):
             self.reader = Suffix(model, config.levels, config.num_ratings, config.lora_rank, seed)
         return self
 
+    @property
+    def steps(self) -> int:
+        return self.config.decide_after
+
     # ------------------------------------------------------------------ rating
 
     def rate(self, evidence: Sequence[Evidence]) -> Ratings:
@@ -131,20 +155,13 @@ class Prp(Gate):
         for seat in seats:
             if id(seat.session) not in found:
                 found[id(seat.session)] = self.rate_session(seat.session)
-        picked = [(found[id(seat.session)], seat.row) for seat in seats]
-
-        def column(name: str) -> Any:
-            values = [getattr(ratings, name) for ratings, _ in picked]
-            return None if values[0] is None else np.stack([v[row] for v, (_, row) in zip(values, picked, strict=True)])
-
-        names = ("score", "draft", "target", "draft_probs", "target_probs")
-        return Ratings(**{name: column(name) for name in names}, overhead=picked[0][0].overhead)
+        return stacked([(found[id(seat.session)], seat.row) for seat in seats])
 
     @torch.no_grad()
     def rate_session(self, session: "Session") -> Ratings:
-        """Ratings of every row of a session that has read its prompts and written nothing.
+        """Ratings of every row of a session where it stands: behind its prompts, or `decide_after` tokens later.
 
-        What is put behind the prompt runs unrouted and is forgotten again: cache, trace and positions are as before.
+        What is put behind them runs unrouted and is forgotten again: cache, trace and positions are as before.
 
         Raises:
             ConfigError: no weights, or a session on another model.
@@ -197,6 +214,11 @@ class Prp(Gate):
     def start(self, budget: float) -> float | None:
         """The threshold of a share on the calibration split, for a policy's first decisions; None without one."""
         return first_threshold(self.facts, budget)
+
+    @property
+    def verifier(self) -> Verifier | None:
+        """The second look's fit; None where the artifact was made without one."""
+        return verifier_of(self.facts)
 
     def _reader(self) -> Suffix | Digits:
         if self.reader is None:

@@ -110,15 +110,17 @@ def read_call(answer: dict[str, Any], num_ratings: int) -> Rated | None:
 
 
 def manifest(settings: Settings) -> Manifest | None:
-    """What a server's draft was trained and calibrated as, where the settings name it.
+    """What the draft was trained and calibrated as, where the settings name it.
 
     Raises:
         CheckpointMismatch: no such artifact.
-        ConfigError: it belongs to a draft of this process, or has another number of ratings.
+        ConfigError: it reads a draft of this process and this one is behind HTTP, or it has another number of ratings.
     """
-    if settings.rater is None or settings.draft.url is None:
+    if settings.rater is None:
         return None
     found = Manifest.read(settings.rater)
+    if settings.draft.url is None:
+        return found
     if not found.is_written:
         raise ConfigError(
             f"serve.rater: {settings.rater} reads the session of a draft in this process; a draft behind HTTP writes "

@@ -74,7 +74,17 @@ class Turns:
         logits = session.append(batch)
         routed.full_trace = False
         prompt = int(batch["attention_mask"].sum())
-        rated = None if up.rater is None else up.rater.rate(session, logits)
+        writer = _Writer(routed, think, job)
+        writing = self._write(session, logits, writer, limit)
+        rater, finish = up.rater, None
+        for _ in range(0 if rater is None else rater.after):  # its rating goes out first, whatever it has read by then
+            yield
+            if job.gone.is_set():
+                return
+            finish = next(writing)
+            if finish is not None:
+                break
+        rated = None if rater is None else rater.rate(session, logits)
         flops = estimate_flops(session.trace_of(0)).total
         job.emit(("rated", rated, prompt, float(flops)))
         yield
@@ -84,24 +94,31 @@ class Turns:
             # Alone, there is nothing better to do than to wait; beside others, their steps take the time.
             job.go.wait(0.001)
             yield
-        writer = _Writer(routed, think, job)
-        finish = "length"
+        writer.release()
+        while finish is None:
+            if job.gone.is_set():
+                return
+            finish = next(writing)
+            if finish is None:
+                yield
+        writer.flush()
+        job.emit(("done", finish, prompt, len(writer.ids), self._report(session, batch)))
+
+    def _write(self, session: Session, logits: Tensor, writer: "_Writer", limit: int) -> Iterator[str | None]:
+        """One token and the call behind it, again and again; says why it ends, None until then."""
         for _ in range(limit):
             ended, hop = writer.take(logits)
             if ended:
-                finish = "stop"
-                break
+                yield "stop"
+                return
             if len(writer.ids) == limit:
                 break
-            yield
-            if job.gone.is_set():
-                return
             if hop >= 0:
                 session.close_hop([hop])
             logits = session.step(writer.last, [writer.hop])
-            up.steps += 1
-        writer.flush()
-        job.emit(("done", finish, prompt, len(writer.ids), self._report(session, batch)))
+            self.up.steps += 1
+            yield None
+        yield "length"
 
     def _report(self, session: Session, batch: dict[str, Tensor]) -> dict[str, Any]:
         up, routed = self.up, self.up.routed
@@ -137,6 +154,8 @@ class _Writer:
         self._entries: list[dict[str, Any]] = []
         """Log-probabilities of tokens whose text has not gone out yet."""
         self._decoded = ""
+        self._waiting: list[Any] | None = []
+        """What may not go out before the rating."""
 
     def take(self, logits: Tensor) -> tuple[bool, int]:
         """Draws the next token; whether the answer ended with it, and the hop that it closes (-1: none)."""
@@ -183,8 +202,18 @@ class _Writer:
 
     def _emit(self, text: str) -> None:
         if text.startswith(self.sent) and len(text) > len(self.sent):
-            self.job.emit(("text", text[len(self.sent) :], self._entries))
+            item = ("text", text[len(self.sent) :], self._entries)
             self.sent, self._entries = text, []
+            if self._waiting is None:
+                self.job.emit(item)
+            else:
+                self._waiting.append(item)
+
+    def release(self) -> None:
+        """The rating is out: what has been written goes out too, and what follows at once."""
+        for item in self._waiting or ():
+            self.job.emit(item)
+        self._waiting = None
 
     def flush(self) -> None:
         if not any(stop in self.text for stop in self.job.stops):

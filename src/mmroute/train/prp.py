@@ -30,6 +30,7 @@ from mmroute.engine.attach import attach
 from mmroute.errors import InputError, MissingExtra
 from mmroute.gate._digits import Digits
 from mmroute.gate._suffix import Suffix
+from mmroute.gate._verify import Verifier
 from mmroute.gate.base import Ratings
 from mmroute.gate.prp import Prp, fingerprint
 from mmroute.recipe import Recipe
@@ -175,14 +176,14 @@ def train_prp(recipe: Recipe, draft: Any, target: Any, out: Path, resume: bool =
     elif config.rollouts:
         errors = fit_rollouts(gate, items, chats, success, *parts, config, think.max_new_tokens)
     else:
-        errors = fit(gate, Prompts.read(draft, chats), success, ranked, *parts, config)
+        errors = fit(gate, Prompts.of(gate, chats), success, ranked, *parts, config)
     if config.train_reasoning or gate.config.form == "tokens":
         # The draft answers otherwise now: what is calibrated and published is of this one.
         draft.save_pretrained(out / "draft")
         draft.processor.save_pretrained(out / "draft")
         answers = asked("draft", draft, gated.draft, config.samples_draft)
         outcomes = pair_up([*answers, *others])
-    rows, prompts = [*answers, *others], Prompts.read(draft, chats)
+    rows, prompts = [*answers, *others], Prompts.of(gate, chats)
     try:
         write_parquet(rows, out / "outcomes.parquet")
     except MissingExtra as error:
@@ -221,7 +222,7 @@ def _kept(
 
 
 def _facts(gate: Prp, prompts: Prompts, outcomes: Outcomes, calibration: np.ndarray) -> dict[str, Any]:
-    """Fits the calibration maps; quantiles of the score for thresholds, mean costs, and figures on that split.
+    """Fits the calibration maps and the second look; quantiles of the score for thresholds, mean costs, and figures.
 
     Raises:
         InputError: the draft wrote no rating on any question of the split.
@@ -242,7 +243,10 @@ def _facts(gate: Prp, prompts: Prompts, outcomes: Outcomes, calibration: np.ndar
         if r is not None
     }
     unit = float(outcomes.target_cost.mean())
+    assert rated.draft is not None
+    verify = Verifier.fit(rated.draft[known], outcomes.stats["lp_mean"][known], outcomes.draft[known])
     return {
+        "verify": list(verify.weights),
         "quantiles": np.quantile(rated.score[known], np.linspace(0, 1, 101)).tolist(),
         "costs": [float(outcomes.draft_cost.mean()) / unit, 1.0],
         "n": {"all": len(outcomes), "calibration": int(calibration.sum()), "unrated": int((~is_rated).sum())},

@@ -52,8 +52,9 @@ class PrpConfig:
     """With `rollouts`: steps on each batch."""
     lr_reasoning: Annotated[float, Field(gt=0)] = 1e-5
     """With `train_reasoning`: of the draft's weights."""
-    backbone: Literal["full", "lora"] = "full"
-    """With form `tokens`: the draft's text model, or adapters of rank `gate.method.lora_rank` that are merged."""
+    backbone: Literal["words", "lora", "full"] = "words"
+    """With form `tokens`, what of the draft learns: the embeddings of the rating's own words, adapters of rank
+    `gate.method.lora_rank` that are merged, or the text model."""
     lr_draft: Annotated[float, Field(gt=0)] = 1e-3
     """With form `tokens`: of whichever of the two."""
     samples_draft: Annotated[int, Field(ge=1)] = 1
@@ -80,6 +81,10 @@ class GateConfig:
     """Options of the gate `prp`."""
     policy: dict[str, Any] = field(default_factory=lambda: {"name": "budget"})
     """Name and options of the policy."""
+    verify: Literal["none", "logprob"] = "none"
+    """Whether finished answers of the draft are looked at again, by their log-probability; under policy `budget`."""
+    verify_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Part of the budget that is kept for them."""
     mix: list[Part]
     """What is asked."""
 
@@ -97,6 +102,8 @@ def sections(recipe: Recipe) -> tuple[GateConfig, PrpConfig]:
         raise ConfigError(f"train.rollouts are those of objective grpo, given {config.objective}; set one of the two")
     if config.train_reasoning and not config.rollouts:
         raise ConfigError("train.train_reasoning needs answers to train on; add train.rollouts=true")
+    if config.rollouts and gated.method.get("decide_after"):
+        raise ConfigError("train.rollouts are rated before their first token; leave gate.method.decide_after out")
     if config.rollouts and gated.form == "tokens":
         raise ConfigError("train.rollouts sample answers behind the form suffix; with gate.form=tokens leave them out")
     return gated, config

@@ -86,9 +86,12 @@ def fit_tokens(
     assert isinstance(gate.reader, Digits)
     model, digits, R = gate.model, gate.reader, gate.config.num_ratings
     rank = gate.config.lora_rank
-    tuning = Tuning(model, config.backbone, rank, 2 * rank, "qkvogud", config.seed, embeddings=True)
+    part: Any = "frozen" if config.backbone == "words" else config.backbone
+    tuning = Tuning(model, part, rank, 2 * rank, "qkvogud", config.seed, embeddings=True)
+    handles = _words_alone(model, digits) if config.backbone == "words" else []
     learned = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learned, lr=config.lr_draft, weight_decay=config.weight_decay)
+    decay = 0.0 if handles else config.weight_decay  # rows without a gradient must not move
+    optimiser = torch.optim.AdamW(learned, lr=config.lr_draft, weight_decay=decay)
     y = torch.tensor(success[:, :R], dtype=torch.float32, device=model.device)
     a = rating.gain(torch.tensor(ranked[:, :R], dtype=torch.float32, device=model.device))
     order, held = np.flatnonzero(train), np.flatnonzero(validation)
@@ -129,6 +132,8 @@ def fit_tokens(
         errors = best.put_back()
         weights = {name: value.clone() for name, value in tuning.weights().items()}
     finally:
+        for handle in handles:
+            handle.remove()
         tuning.restore()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -157,6 +162,18 @@ def answers_of(
             rolled, _ = roll_out(routed, chats[start : start + _AT_ONCE], **given)
             out += [each.ids for each in rolled]
     return [digits.behind_rating(ids) for ids in out] if is_asked else out
+
+
+def _words_alone(model: Any, digits: Digits) -> list[Any]:
+    """Lets the rows of the rating's words learn, of the embedding and of the output layer, and nothing else."""
+    rows = torch.tensor([*digits.prefix, *digits.levels, digits.newline])
+    tables = {id(w): w for w in (m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()))}
+    handles = []
+    for table in tables.values():
+        table.requires_grad_(True)
+        keep = torch.zeros(len(table), 1, device=table.device).index_fill(0, rows.to(table.device), 1.0)
+        handles.append(table.register_hook(lambda grad, keep=keep: grad * keep))
+    return handles
 
 
 def _parts(index: np.ndarray) -> list[np.ndarray]:

@@ -103,6 +103,32 @@ def test_a_batch_of_ratings_is_its_singles_and_what_training_sees(draft: Any, ch
     np.testing.assert_allclose(probs[:, 1], batched.target_probs, atol=1e-5)
 
 
+@pytest.mark.parametrize("after", [1, 3, 40])
+def test_a_rating_after_some_tokens_is_the_same_alone_batched_and_in_training(
+    draft: Any, chats: list, gate: Prp, after: int
+) -> None:
+    late = Prp(decide_after=after).bind(draft)
+    late.reader = gate.reader
+    assert (late.needs, late.steps) == ("early", after)
+    with attach(draft) as routed:
+        plain, _ = roll_out(routed, chats, max_new_tokens=12)
+        batched, rated = roll_out(routed, chats, max_new_tokens=12, rater=late)
+        singles = [roll_out(routed, [chat], max_new_tokens=12, rater=late)[1] for chat in chats]
+    assert [r.ids for r in batched] == [r.ids for r in plain]
+    assert rated is not None
+    np.testing.assert_allclose(rated.draft, [one.draft[0] for one in singles], atol=1e-5)
+    if after < 12:  # else the answers are cut before: training reads on
+        probs = Prompts.of(late, chats, batch=5).probs(late, batch=7).numpy()
+        np.testing.assert_allclose(probs[:, 0], rated.draft_probs, atol=1e-5)
+    before = gate.ratings(Prompts.read(draft, chats).probs(gate), 20)
+    assert np.abs(before.draft - rated.draft).max() > 1e-3
+
+
+def test_words_are_written_before_the_first_thought() -> None:
+    with pytest.raises(ConfigError, match="decide_after is 0"):
+        Prp(form="tokens", decide_after=4)
+
+
 def test_evidence_is_rated_by_seat(draft: Any, chats: list, gate: Prp) -> None:
     with attach(draft) as routed:
         first, second = session(routed, chats[:3]), session(routed, chats[3:5])
