@@ -32,7 +32,7 @@ from mmroute.gate.base import Ratings, score_of
 from mmroute.gate.prp import Prp, fingerprint
 from mmroute.recipe import Recipe
 from mmroute.train.prompts import chats_of
-from mmroute.train.prp import sections
+from mmroute.train.prp_config import GateConfig, sections
 from mmroute.train.recipe import merge
 
 __all__ = ["ATTAINABLE", "OURS", "GateBench", "Plan", "is_gate_bench", "read", "run"]
@@ -40,6 +40,7 @@ __all__ = ["ATTAINABLE", "OURS", "GateBench", "Plan", "is_gate_bench", "read", "
 log = logging.getLogger(__name__)
 
 OURS = "prp"
+VERIFIED = "prp, a quarter of the budget on a second look"
 ATTAINABLE = "attainable: kinds known by heart"
 _TRAIN_SEED = 1000
 """Beyond what the rater was trained on: its calibration and the baselines' fits share no question."""
@@ -203,7 +204,7 @@ def run(
     think = plan.recipe.build("think")
     rated = rate_chats(rater, chats_of(plan.draft, [item for test in tests for item in test.items], think))
     scored = [
-        *_own(rated),
+        *_own(rater, rated, outcomes),
         *score_gates(bench.gates, train.evidence if train else [], evidence),
         Scored(ATTAINABLE, "outcome", deferral.attainable(outcomes.pair, [k for t in tests for k in t.kinds])),
     ]
@@ -239,14 +240,21 @@ def run(
     return result
 
 
-def _own(rated: Ratings) -> list[Scored]:
-    """The rater under each way to rank; the recipe's own first."""
+def _own(rater: Prp, rated: Ratings, outcomes: Outcomes) -> list[Scored]:
+    """The rater under each way to rank, the recipe's own first, and with a second look at finished answers."""
     assert rated.draft is not None
-    out = [Scored(OURS, "prefill", rated.score, rated)]
+    looked: dict[str, Any] = {"needs": rater.needs, "steps": rater.steps}
+    out = [Scored(OURS, score=rated.score, ratings=rated, **looked)]
     if rated.target is not None:
         for mode in ("draft", "target", "joint"):
             score = score_of(mode, rated.draft, rated.target)
-            out.append(Scored(f"{OURS} by {mode}", "prefill", score, Ratings(score, overhead=rated.overhead)))
+            bare = Ratings(score, overhead=rated.overhead)
+            out.append(Scored(f"{OURS} by {mode}", score=score, ratings=bare, **looked))
+    verifier = rater.verifier
+    if verifier is not None and "lp_mean" in outcomes.stats:
+        again = verifier.score(rated.draft, rated.target, outcomes.stats["lp_mean"])
+        bare, share = Ratings(rated.score, overhead=rated.overhead), GateConfig.verify_share
+        out.append(Scored(VERIFIED, score=rated.score, ratings=bare, second=again, verify_share=share, **looked))
     return out
 
 

@@ -141,6 +141,8 @@ class GateSummary:
     accuracy_oracle: float
     """The same share, the best ones."""
     target_share: float
+    second_look_share: float = 0.0
+    """Of all queries: those that went to the target after the draft's answer had been looked at."""
     oracle_normalised_gain: float | None
     cost_ratio: float
     """FLOPs over always-target, rating and unused draft prefills included."""

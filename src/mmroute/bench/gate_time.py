@@ -6,13 +6,14 @@ reads and rates all rows, those it keeps go on in it, and the others make a smal
 Legend: n questions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmroute.backbones.images import prepare
 from mmroute.bench.measure import clock_of, one_thread
@@ -23,7 +24,7 @@ from mmroute.recipe import Recipe
 from mmroute.session import Session
 from mmroute.tasks._mixture import draw_mixture
 from mmroute.train.prompts import chats_of
-from mmroute.train.prp import sections
+from mmroute.train.prp_config import sections
 
 __all__ = ["Spent", "timed"]
 
@@ -120,22 +121,36 @@ def _spend(
     session = Session(routed, reserve=longest)
     logits = session.append(prepare(routed.model, routed.processor, chats))
     read = clock()
+    wanted = set(range(len(chats)) if kept is None else kept)
+    due = 0 if rater is None else rater.config.decide_after
+    ends, steps, rating = torch.tensor(sorted(end_ids(routed)), device=logits.device), 0, 0.0
+    while True:
+        if steps == due:
+            rating = _rate(rater, session, clock)
+            logits = _only(session, logits, [i for i, row in enumerate(session.rows) if row in wanted])
+        if not len(logits) or steps == longest:
+            break
+        token = logits.argmax(-1)
+        steps += 1
+        going = (~torch.isin(token, ends)).nonzero()[:, 0].tolist()
+        if not going:
+            if steps <= due:  # an answer shorter than the thought that was asked for
+                rating = _rate(rater, session, clock)
+            break
+        logits = session.step(_only(session, token, going))
+    return Spent(read - began, rating, clock() - read - rating, max(steps, 1))
+
+
+def _rate(rater: Prp | None, session: Session, clock: Callable[[], float]) -> float:
+    """Seconds of rating a session where it stands."""
+    began = clock()
     if rater is not None:
         rater.rate_session(session)
-    rated = clock()
-    ends, steps = torch.tensor(sorted(end_ids(routed)), device=logits.device), 0
-    stays = list(range(len(chats)) if kept is None else kept)
-    if stays and len(stays) < len(chats):
-        session.keep_rows(stays)
-        logits = logits[stays]
-    while stays and steps < longest:
-        steps += 1
-        token = logits.argmax(-1)
-        stays = (~torch.isin(token, ends)).nonzero()[:, 0].tolist()
-        if not stays:
-            break
-        if len(stays) < len(token):
-            session.keep_rows(stays)
-            token = token[stays]
-        logits = session.step(token)
-    return Spent(read - began, rated - read, clock() - rated, max(steps, 1))
+    return clock() - began
+
+
+def _only(session: Session, values: Tensor, rows: list[int]) -> Tensor:
+    """A session's rows and what belongs to them, without the others."""
+    if rows and len(rows) < len(values):
+        session.keep_rows(rows)
+    return values[rows]

@@ -134,7 +134,8 @@ def prp(
     """Train a draft to rate itself and the target before it answers; its own answers stay what they are."""
     from mmroute import recipe as recipes
     from mmroute.backbones.load import load
-    from mmroute.train.prp import sections, train_prp
+    from mmroute.train.prp import train_prp
+    from mmroute.train.prp_config import sections
 
     chosen = list(changes or [])
     if seed is not None:

@@ -58,7 +58,7 @@ def walk(rng: np.random.Generator, n: int, start: Cell, length: int, back: float
     for _ in range(length):
         options = neighbours(path[-1], n)
         if actions and len(options) > 1 and rng.random() > back:
-            options = [(a, q) for a, q in options if a != reverse(actions[-1])]
+            options = tuple((a, q) for a, q in options if a != reverse(actions[-1]))
         a, q = options[int(rng.integers(len(options)))]
         actions.append(a)
         path.append(q)

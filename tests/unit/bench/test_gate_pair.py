@@ -28,7 +28,8 @@ from mmroute.gate.prp import Prp
 from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._solver import solve
 from mmroute.tasks.base import Spec
-from mmroute.train.prp import sections, train_prp
+from mmroute.train.prp import train_prp
+from mmroute.train.prp_config import sections
 
 
 @pytest.fixture(scope="module")

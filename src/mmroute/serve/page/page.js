@@ -138,6 +138,7 @@ const REASONS = {
   unrated: "The draft gave no rating that could be read.", rater_timeout: "The draft did not rate in time.",
   forced: "The request itself chose the model.", capability: "Only this model can serve such a request.",
   circuit_open: "The other model is being left alone after failures.", fallback: "The other model failed, this one took over.",
+  verify: "The draft's finished answer was looked at, and the target was asked after all.",
   budget_cap: "The target has no place left at the moment.", always: "The policy sends everything here.",
 };
 function decide(h) {
