@@ -20,7 +20,7 @@ __all__ = ["engine_table", "fill", "headline", "kinds_of_check", "markdown", "re
 
 _BLOCK = re.compile(r"(<!-- table:([\w./-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 _HEADLINE = re.compile(r"(<!-- headline -->\n)(.*?)(<!-- /headline -->)", re.DOTALL)
-HEADLINE_TABLE, HEADLINE_RECIPE = "spatial", "schedule"
+HEADLINE_TABLE, HEADLINE_RECIPE = "spatial", "dare-lh"
 
 
 def table_of(folder: Path, allow_dirty: bool = False) -> str:
@@ -71,7 +71,7 @@ def _read_results(paths: list[Path], allow_dirty: bool) -> list[schema.Result]:
 
 
 def headline(folder: Path, allow_dirty: bool = False) -> str:
-    """The one sentence on top: what the recipe `schedule` saves on all tasks of a folder, and what it costs; or ""."""
+    """The one sentence on top: what DARE-LH saves on all tasks of a folder, and what it costs; or ""."""
     results = _read_results(sorted(folder.glob("*.json")), allow_dirty)
     pairs = [(r, _baseline_of(r, results)) for r in results if r.method.recipe == HEADLINE_RECIPE]
     whole = [(r, base) for r, base in pairs if base is not None and base is not r]
