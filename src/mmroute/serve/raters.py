@@ -148,5 +148,5 @@ def rating(rated: Rated | None, settings: Settings, known: Manifest | None = Non
         return Rating(rated.score, rated.draft, rated.target, draft_cost=ratio, target_cost=1.0)
     both = known.calibrated([np.array([r]) for r in (rated.draft, rated.target) if r is not None])
     costs = (ratio, 1.0) if ratio else known.facts.get("costs", (0.0, 1.0))
-    draft, target = [*(float(r[0]) for r in both), None][:2]
-    return Rating(float(known.score(both)[0]), draft, target, draft_cost=costs[0], target_cost=costs[1])
+    draft, *target = (float(r[0]) for r in both)
+    return Rating(float(known.score(both)[0]), draft, target[0] if target else None, *costs)
