@@ -25,6 +25,14 @@ constraints: .venv/dev
 	$(BIN)/python -m pip install -U pip
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	@touch $@
+# lmms-eval wants torchvision, which must match torch; mmroute and its models do without.
+.venv-lmms: .venv/core
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install -U pip
+	$@/bin/python -m pip install -c constraints.txt torch transformers
+	$@/bin/python -m pip install -e . lmms-eval==0.7.3
+	$@/bin/python -m pip uninstall -y torchvision
+	@touch $@
 .venv/ray: .venv/dev
 	$(BIN)/python -m pip install -c constraints.txt -e ".[ray]"
 	@touch $@

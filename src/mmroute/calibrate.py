@@ -15,7 +15,7 @@ Deviates: the tolerance has an absolute floor, because the loss of a small model
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -37,10 +37,12 @@ __all__ = [
     "Loss",
     "Rates",
     "cliff_svg",
+    "find_cliff",
     "gold",
     "measure",
     "measure_cliff",
     "measure_schedule",
+    "num_layers",
     "share_out",
 ]
 
@@ -232,12 +234,22 @@ def _logits(routed: Any, one: Gold) -> Float[Tensor, "B R V"]:
 
 
 def measure_cliff(model: Any, batches: Sequence[Gold]) -> Cliff:
-    """The whole sweep, L + 1 passes, and the greedy cutoff: step down from L while the rise stays in the tolerance."""
-    L = _num_layers(model)
+    """The cliff of a model that writes words alone; see `find_cliff`."""
+    return find_cliff(num_layers(model), _rows(batches), lambda pruner: measure(model, batches, pruner))
+
+
+def find_cliff(L: int, num_items: int, measured: Callable[[Schedule], Loss]) -> Cliff:
+    """The whole sweep, L + 1 passes, and the greedy cutoff: step down from L while the rise stays in the tolerance.
+
+    Args:
+        L: layers of the model.
+        num_items: that the loss is measured on.
+        measured: the loss when given vision positions are routed so.
+    """
     losses = []
     for c in range(L + 1):
         vision = (1.0,) * c + (0.0,) * (L - c)
-        losses.append(measure(model, batches, Schedule(vision=vision, scorer="random", scope="drop")))
+        losses.append(measured(Schedule(vision=vision, scorer="random", scope="drop")))
         log.info("vision in %d of %d layers: nll %.4f, exact chains %.3f", c, L, losses[c].nll, losses[c].exact)
     nll = [loss.nll for loss in losses]
     tolerance = max(RELATIVE * nll[-1], ABSOLUTE)
@@ -252,7 +264,7 @@ def measure_cliff(model: Any, batches: Sequence[Gold]) -> Cliff:
             "unrouted, only %.0f %% of the chains are exact: the cliff of a model that cannot do the task says little",
             100 * losses[-1].exact,
         )
-    return Cliff(nll, exact, tolerance, cutoff, _rows(batches))
+    return Cliff(nll, exact, tolerance, cutoff, num_items)
 
 
 def measure_schedule(model: Any, batches: Sequence[Gold], budget: float, cliff: Cliff | None = None) -> Rates:
@@ -272,7 +284,7 @@ def measure_schedule(model: Any, batches: Sequence[Gold], budget: float, cliff: 
         BudgetError: not even 5 % of the layers before the cliff fits.
     """
     check_budget(budget)
-    L = _num_layers(model)
+    L = num_layers(model)
     cliff = cliff or measure_cliff(model, batches)
     cutoff = cliff.cutoff_layer
     damage: list[float] = []
@@ -336,7 +348,8 @@ def share_out(damage: Sequence[float], total: float) -> list[float]:
     return rates(high)
 
 
-def _num_layers(model: Any) -> int:
+def num_layers(model: Any) -> int:
+    """Decoder layers of its text model."""
     from mmroute import backbones
 
     return backbones.of(model).shape(model).layers

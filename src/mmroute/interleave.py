@@ -22,9 +22,10 @@ from mmroute.tokens import Modality
 from mmroute.trace import Call
 
 if TYPE_CHECKING:
+    from mmroute.engine.attach import Routed
     from mmroute.session import Session
 
-__all__ = ["Drawing", "Interleaver", "Looking", "interleaver"]
+__all__ = ["Drawing", "Interleaver", "Looking", "cells_of", "check_features", "interleaver"]
 
 TAIL = 64
 """Tokens in which a box is looked for; four numbers and their brackets take half of them letter by letter."""
@@ -201,11 +202,7 @@ class Looking(Interleaver):
         """
         super().__init__(session, relevance)
         family, model = session.routed.family, session.routed.model
-        if session.axes != 1 or family.lead(model) > 1:
-            raise UnsupportedCall(
-                f"{family.name}: features under a box are inserted where positions are plain numbers and an image has "
-                "one grid; use llava (LLaVA-1.5, VolCano) or chameleon"
-            )
+        check_features(session.routed)
         self.think, self.tokenizer, self.batch, self.lead = think, tokenizer, batch, family.lead(model)
         self._grids = session.images_by_row(dict(batch)) if family.image_kwargs(batch) else [[] for _ in session.rows]
         counts = [len(grids) for grids in self._grids]
@@ -232,9 +229,7 @@ class Looking(Interleaver):
 
     def _cells(self, row: int, window: Window) -> list[int]:
         """Places of a window's cells among the vision positions of the conversation's first image."""
-        top, left, rows, columns = window
-        width = self._grids[row][0][1]
-        return [self.lead + r * width + c for r in range(top, top + rows) for c in range(left, left + columns)]
+        return [self.lead + cell for cell in cells_of(window, self._grids[row][0][1])]
 
     def features(self, row: int, window: Window) -> Float[Tensor, "n D"]:
         """Input embeddings of the cells of a window, row by row."""
@@ -260,6 +255,32 @@ class Looking(Interleaver):
     def _note(self, row: int, hop: int, window: Window) -> None:
         """For the trace: which image positions are shown again."""
         self.session.ledger.replay(row, hop, [self._first[row] + cell for cell in self._cells(row, window)])
+
+
+def cells_of(window: Window, width: int) -> list[int]:
+    """Numbers of a window's cells in a grid of so many columns, row by row.
+
+    Example:
+        >>> cells_of((1, 0, 2, 2), 4)
+        [4, 5, 8, 9]
+    """
+    top, left, rows, columns = window
+    return [r * width + c for r in range(top, top + rows) for c in range(left, left + columns)]
+
+
+def check_features(routed: "Routed") -> None:
+    """Whether features under a box can be inserted.
+
+    Raises:
+        UnsupportedCall: positions of this family have a row and a column, or its image features lie in no one grid.
+    """
+    family, model = routed.family, routed.model
+    one = torch.ones(1, 1, dtype=torch.long)
+    if family.positions(model, one, one).ndim != 2 or family.lead(model) > 1:
+        raise UnsupportedCall(
+            f"{family.name}: features under a box are inserted where positions are plain numbers and an image has one "
+            "grid; use llava (LLaVA-1.5, VolCano) or chameleon"
+        )
 
 
 def _count_as_vision(call: Call, row: int) -> None:

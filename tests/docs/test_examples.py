@@ -63,6 +63,14 @@ def test_the_new_way_to_think_cuts_at_bullets(tiny_folder, image, monkeypatch):
     assert hops == ["- ab", "- c", "- def"]
 
 
+def test_the_new_gate_sends_its_share_and_the_long_ones():
+    module = example("add_gate")
+    share, sent, kept = module.main("frozenlake", 60, budget=0.25)
+    assert abs(share - 0.25) < 0.1
+    assert sent > kept + 2
+    assert module.Moves.needs == "nothing"
+
+
 def test_the_new_task_is_answered_and_scored(tiny_folder):
     module = example("add_task")
     assert 0 <= module.main(str(tiny_folder("llava")), n=4) <= 1

@@ -14,7 +14,8 @@ def test_every_shipped_recipe_builds(name):
     assert found.name == name
     assert (found.build("prune") is None) == (name in ("none", "direct", "cot", "prp-small", "image", "boxes", *LATENT))
     assert (found.build("deepen") is None) == (name not in ("latent-depth", "vedas"))
-    style = "latent" if name in LATENT else name if name in ("direct", "image") else "cot"
+    other = {"direct": "direct", "image": "image", "dare-image": "image"}
+    style = "latent" if name in LATENT else other.get(name, "cot")
     assert found.build("think").style == style
 
 

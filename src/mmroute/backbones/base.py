@@ -9,7 +9,7 @@ vision tower adds to.
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -295,6 +295,19 @@ class Family(ABC):
 
     def lock_images(self, model: Any) -> None:  # noqa: B027 (optional, like unlock_images)
         """Undoes `unlock_images`; nothing to do where there is nothing to unlock."""
+
+    def read_pictures(self, model: Any, processor: Any, pictures: Sequence[Any]) -> list[list[int]]:
+        """Pictures as the token ids that the model would write them with, row by row.
+
+        Args:
+            model: one that writes pictures.
+            processor: of the model.
+            pictures: Pillow images.
+
+        Raises:
+            UnsupportedCall: the family writes none.
+        """
+        raise UnsupportedCall(f"{self.name} writes text only; image thoughts need chameleon (Anole weights)")
 
     def canvas(self, model: Any, processor: Any) -> Canvas:
         """What pictures that the model writes are made of.

@@ -4,7 +4,7 @@ Legend: B batch, N positions, D hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +72,12 @@ class Chameleon(Family):
     def lock_images(self, model: Any) -> None:
         """The stock behaviour again; the list is rebuilt when next asked for."""
         model.model.vocabulary_mapping.__dict__.pop("image_tokens", None)
+
+    @torch.no_grad()
+    def read_pictures(self, model: Any, processor: Any, pictures: Sequence[Any]) -> list[list[int]]:
+        """See `Family.read_pictures`: what its encoder makes of them."""
+        pixels = processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+        return model.model.get_image_tokens(pixels.to(model.device, model.dtype)).tolist()
 
     def canvas(self, model: Any, processor: Any) -> Canvas:
         """See `Family.canvas`: pictures have as many codes as the processor gives those of the prompt."""

@@ -18,7 +18,7 @@ from mmroute.errors import ConfigError, InputError
 from mmroute.tasks.base import Sample, Task, relevant_tokens
 from mmroute.think.base import Thinker
 
-__all__ = ["Plan", "Prompts", "draw", "load_task", "messages", "observations", "relevance"]
+__all__ = ["Plan", "Prompts", "draw", "is_beyond_words", "load_task", "messages", "observations", "relevance"]
 
 SEED_STRIDE = 10_000
 """Items between the first ones of two seeds: runs of up to this many items share none."""
@@ -92,13 +92,18 @@ def messages(routed: Routed, task: Task, sample: Sample, think: Thinker) -> list
 
     A vocabulary that cannot write the plain question is one of the small models' closed ones.
     """
-    tokenizer = routed.processor.tokenizer
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in tokenizer(sample.question, add_special_tokens=False)["input_ids"]:
+    if is_beyond_words(routed, sample.question):
         return task.messages(sample, think.style)
     out = task.messages(sample, "sentence")
     out[-1]["content"].append({"type": "text", "text": f"\n{think.cues[0]}"})
     return out
+
+
+def is_beyond_words(routed: Routed, text: str) -> bool:
+    """Whether the model's vocabulary cannot write a text."""
+    tokenizer = routed.processor.tokenizer
+    unknown = tokenizer.unk_token_id
+    return unknown is not None and unknown in tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def observations(sample: Sample) -> list[Any]:

@@ -21,12 +21,16 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
-from mmroute import cost
+from mmroute import cost, hub
 from mmroute import recipe as recipes
 from mmroute.backbones.images import prepare
 from mmroute.backbones.load import load
+from mmroute.bench import items
 from mmroute.errors import ConfigError
 from mmroute.tasks import _parse
+from mmroute.tasks._export import lmms_sample
+from mmroute.tasks._rows import SCHEMA
+from mmroute.tasks.base import Generated
 
 __all__ = ["Routed"]
 
@@ -80,9 +84,9 @@ class Routed(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Completions in the order of the requests."""
-        asked = [self._request(r) for r in requests]
         out: list[GenerationResult] = []
         with recipes.equip(self.loaded, self.recipe) as (routed, think):
+            asked = [self._request(routed, think, r) for r in requests]
             for (limit, temperature), alike in groupby(asked, key=lambda a: (a["limit"], a["temperature"])):
                 part = list(alike)
                 for start in range(0, len(part), self.batch):
@@ -116,10 +120,11 @@ class Routed(lmms):
                 out.append(said)
         return out
 
-    def _request(self, request: Instance) -> dict[str, Any]:
+    def _request(self, routed: Any, think: Any, request: Instance) -> dict[str, Any]:
         _, to_messages, settings, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
-        return self._asked([_chat(m) for m in to_messages(doc)], settings, task, doc_id)
+        messages = _own_words(routed, think, doc) or [_chat(m) for m in to_messages(doc)]
+        return self._asked(messages, settings, task, doc_id)
 
     def _asked(
         self, messages: list[dict[str, Any]], settings: dict[str, Any], task: str, doc_id: Any
@@ -199,6 +204,19 @@ class Routed(lmms):
         ids = batch["input_ids"][0, -width:]
         total = float(logs.gather(1, ids[:, None]).sum())
         return total, bool((logits.argmax(-1) == ids).all())
+
+
+def _own_words(routed: Any, think: Any, doc: Any) -> list[dict[str, Any]] | None:
+    """An item of a generated world in the short words of the small models, for a model that knows no others.
+
+    The harness asks in plain English, of which a closed vocabulary makes unknown words; `mmroute eval` asks so too.
+    """
+    if not isinstance(doc, dict) or doc.get("schema") != SCHEMA:
+        return None
+    task = hub.load("tasks", doc["task"])
+    if not isinstance(task, Generated) or not items.is_beyond_words(routed, doc["question"]):
+        return None
+    return items.messages(routed, task, lmms_sample(doc), think)
 
 
 def _longer(key: str, value: Any, tail: torch.Tensor) -> Any:

@@ -1,7 +1,7 @@
 """`mmroute train`: the trainers, each a folder that can be resumed."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ def root() -> None:
 
 @app.command()
 def backbone(
-    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe (tiny, draw), or a YAML file.")] = "tiny",
+    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe (tiny, draw, boxes), or a YAML file.")] = "tiny",
     out: Annotated[Path, typer.Option(help="Folder of the run; the model comes to lie in its folder `model`.")] = Path(
         "runs/tiny"
     ),
@@ -33,17 +33,20 @@ def backbone(
 ) -> None:
     """Train a small stock model from scratch on generated worlds; killed at any moment, it goes on with --resume."""
     from mmroute.config import overrides
-    from mmroute.train import pictures
+    from mmroute.train import boxes, pictures
     from mmroute.train.backbone import train_backbone
     from mmroute.train.follow import following
     from mmroute.train.recipe import load_recipe
+    from mmroute.train.scratch import ScratchRun, family_of, train_scratch
 
     given = overrides(changes or [])
     if seed is not None:
         given["seed"] = seed
+    beyond_words: dict[str | None, type[ScratchRun[Any]]] = {"chameleon": pictures.Run, "llava": boxes.Run}
+    family = family_of(recipe)
     with following(tensorboard) as followers:
-        if pictures.draws(recipe):
-            folder = pictures.train_pictures(recipe, given, out, device, resume, followers)
+        if family in beyond_words:
+            folder = train_scratch(beyond_words[family], recipe, given, out, device, resume, followers)
         else:
             folder = train_backbone(load_recipe(recipe, given), out, device, resume, followers)
     typer.echo(str(folder))

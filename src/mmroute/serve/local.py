@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mmroute import recipe
-from mmroute.errors import InputError, MmrouteError
+from mmroute.errors import ConfigError, InputError, MmrouteError
 from mmroute.gate._words import SWITCH
 from mmroute.gate.base import Rating
 from mmroute.serve.breaker import Breaker
@@ -29,7 +29,7 @@ from mmroute.serve.session_raters import FirstToken, SessionRater, TrainedRater
 from mmroute.serve.settings import Settings, UpstreamSettings
 from mmroute.serve.upstreams import Fault, Reply, SessionReply, SessionUpstream
 from mmroute.serve.worker import Job, Turns
-from mmroute.think.base import Thinker
+from mmroute.think.base import LatentThinker, LookingThinker, Thinker
 
 __all__ = ["SESSIONS", "LocalReply", "LocalUpstream"]
 
@@ -45,6 +45,12 @@ class LocalUpstream(SessionUpstream):
     def __init__(
         self, role: str, settings: UpstreamSettings, all_: Settings, rater: SessionRater | None = None
     ) -> None:
+        """
+        Raises:
+            ConfigError: its recipe cannot be read, or its thoughts cannot be streamed.
+        """
+        self._recipe = recipe.read(settings.recipe)
+        _check(role, self._recipe)
         plain = settings.model_copy(update={"tools": False, "json_mode": False})
         super().__init__(role, plain, Breaker(all_.circuit))
         self.rater = rater
@@ -69,8 +75,7 @@ class LocalUpstream(SessionUpstream):
         """
         if self._thread is not None:
             return
-        made = recipe.read(self.settings.recipe)
-        self.routed, self.think = self._stack.enter_context(recipe.equip(self.settings.model, made))
+        self.routed, self.think = self._stack.enter_context(recipe.equip(self.settings.model, self._recipe))
         self.shape = self.routed.controller.shape
         self._thread = threading.Thread(target=self._work, name=f"mmroute-{self.role}", daemon=True)
         self._thread.start()
@@ -183,6 +188,19 @@ def _top_logprobs(body: dict[str, Any]) -> int | None:
     if isinstance(num, bool) or not isinstance(num, int) or not 0 <= num <= _TOP_LOGPROBS:
         raise Fault("refused", f"top_logprobs is 0 to {_TOP_LOGPROBS}, given {num!r}", status=400, ours=True)
     return num if body.get("logprobs") else None
+
+
+def _check(role: str, made: recipe.Recipe) -> None:
+    """
+    Raises:
+        ConfigError: its thoughts hold more than words, and a stream of words is all that an answer is here.
+    """
+    think = made.build("think")
+    if think.draws or isinstance(think, LookingThinker | LatentThinker):
+        raise ConfigError(
+            f"{role}.recipe: {made.name} thinks in pictures, boxes or latents, and the gateway streams words alone; "
+            "give a recipe that thinks in text (dare-lh, none), or ask this one by `mmroute ask` or `routed.answer`"
+        )
 
 
 class LocalReply(SessionReply):

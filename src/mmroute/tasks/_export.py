@@ -33,7 +33,7 @@ from mmroute.tasks._pictures import png_bytes
 from mmroute.tasks._rows import sample_of
 from mmroute.tasks.base import Choice, Sample
 
-__all__ = ["EXPORTERS", "export", "lmms_process", "lmms_text", "lmms_visual", "turns"]
+__all__ = ["EXPORTERS", "export", "lmms_process", "lmms_sample", "lmms_text", "lmms_visual", "turns"]
 
 IMAGE_TAG = "<image>"
 
@@ -290,7 +290,7 @@ def lmms_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | N
     if isinstance(task, Generated):
         question = question_text(doc["question"], [Choice(c["label"], c["text"]) for c in doc["choices"]])
     else:
-        (message,) = task.messages(_lmms_sample(doc))
+        (message,) = task.messages(lmms_sample(doc))
         question = "\n".join(b["text"] for b in message["content"] if b["type"] == "text")
     return given.get("pre_prompt", "") + question + given.get("post_prompt", "")
 
@@ -299,11 +299,14 @@ def lmms_process(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float
     """Accuracy of one item by its task's own rule."""
     from mmroute import hub
 
-    return {"acc": hub.load("tasks", doc["task"]).score(_lmms_sample(doc), results[0]).correct or 0.0}
+    return {"acc": hub.load("tasks", doc["task"]).score(lmms_sample(doc), results[0]).correct or 0.0}
 
 
-def _lmms_sample(doc: dict[str, Any]) -> Sample:
-    return sample_of(doc, str(doc["id"]))
+def lmms_sample(doc: dict[str, Any]) -> Sample:
+    """The item behind a row; lmms-eval asks for texts and scores on rows without their pictures."""
+    used = [*doc["prompt_images"], *(hop[key] for hop in doc["hops"] for key in ("image", "box_image"))]
+    images = doc.get("images", [None] * (1 + max(used, default=-1)))
+    return sample_of({**doc, "images": images}, str(doc["id"]))
 
 
 _OTHER_NAMES = {"lmms-eval": "lmms", "vlmevalkit": "vlmeval"}

@@ -216,7 +216,7 @@ class Generated(Items):
             hop = Hop(
                 text=self._hop_text(spec, i, state),
                 image=i if draws else -1,
-                boxes=[self._box(spec, cell)] if has_boxes else [],
+                boxes=[self.box(spec, cell)] if has_boxes else [],
                 box_image=0 if has_boxes else -1,
                 state=self.at(spec, cell),
                 relevant=self.relevant(spec, i),
@@ -253,7 +253,8 @@ class Generated(Items):
             meta=meta,
         )
 
-    def _box(self, spec: Spec, cell: Cell) -> list[float]:
+    def box(self, spec: Spec, cell: Cell) -> list[float]:
+        """The box of a cell: left, upper, right and lower edge, as shares of the canvas."""
         row, col = divmod(self.tile(spec, cell), spec.canvas)
         side = self.cell_side
         return [x / spec.canvas for x in (col, row, col + side, row + side)]

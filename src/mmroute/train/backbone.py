@@ -26,11 +26,12 @@ from mmroute.tasks._texts import EOS, MAX_COORDINATE, VOCABULARY
 from mmroute.tasks.base import Generated
 from mmroute.train.decode import embed, right
 from mmroute.train.exam import examine_all
-from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas, place_words
+from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas
 from mmroute.train.fast import Positions, run_text
 from mmroute.train.folder import copy_weights, write_folder
 from mmroute.train.follow import Follower
 from mmroute.train.loop import Journal, Optimisers, Progress, device_named, go_on, rate_at, refuse_old_run, save_state
+from mmroute.train.naming import naming_loss, place_words
 from mmroute.train.recipe import Phase, Recipe, as_yaml, at
 from mmroute.train.small_model import MERGE, PATCH, build
 from mmroute.train.stream import Stream
@@ -39,7 +40,6 @@ __all__ = ["Run", "train_backbone"]
 
 logger = logging.getLogger(__name__)
 
-_NAMING_GAIN = 4.0
 _WORKERS = 2
 """Processes that draw items ahead where the device does not wait for Python."""
 _PLACE_SEED = 1
@@ -178,18 +178,13 @@ class Run:
         loss = self._cross_entropy(h[:, :-1][learned], labels[learned])
         place = loss.new_zeros(())
         if early is not None:
-            place = self._naming(early[:, batch.first : batch.first + batch.named.shape[1]], batch.named)
+            shown = early[:, batch.first : batch.first + batch.named.shape[1]]
+            place = naming_loss(shown, batch.named, self.model.lm_head.weight)
         (loss + weight * place).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         share = rate_at(progress.phase_step, phase.steps, phase.warmup, phase.floor)
         self.optimisers.step(share * phase.muon, share * phase.adamw)
         return round(loss.item(), 6), round(place.item(), 6)
-
-    def _naming(self, early: Tensor, named: Tensor) -> Tensor:
-        """How badly vision tokens name themselves; raised logits leave most of a token's direction to other things."""
-        logits = F.linear(early, self.model.lm_head.weight.to(early.dtype)).float() * _NAMING_GAIN
-        said = logits.log_softmax(-1).gather(-1, named.clamp(min=0))
-        return -said[named != IGNORED].mean()
 
     def _cross_entropy(self, h: Tensor, words: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(h, self.model.lm_head.weight.to(h.dtype)).float(), words)

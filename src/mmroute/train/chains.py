@@ -1,11 +1,12 @@
-"""Written chains of generated worlds for any model: one column range per hop, so that a batch can be run in one pass
-or hop by hop.
+"""Right chains of generated worlds for any model: one column range per hop, so that a batch can be run in one pass or
+hop by hop. A hop may hold more than words: a picture that the model writes, or the image features under a box, which
+have a range of their own behind the words that bring them.
 
 Legend: B batch, N columns, P vision tokens of one image, D hidden.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,27 +19,33 @@ from mmroute.backbones.images import prepare
 from mmroute.bench.items import load_task
 from mmroute.engine.attach import Routed
 from mmroute.errors import ConfigError
+from mmroute.interleave import cells_of, check_features
 from mmroute.tasks import _skins
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.tasks.base import Generated, Spec
-from mmroute.think.base import Thinker
+from mmroute.think.base import LookingThinker, Thinker
 from mmroute.tokens import Modality
 from mmroute.train.decode import embed
 from mmroute.train.examples import IGNORED, Batch, item
 from mmroute.train.small_model import MERGE, PATCH
+from mmroute.train.stories import Piece, told
 
 __all__ = ["Chains", "Writer", "worlds"]
 
 
-def worlds(names: Iterable[str]) -> dict[str, Generated]:
+def worlds(names: Iterable[str], settings: Mapping[str, Any] | None = None) -> dict[str, Generated]:
     """Generated worlds, each by the `name` or `name:preset` it was asked for with.
+
+    Args:
+        names: which.
+        settings: options that all of them get.
 
     Raises:
         ConfigError: no such task, or one that does not know the right chains.
     """
     found: dict[str, Generated] = {}
     for name in names:
-        task = load_task(name)
+        task = load_task(name, settings)
         if not isinstance(task, Generated):
             raise ConfigError(f"train.tasks: {name} is no generated world; those know the right chains")
         found[name] = task
@@ -59,7 +66,9 @@ class Chains:
     positions: Tensor
     """(B, N), or (3, B, N) where positions have a time, a row and a column."""
     starts: list[int]
-    """First column of each hop, the prompt's included."""
+    """First column of each range: the prompt's, then of each hop its words and, where a row has any, its features."""
+    hops: list[int]
+    """[range]: the hop it belongs to."""
     inputs: dict[str, Tensor]
     """What the base model takes beside ids: image tensors, or the embeddings of everything."""
     needed: Bool[Tensor, "B P"] | None
@@ -67,9 +76,17 @@ class Chains:
     board: Bool[Tensor, "B P"] | None
 
     @property
-    def spans(self) -> list[tuple[int, int]]:
-        """Columns of each hop."""
-        return list(zip(self.starts, [*self.starts[1:], self.ids.shape[1]], strict=True))
+    def spans(self) -> list[tuple[int, int, int]]:
+        """First column, end and hop of each range."""
+        return list(zip(self.starts, [*self.starts[1:], self.ids.shape[1]], self.hops, strict=True))
+
+
+@dataclass(frozen=True)
+class _Hop:
+    words: list[int]
+    """What is written, codes of a picture included."""
+    cells: Sequence[int] = ()
+    """Vision tokens of the row's image that enter behind it."""
 
 
 class Writer:
@@ -95,24 +112,35 @@ class Writer:
     def batch(self, drawn: Sequence[tuple[Generated, Spec]]) -> Chains:
         """Questions with their right chains."""
         prompts, tiles, inputs = self._prompts(drawn)
-        ends = self.routed.model.generation_config.eos_token_id
-        end = (ends[0] if isinstance(ends, list) else ends) if ends is not None else self.tokenizer.eos_token_id
-        answers = [self._hops([*self._ids(" ".join(task.words(spec, "cot").response)), end]) for task, spec in drawn]
-        hops = max(map(len, answers))
-        widths = [max(map(len, prompts))]
-        widths += [max(len(a[h]) if h < len(a) else 0 for a in answers) for h in range(hops)]
-        starts = np.cumsum([0, *widths])[:-1].tolist()
+        answers = self._answers(drawn, inputs)
         pad = self.tokenizer.pad_token_id or 0
+        pieces: list[list[Sequence[int]]] = [[prompt] for prompt in prompts]
+        hops, brought = [0], [False]
+        for h in range(max(map(len, answers))):
+            own = [answer[h] if h < len(answer) else _Hop([]) for answer in answers]
+            for column, is_brought in (([o.words for o in own], False), ([o.cells for o in own], True)):
+                if any(column):
+                    hops.append(h + 1)
+                    brought.append(is_brought)
+                    for row, piece in zip(pieces, column, strict=True):
+                        row.append(piece)
+        widths = [max(len(row[i]) for row in pieces) for i in range(len(hops))]
+        starts = np.cumsum([0, *widths])[:-1].tolist()
         shape = (len(drawn), sum(widths))
-        ids, mask = np.full(shape, pad), np.zeros(shape, dtype=np.int64)
-        for b, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            for start, piece in zip(starts, [prompt, *answer], strict=False):
-                ids[b, start : start + len(piece)], mask[b, start : start + len(piece)] = piece, 1
+        ids, mask, source = np.full(shape, pad), np.zeros(shape, dtype=np.int64), np.full(shape, -1)
+        for b, row in enumerate(pieces):
+            for start, piece, is_brought in zip(starts, row, brought, strict=True):
+                here = (b, slice(start, start + len(piece)))
+                mask[here] = 1
+                ids[here] = self.routed.model.config.image_token_id if is_brought else piece
+                if is_brought:
+                    source[here] = piece
         device = self.routed.model.device
-        hop = torch.arange(len(widths), device=device).repeat_interleave(torch.tensor(widths, device=device))
+        spread = torch.tensor(widths, device=device)
+        hop = torch.tensor(hops, device=device).repeat_interleave(spread).expand(shape)
+        is_word = ~torch.tensor(brought, device=device).repeat_interleave(spread)
         all_ids, all_mask = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-        hop = hop.expand(shape)
-        generated = (hop > 0) & all_mask.bool()
+        generated = (hop > 0) & is_word & all_mask.bool()
         controller, family, model = self.routed.controller, self.routed.family, self.routed.model
         grids = inputs.get("image_grid_thw")
         if tiles is not None:
@@ -121,12 +149,82 @@ class Writer:
         positions = family.positions(model, all_ids, all_mask, grids)
         if tiles is not None:
             inputs = {"inputs_embeds": self._embedded(all_ids, tiles, drawn[0][0])}
+        elif isinstance(self.think, LookingThinker):
+            inputs = {"inputs_embeds": self._looked(all_ids, torch.from_numpy(source).to(device), inputs)}
         elif "mm_token_type_ids" in inputs:
             inputs["mm_token_type_ids"] = (all_ids == model.config.image_token_id).long()
         modality = controller.table[all_ids].masked_fill(~all_mask.bool(), int(Modality.TEXT))
-        needed, board = self._relevant(drawn, modality)
+        needed, board = self._relevant(drawn, modality.masked_fill(hop > 0, int(Modality.TEXT)))
         labels = all_ids.masked_fill(~generated, IGNORED)
-        return Chains(all_ids, all_mask, labels, hop, generated, modality, positions, starts, inputs, needed, board)
+        return Chains(
+            all_ids, all_mask, labels, hop, generated, modality, positions, starts, hops, inputs, needed, board
+        )
+
+    # ------------------------------------------------------------------ what is written
+
+    def _answers(self, drawn: Sequence[tuple[Generated, Spec]], inputs: Mapping[str, Tensor]) -> list[list[_Hop]]:
+        """[row][hop], as `reason.answer_many` would cut them."""
+        ends = self.routed.model.generation_config.eos_token_id
+        end = (ends[0] if isinstance(ends, list) else ends) if ends is not None else self.tokenizer.eos_token_id
+        stories = [told(task, spec, self.think) for task, spec in drawn]
+        if stories[0] is None:
+            texts = [task.words(spec, "cot").response for task, spec in drawn]
+            return [[_Hop(hop) for hop in self._hops([*self._ids(" ".join(text)), end])] for text in texts]
+        answers = []
+        pictures, grids = self._pictures(drawn, stories), self._grids(inputs)
+        for story, grid in zip(stories, grids, strict=True):
+            hops = []
+            for piece in story or []:
+                words = self._ids(" ".join(piece.words))
+                hops.append(
+                    _Hop([*words, *(next(pictures) if piece.state is not None else [])], self._under(words, grid))
+                )
+            hops[-1].words.append(end)
+            answers.append(hops)
+        return answers
+
+    def _pictures(
+        self, drawn: Sequence[tuple[Generated, Spec]], stories: Sequence[Sequence[Piece] | None]
+    ) -> Iterator[list[int]]:
+        """The pictures of all rows' hops, one after the other, as the model would write them."""
+        routed = self.routed
+        shown = [
+            task.draw(spec, task.trace(spec)[piece.state])
+            for (task, spec), story in zip(drawn, stories, strict=True)
+            for piece in story or []
+            if piece.state is not None
+        ]
+        if not shown:
+            return
+        canvas = routed.family.canvas(routed.model, routed.processor)
+        for codes in routed.family.read_pictures(routed.model, routed.processor, shown):
+            yield [canvas.begin, *codes, canvas.end]
+
+    def _grids(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """[row]: rows and columns of its image's vision tokens."""
+        if isinstance(self.think, LookingThinker):
+            check_features(self.routed)
+        return self.routed.family.image_grid(self.routed.model, inputs)
+
+    def _under(self, words: list[int], grid: tuple[int, int]) -> list[int]:
+        """The cells under the box that words end with."""
+        if not isinstance(self.think, LookingThinker):
+            return []
+        box = self.think.box_at(self.tokenizer.decode(words, skip_special_tokens=False))
+        return [] if box is None else cells_of(self.think.window(box, *grid), grid[1])
+
+    @torch.no_grad()
+    def _looked(self, ids: Tensor, source: Int[Tensor, "B N"], inputs: Mapping[str, Tensor]) -> Float[Tensor, "B N D"]:
+        """Embeddings of everything: words, the prompts' images, and the features under boxes."""
+        family, model = self.routed.family, self.routed.model
+        features = torch.stack(family.image_features(model, inputs))
+        given = (self.routed.controller.table[ids] == Modality.VISION) & (source < 0)
+        at = torch.where(given, given.cumsum(1) - 1, source + family.lead(model) * (source >= 0))
+        words = model.get_input_embeddings()(ids)
+        shown = features.gather(1, at.clamp(min=0)[..., None].expand_as(words)).to(words.dtype)
+        return torch.where((at >= 0)[..., None], shown, words)
+
+    # ------------------------------------------------------------------ what is given
 
     def _prompts(
         self, drawn: Sequence[tuple[Generated, Spec]]

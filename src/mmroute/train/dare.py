@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmroute import calibrate
 from mmroute import recipe as recipes
 from mmroute.config import parse
 from mmroute.engine.attach import Routed, attach
@@ -36,6 +35,7 @@ from mmroute.prune.mod import MoD
 from mmroute.prune.symmetric import Symmetric
 from mmroute.tasks.base import Generated, Spec
 from mmroute.train.chains import Chains, Writer, worlds
+from mmroute.train.dare_cliff import cliff_of
 from mmroute.train.dare_config import TrainConfig
 from mmroute.train.dare_distil import distil
 from mmroute.train.dare_learners import Learners
@@ -55,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 _LORA_TARGETS = "qkvo"
 _LOOKED_AT_ONCE = 48
-_CLIFF_ITEMS = 64
 _DISTILLED_FROM = 64
 """Chains whose attention `init: distill` fits routers to."""
 
@@ -105,8 +104,8 @@ def _with_cutoff(recipe: recipes.Recipe, model: Any) -> recipes.Recipe:
         return recipe  # what is wrong with it, the run says
     if pruner.config.cutoff_layer is not None or pruner.config.vision_keep == 1:
         return recipe
-    tasks = list(parse(TrainConfig, recipe.train, "train").tasks)
-    cliff = calibrate.measure_cliff(model, list(calibrate.gold(model, tasks, _CLIFF_ITEMS)))
+    config = parse(TrainConfig, recipe.train, "train")
+    cliff = cliff_of(model, recipe.build("think"), worlds(config.tasks, config.task))
     logger.info("the information cliff is at layer %d: --set prune.cutoff_layer=%d", *[cliff.cutoff_layer] * 2)
     return replace(recipe, prune={**recipe.prune, "cutoff_layer": cliff.cutoff_layer})
 
@@ -132,7 +131,7 @@ class DareRun:
         self.config = parse(TrainConfig, recipe.train, "train")
         self.state = out / "state.safetensors"
         refuse_old_run(self.state, resume)
-        self.tasks = worlds(self.config.tasks)
+        self.tasks = worlds(self.config.tasks, self.config.task)
         if self.config.init == "distill" and not isinstance(pruner, Dare):
             raise ConfigError("train.init distill is for prune.name dare; leave it out for its controls")
         if self.config.start is not None and self.config.init == "distill":

@@ -1,6 +1,7 @@
 """What a recipe says about training DARE's routers: its section `train`."""
 
-from typing import Annotated, Literal
+import dataclasses
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +19,8 @@ class TrainConfig:
 
     tasks: dict[str, Annotated[float, Field(gt=0)]]
     """Weight of each world, `name` or `name:preset`."""
+    task: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of all worlds, those that `mmroute eval` takes as `--set task.NAME=VALUE`."""
     start: str | None = None
     """Folder `router` of an earlier run, or the name of bundled routers: this one begins with their weights, rates and
     backbone; fresh ones if not given.

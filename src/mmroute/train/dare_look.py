@@ -135,7 +135,7 @@ def _tokens(batch: Chains) -> Tokens:
 
 def _shares(tokens: Tokens, masks: Mapping[int, Bool[Tensor, "B N"]], batch: Chains) -> dict[str, list[float]]:
     """By layer, of the prompt: share of vision and text that ran, and recall, precision and lift of what is needed."""
-    given = tokens.valid & ~tokens.generated
+    given = tokens.valid & ~tokens.generated & (tokens.hop == 0)
     vision = given & (tokens.modality == Modality.VISION)
     text = given & (tokens.modality == Modality.TEXT)
     out: dict[str, list[float]] = defaultdict(list)

@@ -38,10 +38,11 @@ class Passes:
     def hop_by_hop(self, batch: Chains, differentiable: bool) -> Float[Tensor, "B N D"]:
         """As inference runs: each hop enters the cache, and is closed before the next but one reads it."""
         cache = self.routed.new_cache(differentiable=differentiable)
-        out = []
-        for h, (start, end) in enumerate(batch.spans):
-            if h >= 2 and self.pruner.closes:
+        out, before = [], 0
+        for start, end, h in batch.spans:
+            if h >= 2 and h != before and self.pruner.closes:
                 cache.close_hop(self.pruner, [h - 1] * len(batch.ids))
+            before = h
             here = slice(start, end)
             cache.next = Chunk(
                 modality=batch.modality[:, here],

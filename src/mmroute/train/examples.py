@@ -14,13 +14,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmroute.tasks import _skins
-from mmroute.tasks._texts import IMAGE, PAD, Words, coordinate
+from mmroute.tasks._texts import IMAGE, PAD, Words
 from mmroute.tasks.base import Generated, Spec
+from mmroute.train.naming import IGNORED, names_of_tiles
 
-__all__ = ["IGNORED", "Batch", "Item", "collate", "item", "on_canvas", "place_words"]
-
-IGNORED = -100
-"""Label of a position without loss."""
+__all__ = ["IGNORED", "Batch", "Item", "collate", "item", "on_canvas", "seen_tiles"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,8 @@ def on_canvas(spec: Spec, side: int, rng: np.random.Generator) -> Spec:
 
 def item(task: Generated, spec: Spec, mode: Literal["cot", "direct", "latent", "probe"]) -> Item:
     """The words and the picture of one spec, before any hop."""
-    board = [(row, column) for row in range(spec.n) for column in range(spec.n)]
-    seen = {task.tile(spec, cell): task._seen(spec, cell) for cell in board}
     tiles = task.codes(spec).astype(np.int64) * _skins.VARIANTS + _skins.variants(spec.seed, spec.canvas)
-    return Item(task.words(spec, mode), tiles, seen)
+    return Item(task.words(spec, mode), tiles, seen_tiles(task, spec))
 
 
 def collate(items: Sequence[Item], index: Mapping[str, int], answer: bool = True) -> Batch:
@@ -93,17 +89,12 @@ def collate(items: Sequence[Item], index: Mapping[str, int], answer: bool = True
             start = len(it.words.prompt)
             learned = np.flatnonzero(it.words.supervised) + start
             labels[b, learned] = ids[b, learned]
-    named = np.full((len(items), side * side, 3), IGNORED, dtype=np.int64)
-    named[:, :, 0] = place_words(index, side)
-    for b, it in enumerate(items):
-        for tile, words in it.seen.items():
-            named[b, tile, 1 : 1 + len(words)] = [index[word] for word in words]
+    named = names_of_tiles([it.seen for it in items], side, index)
     tiles = np.stack([it.tiles for it in items]).reshape(len(items), -1)
-    return Batch(
-        torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(tiles), torch.from_numpy(named), first, side
-    )
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(tiles), named, first, side)
 
 
-def place_words(index: Mapping[str, int], side: int) -> Int[Tensor, " P"]:
-    """The coordinate word of each vision token."""
-    return torch.tensor([index[coordinate(row, column)] for row in range(side) for column in range(side)])
+def seen_tiles(task: Generated, spec: Spec) -> dict[int, list[str]]:
+    """By tile id, the words of what a board tile shows."""
+    board = [(row, column) for row in range(spec.n) for column in range(spec.n)]
+    return {task.tile(spec, cell): task._seen(spec, cell) for cell in board}

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from mmroute.backbones.load import locate
@@ -19,8 +18,9 @@ from mmroute.files import replacing_folder
 from mmroute.tasks._texts import BOS, EOS, IMAGE, PAD, SPECIAL, UNK, VISION_END, VISION_START, VOCABULARY
 from mmroute.train.loop import unwritable
 from mmroute.train.small_model import MERGE, PATCH
+from mmroute.train.words import word_tokenizer
 
-__all__ = ["CHAT_TEMPLATE", "copy_weights", "make_tokenizer", "write_folder"]
+__all__ = ["CHAT_TEMPLATE", "copy_weights", "make_tokenizer", "write_folder", "write_stock"]
 
 MAX_TOKENS = 256
 """Largest picture in vision tokens that the processor leaves as it is."""
@@ -38,26 +38,9 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words: split at spaces, unknown words become `<unk>`."""
-    words = {word: i for i, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNK))
-    # A colon belongs to mode words and `answer:`; other marks stand alone even where they touch a word.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), *(pre_tokenizers.Split(mark, "isolated") for mark in ".,?;()")]
-    )
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
-        additional_special_tokens=[w for w in SPECIAL if w not in (BOS, EOS, PAD, UNK)],
-        padding_side="left",
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-    )
+    """The tokenizer of the small Qwen-shaped models."""
+    extra = [word for word in SPECIAL if word not in (BOS, EOS, PAD, UNK)]
+    return word_tokenizer(VOCABULARY, SPECIAL, additional_special_tokens=extra)
 
 
 def copy_weights(start: str, model: Qwen2_5_VLForConditionalGeneration) -> None:
@@ -93,6 +76,31 @@ def write_folder(path: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: 
     try:
         with replacing_folder(path) as beside:
             _write(beside, model, recipe, results)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
+
+
+def write_stock(path: Path, model: Any, processor: Any, recipe: str, results: dict[str, Any]) -> None:
+    """Writes any stock model in bf16 with its processor, recipe and figures.
+
+    Args:
+        path: as in `write_folder`.
+        model: stays in its own dtype.
+        processor: of the model.
+        recipe: YAML text that `mmroute train backbone` takes.
+        results: command, commit and figures, for `RESULTS.json`.
+
+    Raises:
+        MmrouteError: the disk is full; what stood at `path` still stands there.
+    """
+    stored = type(model)(model.config)
+    stored.load_state_dict(model.state_dict())
+    try:
+        with replacing_folder(path) as beside:
+            stored.to(torch.bfloat16).save_pretrained(beside)
+            processor.save_pretrained(beside)
+            (beside / "recipe.yaml").write_text(recipe)
+            _json(beside / "RESULTS.json", results)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
 

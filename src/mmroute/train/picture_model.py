@@ -1,34 +1,28 @@
-"""The small model that draws its thoughts: a stock Chameleon of about a million parameters, and its folder.
+"""The small model that draws its thoughts: a stock Chameleon of about a million parameters, and its processor.
 
 Its words are those of all small models, then Chameleon's brackets and placeholder, then a word for every tile of the
 atlas. Its image encoder is the exact atlas tokenizer (`tile_codes.py`).
 """
 
-import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     ChameleonConfig,
     ChameleonForConditionalGeneration,
     ChameleonImageProcessorPil,
     ChameleonProcessor,
-    PreTrainedTokenizerFast,
 )
 
 from mmroute.backbones.chameleon import BEGIN, END
 from mmroute.config import options
 from mmroute.errors import ConfigError
-from mmroute.files import replacing_folder
-from mmroute.tasks._texts import BOS, EOS, PAD, SPECIAL, UNK, VOCABULARY
-from mmroute.train.loop import unwritable
+from mmroute.tasks._texts import BOS, EOS, PAD, SPECIAL, VOCABULARY
 from mmroute.train.tile_codes import NUM_CODES, TILE, code_name, set_weights, vq_config
+from mmroute.train.words import word_tokenizer
 
-__all__ = ["CODES", "CUE", "IMAGE", "SEPARATOR", "WORDS", "Shape", "build", "make_processor", "write_folder"]
+__all__ = ["CODES", "CUE", "IMAGE", "SEPARATOR", "WORDS", "Shape", "build", "make_processor"]
 
 IMAGE, CUE, SEPARATOR = "<image>", "image:", "response:"
 """Chameleon's placeholder; what asks for drawn thoughts; what stock Chameleon processors end every prompt with."""
@@ -101,52 +95,10 @@ def build(shape: Shape, canvas: int, seed: int) -> ChameleonForConditionalGenera
 
 def make_processor(canvas: int) -> ChameleonProcessor:
     """The stock processor: whole words, pictures of tiles as they are."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=UNK))
-    # A colon belongs to mode words and `answer:`; other marks stand alone even where they touch a word.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), *(pre_tokenizers.Split(mark, "isolated") for mark in ".,?;()")]
-    )
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     special = [*SPECIAL, IMAGE, BEGIN, END, SEPARATOR]
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
-        sep_token=SEPARATOR,
-        padding_side="left",
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = word_tokenizer(WORDS, special, sep_token=SEPARATOR)
     side = canvas * TILE
     images = ChameleonImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    processor = ChameleonProcessor(images, fast, image_seq_length=canvas * canvas)
+    processor = ChameleonProcessor(images, tokenizer, image_seq_length=canvas * canvas)
     processor.chat_template = CHAT_TEMPLATE
     return processor
-
-
-def write_folder(path: Path, model: Any, canvas: int, recipe: str, results: dict[str, Any]) -> None:
-    """Writes the model in bf16 with its processor, recipe and figures; a folder that exists is whole.
-
-    Args:
-        path: folder to make; one that stands there is replaced.
-        model: built by `build`; it stays in its own dtype.
-        canvas: as there.
-        recipe: YAML text that `mmroute train backbone` takes.
-        results: command, commit and figures, for `RESULTS.json`.
-
-    Raises:
-        MmrouteError: the disk is full; what stood at `path` still stands there.
-    """
-    stored = ChameleonForConditionalGeneration(model.config)
-    stored.load_state_dict(model.state_dict())
-    try:
-        with replacing_folder(path) as beside:
-            stored.to(torch.bfloat16).save_pretrained(beside)
-            make_processor(canvas).save_pretrained(beside)
-            (beside / "recipe.yaml").write_text(recipe)
-            (beside / "RESULTS.json").write_text(json.dumps(results, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        raise unwritable(path, error) from error

@@ -11,8 +11,8 @@ Legend: V vocabulary, D hidden size.
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from mmroute.config import options
 from mmroute.errors import ConfigError
 
-__all__ = ["MERGE", "PATCH", "Shape", "build", "coordinate_words"]
+__all__ = ["MERGE", "PATCH", "Shape", "build", "coordinate_words", "look_alike", "pass_on"]
 
 PATCH = 14
 """Pixels along one side of a vision patch."""
@@ -132,11 +132,24 @@ def build(shape: Shape, vocabulary: Sequence[str], seed: int) -> Qwen2_5_VLForCo
         with torch.no_grad():
             words = model.model.language_model.embed_tokens.weight
             words.copy_(coordinate_words(words, vocabulary, shape.initializer_range))
-            for layer in model.model.language_model.layers[shape.alike_from :]:
-                keys = layer.self_attn.k_proj.weight.unflatten(0, (shape.kv_heads, -1))
-                queries = keys.repeat_interleave(shape.heads // shape.kv_heads, 0)
-                layer.self_attn.q_proj.weight.copy_(queries.flatten(0, 1))
+            look_alike(model.model.language_model.layers[shape.alike_from :], shape.heads, shape.kv_heads)
     return model
+
+
+@torch.no_grad()
+def look_alike(layers: Iterable[Any], heads: int, kv_heads: int) -> None:
+    """Lets the queries of stock layers start equal to their keys."""
+    for layer in layers:
+        keys = layer.self_attn.k_proj.weight.unflatten(0, (kv_heads, -1))
+        layer.self_attn.q_proj.weight.copy_(keys.repeat_interleave(heads // kv_heads, 0).flatten(0, 1))
+
+
+@torch.no_grad()
+def pass_on(layers: Iterable[Any], heads: int, kv_heads: int) -> None:
+    """Lets attention of stock layers start by passing on what it looks at: outputs as the transposes of values."""
+    for layer in layers:
+        values = layer.self_attn.v_proj.weight.unflatten(0, (kv_heads, -1))
+        layer.self_attn.o_proj.weight.copy_(values.repeat_interleave(heads // kv_heads, 0).flatten(0, 1).T)
 
 
 def coordinate_words(start: Float[Tensor, "V D"], vocabulary: Sequence[str], spread: float) -> Float[Tensor, "V D"]:

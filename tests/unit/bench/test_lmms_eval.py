@@ -14,9 +14,10 @@ import yaml
 from made import picture, sample
 
 from mmroute import hub
+from mmroute import recipe as recipes
 from mmroute.bench import lmms_eval_entry
 from mmroute.errors import ConfigError
-from mmroute.tasks import _io
+from mmroute.tasks import _io, _rows
 
 
 @dataclasses.dataclass
@@ -237,3 +238,25 @@ def test_shipped_functions_ask_and_score_by_the_items_own_task(tmp_path):
     assert [i.tobytes() for i in lmms_visual(doc)] == [picture(0).tobytes()]
     assert lmms_process(doc, [r"so \boxed{12.0}"]) == {"acc": 1.0}
     assert lmms_process(doc, [r"\boxed{13}"]) == {"acc": 0.0}
+    bare = {key: value for key, value in doc.items() if key != "images"}  # as the harness scores, and asks for texts
+    assert lmms_text(bare) == lmms_text(doc)
+    assert lmms_process(bare, [r"\boxed{12}"]) == {"acc": 1.0}
+
+
+def test_an_item_of_ours_is_asked_in_the_words_that_the_model_knows(harness, items, tmp_path):
+    task, docs = items
+    made = docs[0]
+    (row,) = [{**_rows.row_of(made), "images": made.images}]
+    model = harness.Routed("tiny")
+    model.task_dict = {"lake": {"test": [row]}}
+
+    def plain(doc):
+        return [
+            {"role": "user", "content": [{"type": "image", "url": made.images[0]}, {"type": "text", "text": "Hm?"}]}
+        ]
+
+    (result,) = model.generate_until([Instance(("c", plain, {"max_new_tokens": 8}, 0, "lake", "test"))])
+    with recipes.equip(model.loaded, model.recipe) as (routed, think):
+        (answer,) = routed.answer_many([task.messages(made, think.style)], think=think)
+    assert result.text == answer.text != ""
+    assert harness._own_words(routed, think, {"question": "of another dataset"}) is None

@@ -15,9 +15,11 @@ from mmroute.errors import ConfigError, InputError
 from mmroute.tasks import _skins
 from mmroute.tasks._visual import judge_drawings
 from mmroute.train.discrepancy import code_distances, token_discrepancy
-from mmroute.train.picture_model import CODES, WORDS, Shape, build, make_processor, write_folder
-from mmroute.train.pictures import Recipe, Run, draws, exam, story, train_pictures
+from mmroute.train.folder import write_stock
+from mmroute.train.picture_model import CODES, WORDS, Shape, build, make_processor
+from mmroute.train.pictures import Recipe, Run, exam, story
 from mmroute.train.recipe import as_yaml, find_recipe
+from mmroute.train.scratch import family_of, train_scratch
 from mmroute.train.tile_codes import TILE, code_name, picture
 
 SHAPE = {"hidden": 32, "layers": 1, "heads": 2, "mlp": 32}
@@ -63,7 +65,7 @@ def test_what_lies_beside_a_tile_does_not_change_its_code(model):
 def test_a_text_is_the_prompt_that_a_user_makes_and_what_the_simulator_says(order, model, tmp_path):
     task = world() if order == "question_first" else hub.load("tasks", "frozenlake", preset="nano", tile_px=TILE)
     folder = tmp_path / "model"
-    write_folder(folder, model, 4, as_yaml(resolved(recipe())), {})
+    write_stock(folder, model, make_processor(4), as_yaml(resolved(recipe())), {})
     loaded = mmroute.load(folder)
     spec = next(s for s in (task.spec("val", i) for i in range(20)) if len(task.trace(s)) > 2)
     prompt, pieces = story(task, spec)
@@ -140,17 +142,17 @@ def test_steps_lower_both_losses_and_leave_the_tokenizer_alone(tmp_path):
     run = Run(recipe(batch=4, warmup=1, steps=50, muon=0.03, adamw=0.02), tmp_path)
     before = {k: v.clone() for k, v in run.model.model.vqmodel.state_dict().items()}
     losses = [run.step(0) for _ in range(8)]
-    assert losses[-1][0] < losses[0][0] * 0.8
-    assert losses[-1][1] < losses[0][1]
+    assert losses[-1]["loss"] < losses[0]["loss"] * 0.8
+    assert losses[-1]["discrepancy"] < losses[0]["discrepancy"]
     assert all(torch.equal(v, before[k]) for k, v in run.model.model.vqmodel.state_dict().items())
 
 
 def test_training_ends_in_a_folder_that_stock_classes_open_and_that_was_examined(tmp_path):
-    assert draws("draw")
-    assert not draws("tiny")
+    assert family_of("draw") == "chameleon"
+    assert family_of("tiny") is None
     parse(Recipe, read_yaml(find_recipe("draw")), "recipe")
     small = resolved(recipe(steps=1, eval_every=1))
-    folder = train_pictures("draw", small, tmp_path / "run")
+    folder = train_scratch(Run, "draw", small, tmp_path / "run")
     stock = ChameleonForConditionalGeneration.from_pretrained(folder)
     assert stock.dtype == torch.bfloat16
     results = json.loads((folder / "RESULTS.json").read_text())
