@@ -205,7 +205,7 @@ class Run(ScratchRun[Recipe]):
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:
-        """On held-out items, all before given: shares of right words, boxes, chains and answers, and of places found."""
+        """On held-out items, all before given: shares of right words, boxes, chains, answers and places."""
         chain, probe = self._held
         hit, learned = self._right(chain)
         labels = chain.labels[:, 1:]
