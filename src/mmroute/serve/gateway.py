@@ -62,6 +62,8 @@ class Live:
     """Of a draft behind HTTP: what its ratings were calibrated as."""
     verifier: Verifier | None
     """What a second look judges finished answers by, if the artifact can."""
+    curve: dict[str, list[float]] | None
+    """How accurate routing was on the calibration split, by share of target calls."""
 
 
 class Gateway:
@@ -96,7 +98,7 @@ class Gateway:
     def _build(self, settings: Settings, before: Live | None) -> Live:
         same = before is not None and before.decider.made_of(settings)
         draft, known = self.upstreams["draft"], raters.manifest(settings)
-        verifier = None if known is None else verifier_of(known.facts)
+        verifier, curve = (None, None) if known is None else (verifier_of(known.facts), known.facts.get("curve"))
         if settings.verify != "none" and verifier is None:
             raise ConfigError(
                 "verify looks at finished answers by what the artifact has learned of them, and "
@@ -109,7 +111,7 @@ class Gateway:
         elif known is not None:
             artifact, first = f"prp:{known.id_with()}", partial(first_threshold, known.facts)
         decider = before.decider if same and before is not None else Decider(settings, first)
-        return Live(decider, Keys(settings.api_keys_file), artifact, known, verifier)
+        return Live(decider, Keys(settings.api_keys_file), artifact, known, verifier, curve)
 
     @property
     def served(self) -> list[str]:
@@ -279,6 +281,7 @@ class Gateway:
                 "in_flight": self.book.in_flight,
                 "totals": self.book.totals,
                 "cost": self.book.spent,
+                "curve": self.live.curve,
                 "recent": list(self.book.recent),
                 "examples": _bundled(settings),
             }

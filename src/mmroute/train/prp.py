@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from mmroute.bench import reliability
+from mmroute.bench import deferral, reliability
 from mmroute.bench.outcomes.base import Outcomes, Row, content_hash, pair_up, split_of_group, write_parquet
 from mmroute.config import resolved
 from mmroute.engine.attach import attach
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 _LOOKED_AT = 256
 """Held-out answers that a trained draft is compared on."""
+_POINTS = 21
+"""Shares at which the artifact says how accurate routing was."""
 _SPLITS = (("train", 0.65), ("validation", 0.1), ("calibration", 0.25))
 
 
@@ -243,10 +245,13 @@ def _facts(gate: Prp, prompts: Prompts, outcomes: Outcomes, calibration: np.ndar
         if r is not None
     }
     unit = float(outcomes.target_cost.mean())
+    held = outcomes.take(known)
+    made, shares = deferral.curve(rated.score[known], held.pair), np.linspace(0, 1, _POINTS)
     assert rated.draft is not None
     verify = Verifier.fit(rated.draft[known], outcomes.stats["lp_mean"][known], outcomes.draft[known])
     return {
         "verify": list(verify.weights),
+        "curve": {"share": shares.tolist(), "accuracy": made.at(shares).tolist()},
         "quantiles": np.quantile(rated.score[known], np.linspace(0, 1, 101)).tolist(),
         "costs": [float(outcomes.draft_cost.mean()) / unit, 1.0],
         "n": {"all": len(outcomes), "calibration": int(calibration.sum()), "unrated": int((~is_rated).sum())},

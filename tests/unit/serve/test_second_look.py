@@ -13,6 +13,7 @@ from mmroute.serve.gateway import Gateway
 from mmroute.serve.settings import Settings
 
 RATED = Script(rating="59\n")
+CURVE = {"share": [0.0, 0.5, 1.0], "accuracy": [0.5, 0.9, 0.8]}
 
 
 @pytest.fixture
@@ -20,6 +21,7 @@ def artifact(tmp_path):
     """A draft that writes its ratings, whose answers are right where their log-probability is above -1."""
     manifest = {"format": "prp/1", "config": {"form": "tokens", "num_ratings": 2, "score": "advantage"}, "base": "b"}
     manifest |= {"weights": "w", "calibrators": [], "verify": [20.0, 0.0, 20.0], "costs": [0.2, 1.0]}
+    manifest |= {"curve": CURVE}
     (tmp_path / "rater.json").write_text(json.dumps(manifest))
     return tmp_path
 
@@ -80,7 +82,7 @@ def test_the_budget_goes_to_the_answers_that_are_least_sure(artifact):
             sent = {lp: found[10:].count("target") / len(found[10:]) for lp, found in routes.items()}
             assert sent[-3.0] > 0.8 > 0.1 > sent[-0.1]
             stats = (await r.http.get("/stats")).json()
-            assert stats["budget"] == 0.25
+            assert (stats["budget"], stats["curve"]) == (0.25, CURVE)
             metrics = (await r.http.get("/metrics")).text
             assert 'mmroute_decisions_total{reason="verify",route="target"}' in metrics
 
