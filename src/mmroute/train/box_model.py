@@ -54,7 +54,7 @@ class Shape:
     mlp: PositiveInt = 320
     rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
     alike_from: Annotated[int, Field(ge=0)] = 0
-    """First layer, from 0, whose queries start equal to its keys and whose outputs pass on what they look at."""
+    """First layer, counted from 0, that starts by looking at what resembles a position and passing it on."""
     vision_depth: PositiveInt = 1
     vision_hidden: PositiveInt = 64
     vision_heads: PositiveInt = 4

@@ -54,8 +54,8 @@ class Recipe(ScratchRecipe):
     place: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the naming loss."""
     place_layer: Annotated[int, Field(ge=0)] = 0
-    """Text layers after which vision tokens name themselves; 0 is as they enter. Words enter as themselves, so the
-    first layer finds one in the other."""
+    """Text layers after which vision tokens name themselves; 0 is as they enter, as words do, so that the first layer
+    finds one in the other."""
     probe: Ramp = ((0.0, 1.0), (0.3, 0.9), (0.6, 0.1))
     """Share of steps that learn random read-outs of pictures, by the share of the run that is over."""
 
@@ -205,7 +205,8 @@ class Run(ScratchRun[Recipe]):
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:
-        """On held-out items, all before given: shares of right words, boxes, chains, answers and places."""
+        """On held-out items, all before given: shares of right words, boxes, chains and answers, and of places found in
+        read-outs."""
         chain, probe = self._held
         hit, learned = self._right(chain)
         labels = chain.labels[:, 1:]
