@@ -5,7 +5,8 @@ RUN useradd --create-home mmroute
 WORKDIR /home/mmroute/app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src ./src
-RUN python -m pip install --no-cache-dir -c constraints.txt ".[serve]"
+# The extra index has the CPU build of the pinned torch; without it pip takes the CUDA one, gigabytes that nothing here uses.
+RUN python -m pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu -c constraints.txt ".[serve]"
 USER mmroute
 HEALTHCHECK --interval=60s --timeout=20s CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health')" \
     2>/dev/null || mmroute env >/dev/null || exit 1

@@ -36,10 +36,6 @@ class Bullets(Thinker):
         """What is appended to a free question; the first that the vocabulary can write."""
         return [f"Think in a list, each step after '{self.config.mark}', then write: Answer: <answer>", "cot:"]
 
-    @property
-    def max_new_tokens(self) -> int:
-        return self.config.max_new_tokens
-
     def starts_hop(self, piece: str) -> bool:
         return piece.strip() == self.config.mark
 

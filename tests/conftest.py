@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -56,5 +57,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     def get(name: str) -> Path:
         folder = root / name
         return folder if folder.exists() else folders.write(name, folder)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_folder: Callable[[str], Path]) -> Callable[[str], Any]:
+    """A family's tiny model with its processor, by name; loaded once a session. Attach it, and leave it as it was."""
+    import mmroute
+
+    models: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in models:
+            models[name] = mmroute.load(tiny_folder(name))
+        return models[name]
 
     return get

@@ -1,8 +1,10 @@
 """Gateways between scripted upstreams: in one process over loopback sockets, with the real `openai` client in front."""
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
+import io
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +17,7 @@ from mmroute.bench.upstream import Counts, Script, ScriptedUpstream
 from mmroute.serve.gateway import Gateway, build_app
 from mmroute.serve.settings import Settings
 
-__all__ = ["Rig", "asking", "rig", "serving"]
+__all__ = ["Rig", "as_openai", "asking", "rig", "serving"]
 
 PLAIN = Script()
 QUICK = {
@@ -109,3 +111,19 @@ async def rig(
 def asking(question: str, **rest: Any) -> dict[str, Any]:
     """A request body for the OpenAI client or as JSON."""
     return {"model": "auto", "messages": [{"role": "user", "content": question}], **rest}
+
+
+def as_openai(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of a model in this process as a client writes them: images are data addresses."""
+
+    def part(block: dict[str, Any]) -> dict[str, Any]:
+        if block["type"] == "text":
+            return block
+        data = io.BytesIO()
+        block["image"].save(data, "PNG")
+        return {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"},
+        }
+
+    return [{"role": m["role"], "content": [part(b) for b in m["content"]]} for m in messages]

@@ -6,12 +6,13 @@ A twin is written from the paper in plain Python, one row at a time; it shares n
 import math
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 from mmroute.checks import Case, made_up, walk
 from mmroute.prune.base import Pruner
 from mmroute.tokens import Modality
 
-__all__ = ["CASES", "LAYERS", "TEXT", "VISION", "Score", "assert_same_sets", "layouts", "twin"]
+__all__ = ["CASES", "LAYERS", "TEXT", "VISION", "Score", "assert_same_sets", "layouts", "members", "plain", "twin"]
 
 TEXT, VISION = Modality.TEXT, Modality.VISION
 LAYERS = 6
@@ -40,13 +41,39 @@ def layouts(num_inputs: int) -> list[Case]:
 CASES = layouts(100)
 
 
+class Plain(NamedTuple):
+    """[row][column]: what each position is."""
+
+    valid: list[list[bool]]
+    hop: list[list[int]]
+    modality: list[list[int]]
+    protected: list[list[bool]]
+
+
+_PLAIN: dict[int, tuple[Case, Plain]] = {}
+
+
+def plain(case: Case) -> Plain:
+    """A case's positions as lists: loops that read them out of tensors take most of a twin's time."""
+    if id(case) not in _PLAIN:  # the case is held, so its id stays its own
+        _PLAIN[id(case)] = case, Plain(*(getattr(case.tokens, name).tolist() for name in Plain._fields))
+    return _PLAIN[id(case)][1]
+
+
+def members(case: Case, b: int, hop: int, modality: int, free: bool = False) -> list[int]:
+    """Columns of one group of one row; with `free` only those that are not protected."""
+    t = plain(case)
+    of = zip(t.valid[b], t.hop[b], t.modality[b], t.protected[b], strict=True)
+    return [c for c, (v, h, m, p) in enumerate(of) if v and h == hop and m == modality and not (free and p)]
+
+
 def twin(case: Case, score: Score, rates: list[dict[Modality, float]], action: str) -> list[list[set[int]]]:
     """[layer][row] columns that stay, by the budget rule alone: ceil of the share of the full count, protection inside,
     the best of the rest, lower column first."""
-    t = case.tokens
+    t = plain(case)
     kept: list[list[set[int]]] = []
-    B, N = t.shape
-    alive = [[c for c in range(N) if t.valid[b, c]] for b in range(B)]
+    B = len(t.valid)
+    alive = [[c for c, real in enumerate(row) if real] for row in t.valid]
     for layer in range(LAYERS):
         kept.append([])
         for b in range(B):
@@ -54,12 +81,10 @@ def twin(case: Case, score: Score, rates: list[dict[Modality, float]], action: s
             stay = set(alive[b])
             for hop in range(3):
                 for modality, rate in rates[layer].items():
-                    members = [
-                        c for c in range(N) if t.valid[b, c] and t.hop[b, c] == hop and t.modality[b, c] == modality
-                    ]
-                    protected = [c for c in members if t.protected[b, c]]
-                    free = [c for c in members if not t.protected[b, c] and c in alive[b]]
-                    number = max(math.ceil(rate * len(members) - 1e-6), len(protected)) - len(protected)
+                    every, loose = members(case, b, hop, modality), members(case, b, hop, modality, free=True)
+                    fixed = len(every) - len(loose)
+                    free = [c for c in loose if c in alive[b]]
+                    number = max(math.ceil(rate * len(every) - 1e-6), fixed) - fixed
                     best = sorted(free, key=lambda c: (-scores[c], c))[: min(number, len(free))]
                     stay -= set(free) - set(best)
             kept[-1].append(stay)

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmroute.config import resolved
-from mmroute.engine.select import Group, group_positions
 from mmroute.prune import _rank
 from mmroute.prune.base import NEEDS, Keep, Look, Pruner, Site
+from mmroute.select import Group, group_positions
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 

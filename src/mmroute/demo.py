@@ -26,7 +26,7 @@ from mmroute.files import write_text
 from mmroute.page.story import tell
 from mmroute.reason import Answer
 from mmroute.tasks.base import Generated, Sample
-from mmroute.train.prp import sections
+from mmroute.train.prp_config import sections
 
 __all__ = ["RECIPES", "TASKS", "Row", "example", "gate", "run", "write"]
 

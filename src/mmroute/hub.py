@@ -10,7 +10,9 @@ import ast
 import difflib
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -75,11 +77,16 @@ def by_class(kind: str, name: str) -> type:
     Raises:
         AttributeError: no file of the folder exports it.
     """
-    for file in _files(kind):
-        tree = ast.parse(_files(kind)[file].read_text(encoding="utf-8"))
-        if any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body):
-            return find(kind, file)
+    if name in _by_class(kind):
+        return find(kind, _by_class(kind)[name])
     raise AttributeError(f"no method in mmroute.{kind} has the class {name!r}; files: {', '.join(_files(kind))}")
+
+
+@cache
+def _by_class(kind: str) -> dict[str, str]:
+    """File by the name of each class in it."""
+    trees = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in _files(kind).items()}
+    return {node.name: file for file, tree in trees.items() for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def name_of(kind: str, cls: type) -> str | None:
@@ -90,6 +97,7 @@ def name_of(kind: str, cls: type) -> str | None:
     return next((name for name, point in _outsiders(kind).items() if point.load() is cls), None)
 
 
+@cache
 def _files(kind: str) -> dict[str, Path]:
     if kind not in KINDS:
         raise ConfigError(f"no kind of method named {kind!r}; one of {', '.join(KINDS)}")
@@ -102,7 +110,13 @@ def _module(kind: str, name: str) -> str:
 
 
 def _outsiders(kind: str) -> dict[str, Any]:
-    return {e.name: e for e in entry_points(group=f"mmroute.{kind}")}
+    return _named(entry_points, f"mmroute.{kind}")
+
+
+@cache
+def _named(read: Callable[..., Any], group: str) -> dict[str, Any]:
+    """Entry points by name, read once a process: every installed package is looked into."""
+    return {e.name: e for e in read(group=group)}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ Legend: B batch, N positions, W columns of what is entered, V vocabulary, D hidd
 """
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +132,7 @@ class Drawing(Interleaver):
                 self.over.add(row)
             else:
                 self._left[row] -= 1
-                _count_as_vision(self.session.calls[-1][0], i)
+                _count_as_vision(self.session.ledger.last, i)
         if self.over and self.last_only:
             return self._anew(written, hops, logits)
         return logits
@@ -174,8 +173,8 @@ class Drawing(Interleaver):
         relevance = self._given_relevance(vision, mask[:, :-1])  # the end of the picture is no vision position
         if relevance is not None:
             relevance = torch.nn.functional.pad(relevance, (0, 1))
-        fresh = session._enter({"input_ids": ids, "attention_mask": mask}, relevance, None)[:, -1]
-        session.calls[-1][0].hop = list(hops)
+        fresh = session.enter({"input_ids": ids, "attention_mask": mask}, relevance, None)[:, -1]
+        session.ledger.last.hop = list(hops)
         return fresh.where(torch.tensor(due, device=device)[:, None], logits)
 
 
@@ -205,7 +204,7 @@ class Looking(Interleaver):
         family, model = session.routed.family, session.routed.model
         check_features(session.routed)
         self.think, self.tokenizer, self.batch, self.lead = think, tokenizer, batch, family.lead(model)
-        self._grids = session._images_by_row(dict(batch)) if family.image_kwargs(batch) else [[] for _ in session.rows]
+        self._grids = session.images_by_row(dict(batch)) if family.image_kwargs(batch) else [[] for _ in session.rows]
         counts = [len(grids) for grids in self._grids]
         self._image = [sum(counts[:i]) for i in range(len(counts))]
         """[conversation]: the number of its first image in the batch."""
@@ -255,10 +254,7 @@ class Looking(Interleaver):
 
     def _note(self, row: int, hop: int, window: Window) -> None:
         """For the trace: which image positions are shown again."""
-        pads = self.session._padding[row]
-        columns = [self._first[row] + cell for cell in self._cells(row, window)]
-        own = [column - bisect_left(pads, column) for column in columns]
-        self.session.replayed.setdefault(row, []).append({"hop": hop, "row": 0, "columns": own})
+        self.session.ledger.replay(row, hop, [self._first[row] + cell for cell in self._cells(row, window)])
 
 
 def cells_of(window: Window, width: int) -> list[int]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from mmroute.engine.rows import Rows
 from mmroute.errors import UnsupportedCall
+from mmroute.rows import Rows
 
 __all__ = ["RaggedLayer"]
 

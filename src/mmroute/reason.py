@@ -27,7 +27,8 @@ from mmroute.engine.attach import Routed, fit
 from mmroute.errors import ConfigError, InputError
 from mmroute.interleave import interleaver
 from mmroute.rollout import Edit
-from mmroute.session import Session, place_relevance
+from mmroute.segment import place_relevance
+from mmroute.session import Session
 from mmroute.think.base import Box, LatentThinker, LookingThinker, Thinker
 from mmroute.trace import Trace
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.engine.attach import Routed
-from mmroute.engine.select import first_true
+from mmroute.select import first_true
 from mmroute.think.base import LatentThinker, Mind, Thought
 from mmroute.tokens import Modality
 

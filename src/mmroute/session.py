@@ -5,25 +5,24 @@ Rows of a batch that have finished leave it: their cache is dropped and they cos
 Legend: B batch, N positions, V vocabulary.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmroute.backbones.images import prepare
 from mmroute.cache import Chunk, RaggedCache
-from mmroute.decoding import processor_of, stop_id
+from mmroute.decoding import stop_id
 from mmroute.engine.attach import Routed
-from mmroute.errors import InputError, UnsupportedCall
+from mmroute.errors import UnsupportedCall
+from mmroute.ledger import Ledger
 from mmroute.rollout import Edit, Grid, Rollout, start
+from mmroute.segment import picture_segment, place_relevance
 from mmroute.think.base import LatentThinker, Thinker
 from mmroute.tokens import Modality
-from mmroute.trace import Call, HopClose, Trace
+from mmroute.trace import Trace
 
-__all__ = ["Session", "place_relevance"]
+__all__ = ["Session"]
 
 
 class Session:
@@ -41,20 +40,16 @@ class Session:
         self.next_position: Tensor | None = None
         self.rows: list[int] = []
         """Conversations still in the batch, by their first index."""
-        self.calls: list[tuple[Call, list[int]]] = []
-        """Every forward call with the conversations that took part."""
-        self.closes: list[tuple[HopClose, list[int]]] = []
+        self.ledger = Ledger()
+        """What each conversation took part in."""
         self._grids: list[list[Tensor]] = []
-        self._padding: dict[int, list[int]] = {}
         self._reserve = reserve
         self._images: list[list[Grid]] = []
         self._positions: Tensor | None = None
         self._hidden: Tensor | None = None
         self.latents: dict[int, int] = {}
         """Latent steps by conversation."""
-        self.replayed: dict[int, list[dict[str, Any]]] = {}
-        """By conversation: the image tokens copied beside each latent, as a trace records them."""
-        self._axes = 1
+        self.axes = 1
         """Numbers that make a position: 3 where it has a time, a row and a column."""
         self.draws = False
         """Whether logits are those of image tokens too, which the model's own forward may hide."""
@@ -89,9 +84,9 @@ class Session:
         """
         if self.latents:
             raise UnsupportedCall("an observation behind latent steps is not supported; take them after the last one")
-        return self._enter(batch, relevance, hops, think=think)[:, -1]
+        return self.enter(batch, relevance, hops, think=think)[:, -1]
 
-    def _enter(
+    def enter(
         self,
         batch: dict[str, Tensor],
         relevance: Tensor | None,
@@ -99,7 +94,18 @@ class Session:
         every: bool = False,
         think: Thinker | None = None,
     ) -> Tensor:
-        """(B, N, V) logits of a segment's positions, or (B, 1, V) of its last one."""
+        """What `append` does, for whoever must say more, or wants to hear more.
+
+        Args:
+            batch: as in `append`.
+            relevance: as in `append`.
+            hops: as in `append`; None also where `cache.next` says it position by position.
+            every: return the logits of every position, not of the last one alone.
+            think: as in `append`.
+
+        Returns:
+            (B, N, V) logits of the segment's positions, or (B, 1, V) of its last one.
+        """
         routed, family = self.routed, self.routed.family
         ids, mask = batch["input_ids"], batch["attention_mask"]
         start = 0 if self.ids is None else self.ids.shape[1]
@@ -112,12 +118,10 @@ class Session:
         if batch.get("image_grid_thw") is not None:
             fresh = self._by_row(batch)
             self._grids = [old + new for old, new in zip(self._grids or [[] for _ in fresh], fresh, strict=True)]
-        for conversation, real in zip(self.rows, batch["attention_mask"].tolist(), strict=True):
-            pads = [start + i for i, value in enumerate(real) if not value]
-            self._padding[conversation] = self._padding.get(conversation, []) + pads
+        self.ledger.entered(self.rows, start, batch["attention_mask"].tolist())
         positions = family.positions(routed.model, ids, mask, self.grids)
         self.ids, self.mask = ids, mask
-        self._axes = positions.shape[0] if positions.ndim == 3 else 1
+        self.axes = positions.shape[0] if positions.ndim == 3 else 1
         top = positions.amax(0) if positions.ndim == 3 else positions
         self.next_position = top.masked_fill(mask == 0, -1).amax(1) + 1
         images = {k: batch[k] for k in family.image_kwargs(batch)}
@@ -130,11 +134,11 @@ class Session:
             chunk.watch = think.needs_row
             self.cache.next = chunk
             self._positions = positions if positions.ndim == 3 else positions[None]
-            self._images = self._images_by_row(batch) if images else [[] for _ in self.rows]
+            self._images = self.images_by_row(batch) if images else [[] for _ in self.rows]
         given = {"relevance": relevance, **images, "logits_to_keep": 0 if every else 1}
         logits = self._forward(ids[:, start:], positions[..., start:], given, think is not None)
         if hops is not None:
-            self.calls[-1][0].hop = list(hops)
+            self.ledger.last.hop = list(hops)
         return logits
 
     def observe(
@@ -150,32 +154,7 @@ class Session:
         Returns:
             (B, V) logits; of no meaning in rows without a picture.
         """
-        controller = self.routed.controller
-        rows = [i for i, picture in enumerate(pictures) if picture is not None]
-        chats = [[{"role": "user", "content": [{"type": "image", "image": pictures[i]}]}] for i in rows]
-        given = prepare(self.routed.model, processor_of(self.routed), chats)
-        ids = given["input_ids"]
-        picture, bracket = controller.table[ids] == Modality.VISION, controller.delimiters[ids]
-        # Of what a chat template prints only the picture and the delimiters that touch it, padded on the left.
-        start = picture.long().argmax(1)
-        start = start - (bracket.gather(1, (start - 1).clamp(min=0)[:, None]).squeeze(1) & (start > 0)).long()
-        end = ids.shape[1] - picture.flip(1).long().argmax(1)
-        after = bracket.gather(1, end.clamp(max=ids.shape[1] - 1)[:, None]).squeeze(1) & (end < ids.shape[1])
-        end = end + after.long()
-        width = int((end - start).max())
-        at = end[:, None] - width + torch.arange(width, device=ids.device)
-        real = at >= start[:, None]
-
-        def placed(values: Tensor, fill: int) -> Tensor:
-            out = values.new_full((len(pictures), width), fill)
-            out[rows] = values.gather(1, at.clamp(min=0)).masked_fill(~real, fill)
-            return out
-
-        batch = {k: given[k] for k in self.routed.family.image_kwargs(given)}
-        if "mm_token_type_ids" in batch:
-            batch["mm_token_type_ids"] = placed(batch["mm_token_type_ids"], 0)
-        batch["input_ids"] = placed(ids, processor_of(self.routed).tokenizer.pad_token_id or 0)
-        batch["attention_mask"] = placed(torch.ones_like(ids), 0)
+        batch = picture_segment(self.routed, pictures)
         return self.append(batch, place_relevance(relevance, batch, self.routed), hops)
 
     def insert(self, embeds: Tensor, mask: Tensor, hops: list[int], relevance: Tensor | None = None) -> Tensor:
@@ -192,8 +171,7 @@ class Session:
         """
         assert self.ids is not None and self.mask is not None and self.next_position is not None
         start, N = self.ids.shape[1], embeds.shape[1]
-        for conversation, real in zip(self.rows, mask.tolist(), strict=True):
-            self._padding[conversation] += [start + i for i, value in enumerate(real) if not value]
+        self.ledger.entered(self.rows, start, mask.tolist())
         positions = self.next_position[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
         self.next_position = self.next_position + mask.sum(1)
         placeholder = torch.full_like(mask, self.routed.model.config.image_token_id)
@@ -205,7 +183,7 @@ class Session:
             relevance=relevance,
         )
         logits = self._forward(None, positions, {"inputs_embeds": embeds, "logits_to_keep": 1})[:, -1]
-        self.calls[-1][0].hop = list(hops)
+        self.ledger.last.hop = list(hops)
         return logits
 
     def forget(self, rows: list[bool], column: int, hops: list[int]) -> None:
@@ -218,7 +196,7 @@ class Session:
         """
         assert self.mask is not None
         self.cache.forget_rows(rows, column, [h if f else -1 for h, f in zip(hops, rows, strict=True)])
-        self.closes.append((self.cache.trace.closes[-1], list(self.rows)))
+        self.ledger.close(self.cache.trace.closes[-1], self.rows)
         self.mask = self.mask.clone()
         self.mask[rows, column:] = 0
 
@@ -235,7 +213,7 @@ class Session:
         """
         assert self.ids is not None
         self.cache.next = Chunk(generated=mask.bool(), valid=mask.bool())
-        return self._enter({"input_ids": ids, "attention_mask": mask}, None, hops, every=True)
+        return self.enter({"input_ids": ids, "attention_mask": mask}, None, hops, every=True)
 
     def step(self, ids: Tensor, hops: list[int] | None = None) -> Tensor:
         """Enters one generated token per row.
@@ -251,14 +229,14 @@ class Session:
         self.ids = torch.cat([self.ids, ids[:, None]], 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
         positions = self.next_position[:, None]
-        if self._axes == 3:
+        if self.axes == 3:
             positions = positions.expand(3, -1, -1)
         self.next_position = self.next_position + 1
         if hops is not None:
             self.cache.next = Chunk(hop=torch.tensor(hops, device=ids.device)[:, None])
         logits = self._forward(ids[:, None], positions, {"logits_to_keep": 1})[:, -1]
         if hops is not None:
-            self.calls[-1][0].hop = list(hops)
+            self.ledger.last.hop = list(hops)
         return logits
 
     def think(self, think: LatentThinker, seeds: Sequence[int], edit: Edit | None = None) -> Tensor:
@@ -291,11 +269,9 @@ class Session:
         self.ids = torch.cat([self.ids, self.ids.new_zeros(len(self.ids), rollout.columns)], 1)
         for call in self.cache.trace.calls[first:]:
             call.kind = "decode"  # one sequential step, however many positions it brings
-            self.calls.append((call, list(self.rows)))
-        valid = rollout.mask[:, before:].tolist()
-        for b, conversation in enumerate(self.rows):
-            self._padding[conversation] += [before + i for i, real in enumerate(valid[b]) if not real]
-            self.latents[conversation] = rollout.steps[b]
+            self.ledger.call(call, self.rows)
+        self.ledger.entered(self.rows, before, rollout.mask[:, before:].tolist())
+        self.latents |= dict(zip(self.rows, rollout.steps, strict=True))
         self._note_replays(rollout)
         return routed.family.head(routed.model, mind.hidden)
 
@@ -304,11 +280,9 @@ class Session:
         for step, thought in enumerate(rollout.thoughts, start=1):
             sources = thought.source.tolist()
             for b, conversation in enumerate(self.rows):
-                pads = self._padding[conversation]
                 at = [columns[b][i] for i in sources[b] if i >= 0]
                 if step <= rollout.steps[b] and at:
-                    found = {"hop": step, "row": 0, "columns": [c - bisect_left(pads, c) for c in at]}
-                    self.replayed.setdefault(conversation, []).append(found)
+                    self.ledger.replay(conversation, step, at)
 
     def _forward(self, ids: Tensor | None, positions: Tensor, extra: dict[str, Any], latent: bool = False) -> Tensor:
         given = {k: v for k, v in extra.items() if v is not None}
@@ -329,14 +303,18 @@ class Session:
             logits = head(self.routed.model, h, images=True) if self.draws else head(self.routed.model, h)
         else:
             logits = self.routed.model(**given).logits
-        self.calls.append((self.cache.trace.calls[-1], list(self.rows)))
+        self.ledger.call(self.cache.trace.calls[-1], self.rows)
         return logits
 
-    def _images_by_row(self, batch: dict[str, Tensor]) -> list[list[Grid]]:
-        """Grids of a segment's images by the row they belong to; rows may hold different numbers of images."""
+    def images_by_row(self, batch: dict[str, Tensor]) -> list[list[Grid]]:
+        """[row][image]: rows and columns of the grid of image tokens; rows may hold different numbers of images.
+
+        Args:
+            batch: a segment with its image tensors.
+        """
         grids = self.routed.family.image_grid(self.routed.model, batch)
         out: list[list[Grid]] = []
-        for vision in (self.routed.controller.table[batch["input_ids"]] == 1).sum(1).tolist():
+        for vision in (self.routed.controller.table[batch["input_ids"]] == Modality.VISION).sum(1).tolist():
             out.append([])
             while vision > 0:
                 rows, columns = grids.pop(0)
@@ -347,7 +325,7 @@ class Session:
     def _by_row(self, batch: dict[str, Tensor]) -> list[list[Tensor]]:
         """The same as the patch grids of the processor."""
         grids = iter(batch["image_grid_thw"])
-        return [[next(grids) for _ in row] for row in self._images_by_row(batch)]
+        return [[next(grids) for _ in row] for row in self.images_by_row(batch)]
 
     def close_hop(self, ended: list[int]) -> None:
         """Compresses what a finished hop left behind, if the pruner does such a thing.
@@ -358,7 +336,7 @@ class Session:
         pruner = self.routed.controller.pruner
         if pruner is not None and pruner.closes:
             self.cache.close_hop(pruner, ended)
-            self.closes.append((self.cache.trace.closes[-1], list(self.rows)))
+            self.ledger.close(self.cache.trace.closes[-1], self.rows)
 
     def keep_rows(self, stays: list[int]) -> None:
         """Only these rows of the batch, by their present index, go on."""
@@ -386,44 +364,4 @@ class Session:
 
     def trace_of(self, conversation: int) -> Trace:
         """The trace of one conversation alone: its columns count its own positions, padding left out."""
-        pads = self._padding[conversation]
-
-        def own(column: int) -> int:
-            return column - bisect_left(pads, column)
-
-        calls: list[Call] = []
-        so_far = [0]  # calls of this conversation among the first ones of the batch
-        for batch_call, rows in self.calls:
-            for here in (i for i, row in enumerate(rows) if row == conversation):  # several where it has beams
-                call = batch_call.row(here)
-                if not any(call.new[0]):
-                    continue  # another row's picture or latent step brought this one nothing
-                calls.append(call.moved(own))
-            so_far.append(len(calls))
-        closes = [close.row(rows.index(conversation)).moved(own) for close, rows in self.closes if conversation in rows]
-        closes = [replace(close, at_call=so_far[close.at_call]) for close in closes if close.hop[0] >= 0]
-        shape, replayed = self.routed.controller.shape, self.replayed.get(conversation, [])
-        return Trace(shape, calls, closes, replayed, full=self.routed.full_trace)
-
-
-def place_relevance(
-    relevance: Sequence[Sequence[float]] | None, batch: dict[str, Tensor], routed: Routed
-) -> Tensor | None:
-    """(B, N): ground truth at the vision columns, zero elsewhere.
-
-    Raises:
-        InputError: a row has more or fewer numbers than vision positions.
-    """
-    if relevance is None:
-        return None
-    ids = batch["input_ids"]
-    vision = routed.controller.table[ids] == 1
-    out = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-    for row, values in enumerate(relevance):
-        columns = vision[row].nonzero().flatten()
-        if len(columns) != len(values):
-            raise InputError(
-                f"conversation {row}: relevance has {len(values)} numbers, the prompt {len(columns)} vision positions"
-            )
-        out[row, columns] = torch.tensor(values, dtype=torch.float32, device=ids.device)
-    return out
+        return self.ledger.trace_of(conversation, self.routed.controller.shape, self.routed.full_trace)

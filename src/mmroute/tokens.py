@@ -9,7 +9,10 @@ from enum import IntEnum
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-__all__ = ["NUM_MODALITIES", "Modality", "Tokens"]
+__all__ = ["MAX_HOPS", "NUM_MODALITIES", "Modality", "Tokens"]
+
+MAX_HOPS = 32
+"""Hops that are told apart in one call; later ones count as the last of them."""
 
 
 class Modality(IntEnum):

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from mmroute.bench import gate_schema, report, schema, table
+from mmroute.bench import engine_schema, gate_schema, report, schema, table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "results").rglob("*.json"))
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 READERS = {
     "result/1": schema.read_result,
-    "engine/1": schema.read_engine,
-    "gpu/1": schema.read_gpu,
+    "engine/1": engine_schema.read_engine,
+    "gpu/1": engine_schema.read_gpu,
     "gate/1": gate_schema.read_gate,
     "gate-eval/1": gate_schema.read_gate_eval,
     "gateway/1": gate_schema.read_gateway,

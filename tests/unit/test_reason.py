@@ -4,12 +4,12 @@ Legend: B batch, N positions.
 """
 
 import logging
-from contextlib import contextmanager
 
 import families
-import numpy as np
 import pytest
 import torch
+from conversations import METHODS, STEPS, asked, ending_with, picture, routed_as
+from dictation import dictated
 from oracle import closed_later, masked_forward
 from PIL import Image
 
@@ -18,65 +18,8 @@ from mmroute import hub, reason
 from mmroute.backbones.images import prepare, user_message
 from mmroute.cost import estimate_flops, estimate_kv_bytes, keep_shares, kv_bytes_per_slot
 from mmroute.decoding import sample
-from mmroute.errors import ConfigError, InputError, UnsupportedCall
+from mmroute.errors import ConfigError, InputError
 from mmroute.prune.base import Pruner
-from mmroute.session import Session
-from mmroute.tokens import Modality
-from mmroute.trace import Trace
-
-STEPS = 7
-METHODS = {
-    "none": {},
-    "fastv": {"vision_keep": 0.4, "start_layer": 1},
-    "knorm": {"vision_keep": 0.4, "text_keep": 0.7},
-    "pyramiddrop": {"stage_keep": 0.5, "stages": [0.4, 0.7]},
-    "random": {"vision_keep": 0.4, "text_keep": 0.7},
-}
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder):
-    """A family's tiny model, loaded once; attach it, and detach it again."""
-    models = {}
-
-    def get(name):
-        if name not in models:
-            models[name] = mmroute.load(tiny_folder(name))
-        return models[name]
-
-    return get
-
-
-@contextmanager
-def routed_as(model, method, **options):
-    pruner = None if method == "none" else hub.load("prune", method, **METHODS[method])
-    with mmroute.attach(model, prune=pruner, **options) as routed:
-        yield routed
-
-
-@contextmanager
-def ending_with(model, ids):
-    """These tokens end a completion."""
-    before = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = ids
-    try:
-        yield
-    finally:
-        model.generation_config.eos_token_id = before
-
-
-def picture(seed=0, size=(40, 30)):
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(noise)
-
-
-def asked():
-    """Three conversations of different lengths, with one, two and one image."""
-    return [
-        user_message("where is the red ball, please?", [picture(0)]),
-        user_message("which?", [picture(1, (30, 50)), picture(2, (60, 30))]),
-        user_message("how many balls?", [picture(3, (48, 48))]),
-    ]
 
 
 def cut(ids, ends):
@@ -200,26 +143,13 @@ class Forgetful(Pruner):
         return slots.valid & ~(asked_for & (asked_for.cumsum(1) % 2 == 1))
 
 
-SCRIPTS = [b"ab\ncdefgh\nijk\nlmnopq", b"abcdefghijklm\npqrs!", b"\nab\n\ncdef!"]
+SCRIPTS = ["ab\ncdefgh\nijk\nlmnopq", "abcdefghijklm\npqrs!", "\nab\n\ncdef!"]
 """What three rows are made to write; `!` ends."""
 
 
-@contextmanager
-def dictated(monkeypatch, tokenizer, scripts=SCRIPTS):
-    """Every row writes its script, and the logits that it would have chosen from are recorded."""
-    letters = tokenizer.backend_tokenizer
-    ids = [letters.encode(script.decode(), add_special_tokens=False).ids for script in scripts]
-    seen = [[] for _ in scripts]
-
-    def write(logits, temperature, top_p, draw):
-        rows = [generator.initial_seed() for generator in draw]
-        for row, values in zip(rows, logits, strict=True):
-            seen[row].append(values.clone())
-        return torch.tensor([ids[row][len(seen[row]) - 1] for row in rows])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(reason, "sample", write)
-        yield ids, seen
+def letters(tokenizer, scripts=SCRIPTS):
+    """Token ids of each script, a letter each."""
+    return [tokenizer.backend_tokenizer.encode(script, add_special_tokens=False).ids for script in scripts]
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
@@ -227,9 +157,9 @@ def test_hops_are_cut_where_the_way_to_think_says(name, loaded, monkeypatch):
     model = loaded(name)
     tokenizer = model.processor.tokenizer
     with mmroute.attach(model) as routed, ending_with(model, tokenizer.convert_tokens_to_ids("!")):
-        with dictated(monkeypatch, tokenizer) as (ids, _):
+        with dictated(monkeypatch, letters(tokenizer)):
             answers = routed.answer_many(asked(), max_new_tokens=20)
-        assert [a.ids for a in answers] == ids
+        assert [a.ids for a in answers] == letters(tokenizer)
         assert [a.hops for a in answers] == [
             ["ab", "\ncdefgh", "\nijk", "\nlmnopq"],
             ["abcdefghijklm", "\npqrs!"],
@@ -237,7 +167,7 @@ def test_hops_are_cut_where_the_way_to_think_says(name, loaded, monkeypatch):
         ]
         assert [a.finished for a in answers] == [False, True, True]
         assert [call.hop[0] for call in answers[2].trace.calls] == [0, 1, 1, 1, 2, 3, 3, 3, 3, 3]
-        with dictated(monkeypatch, tokenizer):
+        with dictated(monkeypatch, letters(tokenizer)):
             direct = routed.answer_many(asked(), think=hub.load("think", "direct"))
         assert [len(a.hops) for a in direct] == [1, 1, 1]
         assert [a.ar_steps for a in direct] == [16, 16, 10]
@@ -248,11 +178,11 @@ def test_hops_are_cut_where_the_way_to_think_says(name, loaded, monkeypatch):
 def test_what_a_closed_hop_forgets_is_what_masking_hides_from_later_hops(name, loaded, monkeypatch):
     model = loaded(name)
     tokenizer = model.processor.tokenizer
-    end = tokenizer.convert_tokens_to_ids("!")
+    end, ids = tokenizer.convert_tokens_to_ids("!"), letters(tokenizer)
     with mmroute.attach(model, prune=Forgetful()) as routed, ending_with(model, end):
-        with dictated(monkeypatch, tokenizer):
+        with dictated(monkeypatch, ids):
             alone = [routed.answer_many([c], max_new_tokens=20, seed=i)[0] for i, c in enumerate(asked())]
-        with dictated(monkeypatch, tokenizer) as (ids, seen):
+        with dictated(monkeypatch, ids) as seen:
             answers = routed.answer_many(asked(), max_new_tokens=20)
     for row, conversation in enumerate(asked()):
         prompt = prepare(model, model.processor, conversation)
@@ -283,7 +213,7 @@ def story(script, start):
     """Hop of every position, which of them stay once their hop has ended, and how many each ended hop loses."""
     hops = [0] * start
     for i, letter in enumerate(script):
-        hops.append(1 if i == 0 else hops[-1] + (letter == ord("\n")))
+        hops.append(1 if i == 0 else hops[-1] + (letter == "\n"))
     stays, forgotten = [True] * start, []
     for h in range(1, hops[-1] + 1):
         written = [i for i, hop in enumerate(hops) if hop == h]
@@ -299,129 +229,13 @@ def test_the_first_positions_of_every_hop_are_protected(loaded, monkeypatch):
     caches = []
     with (
         mmroute.attach(model, prune=Forgetful(), prefix_tokens=2) as routed,
-        dictated(monkeypatch, model.processor.tokenizer, [b"abcdefg\nijklm"]),
+        dictated(monkeypatch, letters(model.processor.tokenizer, ["abcdefg\nijklm"])),
     ):
         new = routed.new_cache
         monkeypatch.setattr(routed, "new_cache", lambda: caches.append(new()) or caches[-1])
         answer = routed.answer_many(asked()[:1], max_new_tokens=13)[0]
     written = caches[0].meta["protected"][0, answer.prompt_tokens :].tolist()
     assert written == [1, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0]
-
-
-# ---------------------------------------------------------------------- sessions
-
-
-def observation(model, images):
-    """A turn in the middle of a conversation, rows with different numbers of images."""
-    turns = [user_message(f"now {len(row)}", row) for row in images]
-    return prepare(model, model.processor, turns)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("method", ["none", "random"])
-@pytest.mark.parametrize("name", families.NAMES)
-def test_an_observation_on_the_cache_equals_one_forward_of_everything(name, method, loaded):
-    model = loaded(name)
-    first = prepare(model, model.processor, asked()[:2])
-    pictures = [[picture(7, (30, 50)), picture(8)], [picture(9)]]
-    second = observation(model, pictures)
-    with routed_as(model, method) as routed:
-        routed.full_trace = True
-        session = Session(routed)
-        got = [session.append(first)]
-        words = torch.tensor([[70, 71], [72, 73], [74, 75]])
-        got += [session.step(ids, [1, 1]) for ids in words[:2]]
-        got.append(session.append(second, hops=[1, 1]))
-        got.append(session.step(words[2], [1, 1]))
-        calls = session.cache.trace.calls
-        traces = [session.trace_of(row) for row in range(2)]
-    widths = torch.tensor([first["input_ids"].shape[1], 1, 1, second["input_ids"].shape[1], 1])
-    ends = (widths.cumsum(0) - 1).tolist()
-    whole = {"input_ids": torch.cat([first["input_ids"], words[:2].T, second["input_ids"], words[2:].T], 1)}
-    real = torch.ones(2, 1, dtype=torch.long)
-    whole["attention_mask"] = torch.cat([first["attention_mask"], real, real, second["attention_mask"], real], 1)
-    for key in ("pixel_values", "image_grid_thw", "image_sizes"):
-        if key in first:
-            whole[key] = interleaved(first, second, key, [1, 2], [2, 1])
-    if "mm_token_type_ids" in first:
-        whole["mm_token_type_ids"] = (whole["input_ids"] == model.config.image_token_id).long()
-    keep = []
-    for layer in range(3):
-        mask = torch.zeros(whole["input_ids"].shape, dtype=torch.bool)
-        for call in calls:
-            for row, kept in enumerate(call.layers[layer].kept):
-                mask[row, kept] = True
-        keep.append(mask)
-    logits = masked_forward(model, routed.family, whole, keep)
-    for step, end in zip(got, ends, strict=True):
-        torch.testing.assert_close(step, logits[:, end], rtol=0, atol=1e-5)
-    assert [call.kind for call in calls] == ["prefill", "decode", "decode", "prefill", "decode"]
-    assert [call.hop for call in calls] == [[0, 0], [1, 1], [1, 1], [1, 1], [1, 1]]
-    for row, trace in enumerate(traces):  # columns of one conversation count its own positions
-        own = int(whole["attention_mask"][row].sum())
-        assert trace.calls[-1].start == own - 1
-        assert trace.calls[-1].layers[0].kept == [[own - 1]]
-        assert Trace.from_json(trace.to_json()) == trace
-
-
-def interleaved(first, second, key, images, more):
-    """Image tensors of two segments in the order of the rows: row 0's of both, then row 1's of both."""
-    if key == "pixel_values" and "image_grid_thw" in first:
-        parts = [list(b[key].split(b["image_grid_thw"].prod(-1).tolist())) for b in (first, second)]
-    else:
-        parts = [list(b[key].split(1)) for b in (first, second)]
-    out = []
-    for a, b in zip(images, more, strict=True):
-        out += [parts[0].pop(0) for _ in range(a)] + [parts[1].pop(0) for _ in range(b)]
-    return torch.cat(out)
-
-
-@torch.no_grad()
-def test_two_sessions_on_one_model_do_not_mix(loaded):
-    model = loaded("qwen2_5_vl")
-    prompts = [prepare(model, model.processor, c) for c in asked()]
-
-    def go_on(session, i):
-        return session.step(torch.tensor([80 + i]), [1])
-
-    with routed_as(model, "random") as routed:
-        apart = []
-        for i in (0, 1):
-            session = Session(routed)
-            apart.append([session.append(prompts[i]), go_on(session, i), go_on(session, i)])
-        both = [Session(routed), Session(routed)]
-        turns = [[both[i].append(prompts[i]) for i in (0, 1)]]
-        turns += [[go_on(both[i], i) for i in (1, 0)][::-1], [go_on(both[i], i) for i in (0, 1)]]
-    for i in (0, 1):
-        assert all(torch.equal(turn[i], expected) for turn, expected in zip(turns, apart[i], strict=True))
-
-
-# ---------------------------------------------------------------------- relevance
-
-
-@pytest.mark.parametrize("name", families.NAMES)
-def test_relevance_reaches_the_positions_of_the_images(name, loaded):
-    model = loaded(name)
-    batch = prepare(model, model.processor, asked())
-    with mmroute.attach(model, prune=hub.load("prune", "oracle", vision_keep=0.25)) as routed:
-        vision = routed.controller.table[batch["input_ids"]] == Modality.VISION
-        sizes = vision.sum(1).tolist()
-        wanted = [[float(i % 4 == row) for i in range(n)] for row, n in enumerate(sizes)]
-        routed.full_trace = True
-        answers = routed.answer_many(asked(), max_new_tokens=2, relevance=wanted)
-        for row, answer in enumerate(answers):
-            real = batch["attention_mask"][row].bool()
-            patches = vision[row, real].nonzero().flatten().tolist()
-            needed = {patches[i] for i, value in enumerate(wanted[row]) if value}
-            kept = set(answer.trace.calls[0].layers[1].kept[0])
-            assert needed <= kept
-            assert len(kept & set(patches)) < len(patches) / 2
-        with pytest.raises(InputError, match=rf"conversation 1: relevance has 1 numbers, the prompt {sizes[1]} vision"):
-            routed.answer_many(asked(), relevance=[wanted[0], [1.0], wanted[2]])
-        with pytest.raises(InputError, match="relevance has 1 entries for 3 conversations"):
-            routed.answer_many(asked(), relevance=wanted[:1])
-        with pytest.raises(UnsupportedCall, match="pass relevance"):
-            routed.answer_many(asked())
 
 
 # ---------------------------------------------------------------------- one question
@@ -538,80 +352,3 @@ def test_a_closed_vocabulary_gets_the_cue_it_can_write_and_a_warning(loaded, mon
             assert not caplog.records
             assert reason._cued(routed, "<image> where elephant", hub.load("think", "direct")).endswith("direct:")
     assert "does not know: elephant" in caplog.text
-
-
-# ---------------------------------------------------------------------- observations
-
-
-PICTURES = [[picture(5, (40, 40)), picture(6, (60, 30))], [], [picture(7, (30, 50))]]
-
-
-@pytest.mark.parametrize("method", ["none", "random", "fastv"])
-@pytest.mark.parametrize("name", families.NAMES)
-def test_pictures_that_enter_between_steps_are_those_of_each_conversation_alone(name, method, loaded):
-    """Every token begins a step here, so a picture enters behind each of the first ones."""
-    think = hub.load("think", "text", hop_pattern="", max_new_tokens=STEPS)
-    with routed_as(loaded(name), method) as routed:
-        batch = routed.answer_many(asked(), think=think, observations=PICTURES)
-        for conversation, pictures, together in zip(asked(), PICTURES, batch, strict=True):
-            alone = routed.answer_many([conversation], think=think, observations=[pictures])[0]
-            if method == "fastv":  # what a call's probe costs is shared by positions, not by each row's keys
-                for layer in (x for answer in (together, alone) for call in answer.trace.calls for x in call.layers):
-                    layer.extra_flops = 0
-            assert (together.ids, together.hops, together.trace) == (alone.ids, alone.hops, alone.trace)
-            seen = [call.hop[0] for call in together.trace.calls[1:] if call.kind == "prefill"]
-            assert seen == list(range(1, len(pictures) + 1))
-            hops = [call.hop[0] for call in together.trace.calls]
-            assert hops == sorted(hops)
-        assert batch[0].ids != routed.answer_many(asked(), think=think)[0].ids
-
-
-@pytest.mark.parametrize("name", families.NAMES)
-def test_an_observed_picture_is_read_as_if_it_had_stood_in_the_prompt(name, loaded):
-    model = loaded(name)
-    first, second = picture(1, (48, 48)), picture(2, (32, 48))
-    batch = prepare(model, model.processor, [user_message("which?", [first])])
-    with mmroute.attach(model, strip_padding=True) as routed, torch.no_grad():
-        session = Session(routed)
-        session.append(batch)
-        session.step(torch.tensor([7]), [1])
-        session.observe([second], [1])
-        got = session.step(torch.tensor([9]), [2])
-        ids, grids = session.ids, session.grids
-    other = prepare(model, model.processor, [user_message("", [second])])
-    pixels = [each["pixel_values"] for each in (batch, other)]
-    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    family = mmroute.backbones.of(model)
-    if grids is not None:
-        whole |= {"image_grid_thw": grids, "mm_token_type_ids": (ids == model.config.image_token_id).long()}
-    whole["pixel_values"] = torch.cat(pixels)
-    if "image_sizes" in batch:
-        whole["image_sizes"] = torch.cat([each["image_sizes"] for each in (batch, other)])
-    whole["position_ids"] = family.positions(model, ids, whole["attention_mask"], grids)
-    want = model(**whole).logits[:, -1]
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)  # fp32, other orders of sums over 6 layers
-    vision = torch.isin(ids, torch.tensor(family.vision_ids(model)))
-    assert int(vision[0, batch["input_ids"].shape[1] + 1 :].sum()) > 0
-
-
-def test_observations_for_another_number_of_conversations_are_refused(loaded):
-    with routed_as(loaded("llava"), "none") as routed, pytest.raises(InputError, match="observations has 1 entries"):
-        routed.answer_many(asked(), observations=[[]])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_words_written_at_once_are_words_written_one_by_one(method, loaded):
-    """Rows bring two words and one; no hop is closed between them."""
-    words = torch.tensor([[11, 12], [0, 13]])
-    with routed_as(loaded("qwen2_5_vl"), method) as routed, torch.no_grad():
-        batch = prepare(routed.model, routed.processor, asked()[:2])
-        session = Session(routed)
-        session.append(batch)
-        got = session.write(words, torch.tensor([[1, 1], [0, 1]]), [1, 1])
-        for row, spoken in enumerate(([11, 12], [13])):
-            alone = Session(routed)
-            alone.append(prepare(routed.model, routed.processor, [asked()[row]]))
-            for place, word in enumerate(spoken, start=2 - len(spoken)):
-                want = alone.step(torch.tensor([word]), [1])
-                torch.testing.assert_close(got[row, place], want[0], rtol=0, atol=1e-4)
-            assert [n[row] for n in session.cache.lengths()] == [n[0] for n in alone.cache.lengths()]

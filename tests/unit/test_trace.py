@@ -91,7 +91,7 @@ def messages():
 def test_index_sets_agree_with_counts_and_a_batch_with_its_rows(tiny_folder, messages, prune):
     model = mmroute.load(tiny_folder("qwen2_5_vl"))
     prune = hub.load("prune", prune[0], **prune[1])
-    deepen = hub.load("deepen", "uniform", deepen_tokens=2, pick="last")  # nothing here may depend on the padding
+    deepen = hub.load("deepen", "uniform", deepen_tokens=2)
     together = traced(model, prune, messages, deepen)
     for trace, one in zip(together, messages, strict=True):
         (alone,) = traced(model, prune, [one], deepen)

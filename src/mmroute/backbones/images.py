@@ -184,7 +184,9 @@ def opened(conversation: Any) -> list[dict[str, Any]]:
     return out
 
 
-def prepare(model: Any, processor: Any, messages: Sequence[Any]) -> dict[str, Tensor]:
+def prepare(
+    model: Any, processor: Any, messages: Sequence[Any], template: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
     """The tensors that `model(**batch)` and `model.generate(**batch)` take.
 
     Args:
@@ -193,6 +195,7 @@ def prepare(model: Any, processor: Any, messages: Sequence[Any]) -> dict[str, Te
         messages: one conversation (a list of messages with `role` and `content`; content is text or a list of
             `{"type": "text", "text": ...}` and `{"type": "image", "image": path, bytes or PIL image}`), or a list of
             conversations, which are padded on the left to the longest.
+        template: variables of the chat template, such as `{"mmroute_rating": True}`.
 
     Returns:
         `input_ids`, `attention_mask` and the image tensors, on the model's device, pixels in its dtype.
@@ -214,6 +217,7 @@ def prepare(model: Any, processor: Any, messages: Sequence[Any]) -> dict[str, Te
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"padding": True},
+        **(template or {}),
     )
     batch = {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
     images = sum(len(_images(conversation)) for conversation in conversations)

@@ -15,7 +15,8 @@ import torch
 
 from mmroute.bench import items
 from mmroute.engine.attach import Routed
-from mmroute.session import Session, place_relevance
+from mmroute.segment import place_relevance
+from mmroute.session import Session
 from mmroute.tasks.base import Generated, Sample, Spec, Task
 from mmroute.think.base import LookingThinker, Thinker
 

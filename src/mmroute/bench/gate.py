@@ -22,8 +22,9 @@ from mmroute import recipe as recipes
 from mmroute.bench import deferral, gate_report, grid, schema
 from mmroute.bench.gate_gather import Gathered, gather, rate_chats
 from mmroute.bench.gate_judge import BUDGETS, Case, Scored, costs_of, judge, score_gates
-from mmroute.bench.gate_pair import by_part, open_pair, timed
+from mmroute.bench.gate_pair import by_part, open_pair
 from mmroute.bench.gate_schema import Claims, GateResult, GateSet, Judged
+from mmroute.bench.gate_time import timed
 from mmroute.bench.outcomes.base import Outcomes
 from mmroute.bench.simulation import NOISES, simulate
 from mmroute.config import options, overrides, parse, read_yaml, resolved
@@ -31,7 +32,7 @@ from mmroute.gate.base import Ratings, score_of
 from mmroute.gate.prp import Prp, fingerprint
 from mmroute.recipe import Recipe
 from mmroute.train.prompts import chats_of
-from mmroute.train.prp import sections
+from mmroute.train.prp_config import GateConfig, sections
 from mmroute.train.recipe import merge
 
 __all__ = ["ATTAINABLE", "OURS", "GateBench", "Plan", "is_gate_bench", "read", "run"]
@@ -39,6 +40,7 @@ __all__ = ["ATTAINABLE", "OURS", "GateBench", "Plan", "is_gate_bench", "read", "
 log = logging.getLogger(__name__)
 
 OURS = "prp"
+VERIFIED = "prp, a quarter of the budget on a second look"
 ATTAINABLE = "attainable: kinds known by heart"
 _TRAIN_SEED = 1000
 """Beyond what the rater was trained on: its calibration and the baselines' fits share no question."""
@@ -66,8 +68,10 @@ class GateBench:
     samples: Annotated[int, Field(ge=0)] = 4
     """Sampled draft answers for self-consistency; 0 is none."""
     resamples: Annotated[int, Field(ge=10)] = 500
-    timed: Annotated[int, Field(ge=0)] = 12
+    timed: Annotated[int, Field(ge=0)] = 24
     """Questions that are timed one by one; 0 is none."""
+    timed_together: Annotated[int, Field(ge=0)] = 32
+    """Questions of the batch that is timed; 0 is none."""
     work: str = "runs/bench-gate"
     """Folder of collected answers; a bench that was killed goes on from it."""
 
@@ -200,7 +204,7 @@ def run(
     think = plan.recipe.build("think")
     rated = rate_chats(rater, chats_of(plan.draft, [item for test in tests for item in test.items], think))
     scored = [
-        *_own(rated),
+        *_own(rater, rated, outcomes),
         *score_gates(bench.gates, train.evidence if train else [], evidence),
         Scored(ATTAINABLE, "outcome", deferral.attainable(outcomes.pair, [k for t in tests for k in t.kinds])),
     ]
@@ -236,14 +240,21 @@ def run(
     return result
 
 
-def _own(rated: Ratings) -> list[Scored]:
-    """The rater under each way to rank; the recipe's own first."""
+def _own(rater: Prp, rated: Ratings, outcomes: Outcomes) -> list[Scored]:
+    """The rater under each way to rank, the recipe's own first, and with a second look at finished answers."""
     assert rated.draft is not None
-    out = [Scored(OURS, "prefill", rated.score, rated)]
+    looked: dict[str, Any] = {"needs": rater.needs, "steps": rater.steps}
+    out = [Scored(OURS, score=rated.score, ratings=rated, **looked)]
     if rated.target is not None:
         for mode in ("draft", "target", "joint"):
             score = score_of(mode, rated.draft, rated.target)
-            out.append(Scored(f"{OURS} by {mode}", "prefill", score, Ratings(score, overhead=rated.overhead)))
+            bare = Ratings(score, overhead=rated.overhead)
+            out.append(Scored(f"{OURS} by {mode}", score=score, ratings=bare, **looked))
+    verifier = rater.verifier
+    if verifier is not None and "lp_mean" in outcomes.stats:
+        again = verifier.score(rated.draft, rated.target, outcomes.stats["lp_mean"])
+        bare, share = Ratings(rated.score, overhead=rated.overhead), GateConfig.verify_share
+        out.append(Scored(VERIFIED, score=rated.score, ratings=bare, second=again, verify_share=share, **looked))
     return out
 
 
@@ -275,7 +286,7 @@ def _claims(plan: Plan, pooled: GateSet, ours: Scored, outcomes: Outcomes) -> Cl
         ahead[title] = {b: (own.at[b] - each.at[b], *each.intervals[f"rival_lead_at_{b}"]) for b in own.at}
     gain = own.figures["ong"]
     speed_up = own.figures["speed_up_lossless"]
-    seconds = _timed(plan, ours, outcomes) if plan.bench.timed else {}
+    alone, together = (_timed(plan, ours, outcomes, each) for each in (1, plan.bench.timed_together))
     overhead = 0.0 if ours.ratings is None else ours.ratings.overhead.flops or 0.0
     return Claims(
         oracle_gain=gain,
@@ -285,18 +296,22 @@ def _claims(plan: Plan, pooled: GateSet, ours: Scored, outcomes: Outcomes) -> Cl
         accuracy_over_target_at_40=own.figures["gain_on_target_at_40"],
         accuracy_over_target_at_40_ci95=own.intervals["gain_on_target_at_40"],
         flops_at_equal_accuracy=None if speed_up is None else 1 / speed_up,
-        time_at_equal_accuracy=seconds.get("ratio"),
-        rating_decode_steps=seconds.get("rating_steps"),
+        time_at_equal_accuracy=alone.get("ratio"),
+        time_at_equal_accuracy_together=together.get("ratio"),
+        rating_decode_steps=alone.get("rating_steps"),
         rating_flops=float(overhead / outcomes.prefill_cost.mean()),
         ahead=ahead,
         not_ahead=[f"{title} at {b}" for title, leads in ahead.items() for b, lead in leads.items() if lead[0] <= 0],
     )
 
 
-def _timed(plan: Plan, ours: Scored, outcomes: Outcomes) -> dict[str, float]:
+def _timed(plan: Plan, ours: Scored, outcomes: Outcomes, at_once: int) -> dict[str, float]:
     """Seconds at the least share of target calls whose accuracy is that of always-target."""
+    num = plan.bench.timed if at_once == 1 else at_once
+    if not num:
+        return {}
     made = deferral.curve(ours.score, outcomes.pair, **costs_of(ours, outcomes))
     share = made.share[np.flatnonzero(made.accuracy >= made.accuracy[-1] - 1e-12)[0]]
     sent = ours.score > np.quantile(ours.score, 1 - share) if share < 1 else np.full(len(ours.score), True)
     first = sent[: plan.bench.n]
-    return timed(plan.recipe, plan.draft, plan.target, plan.rater, first, plan.bench.timed, plan.bench.seeds[0])
+    return timed(plan.recipe, plan.draft, plan.target, plan.rater, first, num, plan.bench.seeds[0], at_once)

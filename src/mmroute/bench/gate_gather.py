@@ -3,6 +3,7 @@
 Legend: n queries.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from mmroute.recipe import Recipe
 from mmroute.tasks._mixture import Drawn, draw_mixture
 from mmroute.train.collect import Collected, collect
 from mmroute.train.prompts import Prompts
-from mmroute.train.prp import sections
+from mmroute.train.prp_config import sections
 from mmroute.train.questions import ask
 
 __all__ = ["Gathered", "gather", "rate_chats"]
@@ -107,6 +108,7 @@ def gather(
         {name: seen.last for name, seen in first.seen.items()},
         sampled,
         dict(zip(outcomes.ids, replies, strict=True)),
+        dict(zip([item.sample.id for item in items], texts, strict=True)),
     )
     asked = first.asked + more.asked + second.asked
     return Gathered(items, outcomes, evidence, [_kind(item) for item in items], asked)
@@ -122,7 +124,7 @@ def rate_chats(rater: Prp, chats: Sequence[list[dict[str, Any]]], batch: int = 6
     """
     parts, positions = [], 0
     for start in range(0, len(chats), batch):
-        prompts = Prompts.read(rater.model, chats[start : start + batch], batch)
+        prompts = Prompts.of(rater, chats[start : start + batch], batch)
         parts.append(prompts.probs(rater))
         positions += int(prompts.mask.sum())
     return rater.ratings(torch.cat(parts), positions // len(chats))
@@ -145,7 +147,8 @@ def _asked(
     work: Path | None,
 ) -> list[tuple[float, float]] | None:
     """The replies to one question, those of the folder first."""
-    file = None if work is None else work / f"{question.name}-{fingerprint(routed.model)[:16]}.jsonl"
+    asked = hashlib.sha256(repr(question).encode()).hexdigest()[:8]  # other words, other replies
+    file = None if work is None else work / f"{question.name}-{asked}-{fingerprint(routed.model)[:16]}.jsonl"
     known: dict[str, tuple[float, float]] = {}
     if file is not None and file.exists():
         whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]

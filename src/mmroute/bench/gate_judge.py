@@ -21,7 +21,8 @@ from mmroute.bench.gate_schema import Intervals, Judged
 from mmroute.bench.outcomes.base import Outcomes, split_of_group
 from mmroute.config import options
 from mmroute.errors import ConfigError, InputError
-from mmroute.gate._policy import policy
+from mmroute.gate._policy import Budget
+from mmroute.gate._verify import TwoLooks, entered
 from mmroute.gate.base import Continuation, Evidence, Gate, Known, Prefill, Query, Rating, Ratings, charge
 
 __all__ = ["BUDGETS", "ON_DRAFT", "Case", "Scored", "costs_of", "evidence_of", "judge", "judge_table", "score_gates"]
@@ -61,8 +62,14 @@ class Scored:
     score: Array
     ratings: Ratings | None = None
     samples: int = 1
+    steps: int = 0
+    """First steps of the draft that were looked at, of `early`."""
     asked: float = 0.0
     """Mean cost of questions besides, per query."""
+    second: Array | None = None
+    """Score of a second look at the draft's finished answers, which some of the queries that are sent get."""
+    verify_share: float = 0.0
+    """Part of every budget that the second look has."""
     skipped: str = ""
     """Why there is no score."""
 
@@ -74,7 +81,8 @@ class Scored:
             name: None if (v := getattr(self.ratings, name, None)) is None else v[index] for name in _COLUMNS
         }
         ratings = None if self.ratings is None else replace(self.ratings, **part)
-        return replace(self, score=self.score[index], ratings=ratings)
+        second = None if self.second is None else self.second[index]
+        return replace(self, score=self.score[index], ratings=ratings, second=second)
 
 
 _COLUMNS = ("score", "draft", "target", "draft_probs", "target_probs")
@@ -86,6 +94,7 @@ def evidence_of(
     last: dict[str, np.ndarray] | None = None,
     sampled: dict[str, list[str]] | None = None,
     replies: dict[str, dict[str, float]] | None = None,
+    answers: dict[str, str] | None = None,
 ) -> list[Evidence]:
     """What gates may look at, from a table and from what was kept beside it.
 
@@ -95,11 +104,15 @@ def evidence_of(
         last: its state after the answer.
         sampled: labels of its sampled answers.
         replies: to questions besides, by query id; `NAME.flops` is what the reply to NAME took.
+        answers: what the draft wrote.
     """
     out = []
     for i, name in enumerate(outcomes.ids):
         stats = {key: float(values[i]) for key, values in outcomes.stats.items() if not math.isnan(values[i])}
-        answer = Continuation(label=outcomes.labels[i][0], stats=stats, last=(last or {}).get(name)) if stats else None
+        answer = None
+        if stats:
+            text = (answers or {}).get(name, "")
+            answer = Continuation(text, outcomes.labels[i][0], stats, last=(last or {}).get(name))
         labels = (sampled or {}).get(name) or (outcomes.labels[i] if len(outcomes.labels[i]) > 1 else [])
         query = Query(
             name,
@@ -140,7 +153,7 @@ def score_gates(cases: Iterable[Case], train: Sequence[Evidence], test: Sequence
             out.append(Scored(case.title, gate.needs, np.zeros(0), skipped=str(error)))
             continue
         asked = sum(float(np.mean([e.replies.get(f"{q.name}.flops", 0.0) for e in test])) for q in gate.questions)
-        out.append(Scored(case.title, gate.needs, rated.score, rated, max(samples, 1), asked))
+        out.append(Scored(case.title, gate.needs, rated.score, rated, max(samples, 1), gate.steps, asked))
     return out
 
 
@@ -169,14 +182,12 @@ def judge(
             skipped=scored.skipped,
         )  # fmt: skip
     pair = outcomes.pair
-    score = np.clip(scored.score, -1e9, 1e9)
-    costs = costs_of(scored, outcomes)
-    made = curve(score, pair, **costs)
+    score, made = _ranked(scored, outcomes)
     best = curve(deferral.oracle(pair), pair, kept_cost=outcomes.draft_cost, sent_cost=outcomes.target_cost)
     target = float(outcomes.target_cost.mean())
     a, c = float(made.at(ON_DRAFT)), float(made.cost_at(ON_DRAFT))
     bounds = (float(outcomes.draft_cost.mean()), target)
-    realised = {f"{b:.1f}": _realised(score, outcomes.ids, b, (start or {}).get(b)) for b in BUDGETS}
+    realised = {f"{b:.1f}": _realised(scored, score, outcomes.ids, b, (start or {}).get(b)) for b in BUDGETS}
     figures: dict[str, float] = {
         "ong": deferral.oracle_gain(made, best),
         "area": deferral.area(made),
@@ -211,11 +222,36 @@ def judge(
     )
 
 
-def _realised(score: Array, ids: Sequence[str], budget: float, start: float | None) -> float:
+def _ranked(scored: Scored, outcomes: Outcomes) -> tuple[Array, Curve]:
+    """By what queries are sent, and the curve of that."""
+    # Who is unrated is on the safe side: the target.
+    score = np.clip(np.nan_to_num(scored.score, nan=np.inf), -1e9, 1e9)
+    if scored.second is None:
+        return score, curve(score, outcomes.pair, **costs_of(scored, outcomes))
+    order, counts = entered(score, scored.second, scored.verify_share)
+    by_first = np.argsort(-score, kind="stable")
+    early, late = (costs_of(replace(scored, needs=needs), outcomes) for needs in (scored.needs, "answer"))
+    # Sent by the second look, a query has cost its draft's answer; sent by the first, it has not.
+    spared = np.concatenate([[0.0], np.cumsum((early["sent_cost"] - late["sent_cost"])[by_first])])
+    sent = np.concatenate([[0.0], np.cumsum((late["sent_cost"] - late["kept_cost"])[order])])
+    rank = np.empty(len(score))
+    rank[order] = -np.arange(len(score))
+    cost = (late["kept_cost"].sum() + sent + spared[counts]) / len(score)
+    return rank, replace(curve(rank, outcomes.pair), cost=cost)
+
+
+def _realised(scored: Scored, score: Array, ids: Sequence[str], budget: float, start: float | None) -> float:
     """Share that the live policy sends, in the order of arrival."""
     given: dict[str, Any] = {"budget": budget} if start is None else {"budget": budget, "start": start}
-    made = policy("budget", **given).decide_many([Rating(float(u)) for u in score], ids)
-    return float(np.mean([decision.route == "target" for decision in made]))
+    made = Budget(**given)
+    if scored.second is None:
+        decisions = made.decide_many([Rating(float(u)) for u in score], ids)
+        return float(np.mean([decision.route == "target" for decision in decisions]))
+    looks, sent = TwoLooks(made, scored.verify_share), 0
+    for u, again, key in zip(scored.score, scored.second, ids, strict=True):
+        first = looks.first.decide(Rating(float(u)), key=key)
+        sent += (first if first.route == "target" else looks.decide_again(float(again), key)).route == "target"
+    return sent / len(ids)
 
 
 def _intervals(score: Array, rival: Array | None, pair: Pair, resamples: int) -> Intervals:
@@ -248,13 +284,14 @@ def costs_of(scored: Scored, outcomes: Outcomes) -> dict[str, Array]:
             f"{scored.title} is charged the draft's prefill, whose {outcomes.unit} the table does not know"
         )
     prefill = np.nan_to_num(outcomes.prefill_cost)
-    per_step = (outcomes.draft_cost - prefill) / np.maximum(outcomes.stats.get("tokens", np.full(n, 32.0)), 1)
+    written = np.maximum(outcomes.stats.get("tokens", np.full(n, 32.0)), 1)
+    per_step = (outcomes.draft_cost - prefill) / written
     given = {
         "draft": outcomes.draft_cost,
         "target": outcomes.target_cost,
         "prefill": prefill,
         "overhead": overhead,
-        "early": 8 * per_step,
+        "early": np.minimum(scored.steps, written) * per_step,
         "samples": scored.samples,
     }
     kept, sent = (charge(scored.needs, np.full(n, route), **given) for route in (False, True))  # type: ignore[arg-type]

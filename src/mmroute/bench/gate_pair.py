@@ -4,8 +4,8 @@ Legend: n queries.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,21 @@ from mmroute.backbones.load import bundled, load
 from mmroute.bench import deferral, schema
 from mmroute.bench.deferral import curve
 from mmroute.bench.gate_gather import gather, rate_chats
+from mmroute.bench.gate_judge import Scored, costs_of
 from mmroute.bench.gate_schema import GateSummary
+from mmroute.bench.gate_time import timed
 from mmroute.bench.outcomes.base import Outcomes
 from mmroute.bench.stats import wilson
-from mmroute.engine.attach import attach
 from mmroute.errors import ConfigError
-from mmroute.gate._policy import policy
-from mmroute.gate.base import charge
+from mmroute.gate._policy import Budget, policy
+from mmroute.gate._verify import TwoLooks
+from mmroute.gate.base import Policy, Ratings
 from mmroute.gate.prp import Prp
 from mmroute.recipe import Recipe
-from mmroute.tasks._mixture import draw_mixture
 from mmroute.train.prompts import chats_of
-from mmroute.train.prp import GateConfig, sections
-from mmroute.train.rollouts import roll_out
+from mmroute.train.prp_config import GateConfig, sections
 
-__all__ = ["absent", "by_part", "evaluate", "open_pair", "timed"]
+__all__ = ["absent", "by_part", "evaluate", "open_pair"]
 
 
 def evaluate(
@@ -61,14 +61,22 @@ def evaluate(
         chosen = {"name": "budget", "budget": budget}
     if chosen["name"] == "budget":
         chosen.setdefault("start", rater.start(chosen.get("budget", 0.4)))
-    decisions = policy(chosen.pop("name"), **chosen).decide_many([rater.one(rated, i) for i in range(n)], outcomes.ids)
-    sent = np.array([d.route == "target" for d in decisions])
+    made = policy(chosen.pop("name"), **chosen)
+    ratings, looks = [rater.one(rated, i) for i in range(n)], None
+    if gated.verify != "none":
+        looks, again = _second_look(gated, rater, made, rated, outcomes.stats["lp_mean"])
+        made = looks.first
+    sent = np.array([d.route == "target" for d in made.decide_many(ratings, outcomes.ids)])
+    late = np.zeros(n, dtype=bool)
+    if looks is not None:
+        for i in np.flatnonzero(~sent):
+            late[i] = looks.decide_again(float(again[i]), outcomes.ids[i]).route == "target"
+    scored = Scored("prp", rater.needs, rated.score, rated, steps=rater.steps)
+    early, after = (costs_of(replace(scored, needs=needs), outcomes) for needs in (rater.needs, "answer"))
+    paid = np.where(sent, early["sent_cost"], np.where(late, after["sent_cost"], early["kept_cost"]))
+    sent |= late
     share, right = float(sent.mean()), np.where(sent, outcomes.target, outcomes.draft)
     pair, prefill = outcomes.pair, outcomes.prefill_cost
-    paid = charge(
-        "prefill", sent, draft=outcomes.draft_cost, target=outcomes.target_cost, prefill=prefill,
-        overhead=rated.overhead.flops or 0.0,
-    )  # fmt: skip
     best = curve(deferral.oracle(pair), pair)
     gain = deferral.oracle_gain(curve(rated.score, pair), best)
     seconds = timed(recipe, draft, target, rater, sent, num_timed, seed)
@@ -87,6 +95,7 @@ def evaluate(
         accuracy_random=float(best.accuracy[0] + share * (best.accuracy[-1] - best.accuracy[0])),
         accuracy_oracle=float(best.at(share)),
         target_share=share,
+        second_look_share=float(late.mean()),
         oracle_normalised_gain=gain if math.isfinite(gain) else None,
         cost_ratio=float(paid.mean() / outcomes.target_cost.mean()),
         cost_ratio_draft=float(outcomes.draft_cost.mean() / outcomes.target_cost.mean()),
@@ -100,6 +109,23 @@ def evaluate(
     )
 
 
+def _second_look(
+    gated: GateConfig, rater: Prp, made: Policy, rated: Ratings, lp_mean: np.ndarray
+) -> tuple[TwoLooks, np.ndarray]:
+    """Both looks of the recipe, and the score of the second one.
+
+    Raises:
+        ConfigError: another policy than a budget, or a rater without a fit of the second look.
+    """
+    verifier = rater.verifier
+    if not isinstance(made, Budget):
+        raise ConfigError(f"gate.verify shares a budget, and policy {made.name} keeps none; take policy budget")
+    if verifier is None or rated.draft is None:
+        raise ConfigError("gate.verify needs a rater with a fit of finished answers; train it with this version")
+    looks = TwoLooks(made, gated.verify_share, rater.start)
+    return looks, verifier.score(rated.draft, rated.target, lp_mean)
+
+
 def by_part(outcomes: Outcomes) -> dict[str, dict[str, float]]:
     """Share of each part of the mixture, and what both models make of it."""
     out = {}
@@ -108,49 +134,6 @@ def by_part(outcomes: Outcomes) -> dict[str, dict[str, float]]:
         columns = {"share": here, "draft": outcomes.draft[here], "target": outcomes.target[here]}
         out[name] = {column: round(float(values.mean()), 4) for column, values in columns.items()}
     return out
-
-
-def timed(
-    recipe: Recipe, draft: Any, target: Any, rater: Prp, sent: np.ndarray, num: int, seed: int, rounds: int = 5
-) -> dict[str, float]:
-    """Seconds one by one, both models in turn within a round: medians over rounds of each question.
-
-    Args:
-        recipe: with a `gate` section.
-        draft: a loaded model.
-        target: likewise.
-        rater: a `Prp` on this draft.
-        sent: which of the questions of `seed` the target answers.
-        num: how many of them are timed.
-        seed: which.
-        rounds: timed ones; one more warms up.
-
-    Returns:
-        `ratio` of routed seconds over always-target, and `rating_steps`, a rating over a decode step of the draft.
-    """
-    num = min(num, len(sent))
-    think = recipe.build("think")
-    items = draw_mixture(sections(recipe)[0].mix, num, "test", seed)
-    asked = {"draft": chats_of(draft, items, think), "target": chats_of(target, items, think)}
-    spent: dict[str, list[list[tuple[float, float, float]]]] = {role: [[] for _ in items] for role in asked}
-    steps = np.ones(num)
-    with attach(draft) as small, attach(target) as large:
-        for turn in range(rounds + 1):
-            for i in range(num):
-                for role, routed, gate in (("draft", small, rater), ("target", large, None)):
-                    (wrote,), _ = roll_out(routed, [asked[role][i]], max_new_tokens=think.max_new_tokens, rater=gate)
-                    if turn:  # the first round warms up
-                        spent[role][i].append(wrote.seconds)
-                    if role == "draft":
-                        steps[i] = max(len(wrote.ids) - 1, 1)
-    mid = {r: np.array([[median(part) for part in zip(*each, strict=True)] for each in spent[r]]) for r in spent}
-    prefill, rating, decode = mid["draft"].T
-    whole = mid["target"].sum(1)
-    z = sent[:num]
-    return {
-        "ratio": float((prefill + rating + np.where(z, whole, decode)).sum() / whole.sum()),
-        "rating_steps": float(np.median(rating) / np.median(decode / steps)),
-    }
 
 
 def open_pair(

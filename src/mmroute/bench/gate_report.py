@@ -96,7 +96,8 @@ def _said(claims: Claims) -> Iterator[str]:
     yield f"- With 60 % of the questions on the draft, accuracy less always-target's: {over}."
     yield (
         f"- At always-target's accuracy: {_number(claims.flops_at_equal_accuracy, '{:.3f}')} of its FLOPs, "
-        f"{_number(claims.time_at_equal_accuracy, '{:.3f}')} of its seconds."
+        f"{_number(claims.time_at_equal_accuracy, '{:.3f}')} of its seconds, question by question, and "
+        f"{_number(claims.time_at_equal_accuracy_together, '{:.3f}')} in a batch."
     )
     yield (
         f"- A rating takes {_number(claims.rating_decode_steps, '{:.2f}')} decode steps of the draft, and "

@@ -87,6 +87,8 @@ class Claims:
     """Over always-target, where accuracy equals it."""
     time_at_equal_accuracy: float | None
     """Seconds likewise: single questions, both models in turn; None was not timed."""
+    time_at_equal_accuracy_together: float | None = None
+    """Seconds likewise, of a batch."""
     rating_decode_steps: float | None
     """Seconds of a rating over those of a decode step of the draft."""
     rating_flops: float
@@ -139,6 +141,8 @@ class GateSummary:
     accuracy_oracle: float
     """The same share, the best ones."""
     target_share: float
+    second_look_share: float = 0.0
+    """Of all queries: those that went to the target after the draft's answer had been looked at."""
     oracle_normalised_gain: float | None
     cost_ratio: float
     """FLOPs over always-target, rating and unused draft prefills included."""

@@ -43,14 +43,17 @@ def _times(latency: dict[str, Any] | None) -> Iterator[str]:
     for kind, cases in latency.items():
         if not isinstance(cases, dict):
             continue
-        for name, through, direct in (
-            ("passed on", "forced", "direct"),
-            ("rated and kept", "peek kept", "direct draft"),
+        for name, through, direct, added_by in (
+            ("gateway, passed on", "forced", "direct", "added forced"),
+            ("gateway, rated and kept", "peek kept", "direct draft", "added peek"),
+            ("nginx", "nginx", "direct", "added nginx"),
         ):
-            added = cases["added forced" if through == "forced" else "added peek"]
+            if through not in cases:
+                continue
+            added = cases[added_by]
             ms = [cases[direct]["p50"], cases[through]["p50"], added["p50"], added["p99"]]
             rows.append([kind, name, *(f"{value:.2f}" for value in ms)])
-    head = ["what", "how", "direct p50 (ms)", "gateway p50", "added p50", "added p99"]
+    head = ["what", "through", "direct p50 (ms)", "p50", "added p50", "added p99"]
     yield from ("", *table.markdown(head, rows).splitlines())
 
 

@@ -22,15 +22,24 @@ __all__ = ["latency", "throughput"]
 
 
 async def latency(urls: dict[str, str], rounds: int) -> dict[str, Any]:
-    """Seconds of single requests, directly and through the gateway in turn; what the gateway adds, in milliseconds."""
-    cases = {
-        "direct": (urls["target"], "target"),
-        "forced": (urls["gateway"], "target"),
-        "direct draft": (urls["draft"], "draft"),
-        "peek kept": (urls["gateway"], "auto-b0"),
-    }
+    """Single requests directly, through the gateway, and through nginx where there is one, in turn; what either adds.
+
+    Args:
+        urls: addresses of `gateway`, and of the scripted `draft` and `target` behind it.
+        rounds: requests of each kind.
+
+    Returns:
+        Milliseconds.
+    """
     out: dict[str, Any] = {}
-    async with httpx.AsyncClient(timeout=60, trust_env=False) as http:
+    async with _nginx(urls["target"]) as proxy, httpx.AsyncClient(timeout=60, trust_env=False) as http:
+        cases = {
+            "direct": (urls["target"], "target"),
+            "forced": (urls["gateway"], "target"),
+            "direct draft": (urls["draft"], "draft"),
+            "peek kept": (urls["gateway"], "auto-b0"),
+            **({} if proxy is None else {"nginx": (proxy, "target")}),
+        }
         for stream in (False, True):
             took: dict[str, list[float]] = {name: [] for name in cases}
             for i in range(rounds + 5):
@@ -43,6 +52,7 @@ async def latency(urls: dict[str, str], rounds: int) -> dict[str, Any]:
             out[kind] = {name: _spread(times) for name, times in took.items()} | {
                 "added forced": _added(took["forced"], took["direct"]),
                 "added peek": _added(took["peek kept"], took["direct draft"]),
+                **({} if proxy is None else {"added nginx": _added(took["nginx"], took["direct"])}),
             }
     return {"rounds": rounds, "unit": "ms", **out}
 

@@ -29,8 +29,9 @@ import typer
 from torch import Tensor
 
 from mmroute import cost, hub
-from mmroute.bench import schema
-from mmroute.bench.engine import IMAGE, Stack, build, live_bytes
+from mmroute.bench import engine_schema, schema
+from mmroute.bench.engine import live_bytes
+from mmroute.bench.engine_cases import IMAGE, Stack, build
 from mmroute.bench.measure import WALL, Timings, clock_of, interleave, realised_saving
 from mmroute.cache import RaggedCache
 from mmroute.engine.attach import attach
@@ -214,7 +215,9 @@ def measure(model: Any, case: Case, seconds: float, device: str) -> Measured:
     return Measured(runs, interleave(runs, rounds, warmup=0, clock=clock), True, took)
 
 
-def results_of(case: Case, measured: Measured, run: schema.Run, machine: schema.Machine) -> list[schema.GpuResult]:
+def results_of(
+    case: Case, measured: Measured, run: schema.Run, machine: schema.Machine
+) -> list[engine_schema.GpuResult]:
     """The result files' content of one case, a file per keep rate."""
     runs, timings, stock = measured.runs, measured.timings, measured.runs[STOCK]
     full, found = case.flops(), []
@@ -231,7 +234,7 @@ def results_of(case: Case, measured: Measured, run: schema.Run, machine: schema.
         one_call = _numbers(timings.ratio(name, ONE_CALL, "prefill")) if ONE_CALL in runs else None
         promised = flops.prefill / full.prefill
         found.append(
-            schema.GpuResult(
+            engine_schema.GpuResult(
                 run=run,
                 machine=machine,
                 case=f"{case.name}-{name}",
@@ -253,8 +256,8 @@ def results_of(case: Case, measured: Measured, run: schema.Run, machine: schema.
     return found
 
 
-def _timed(timings: Timings, name: str, part: str) -> schema.Timed:
-    return schema.Timed(
+def _timed(timings: Timings, name: str, part: str) -> engine_schema.Timed:
+    return engine_schema.Timed(
         time_s=_numbers(timings.spread(name, part)),
         stock_time_s=_numbers(timings.spread(STOCK, part)),
         ratio=_numbers(timings.ratio(name, STOCK, part)),
@@ -265,7 +268,7 @@ def _numbers(spread: Any) -> dict[str, float]:
     return dataclasses.asdict(spread)
 
 
-def card(results: list[schema.GpuResult]) -> str:
+def card(results: list[engine_schema.GpuResult]) -> str:
     """What a person wants to know of a run."""
     head = f"{'case':28} {'rounds':>6} {'prefill':>15} {'FLOPs':>6} {'of one call':>11} {'decode':>15}"
     lines = [head + "   KV of stock   peak GB (stock)"]
@@ -340,7 +343,7 @@ def main(
     name = device if device == "cpu" else torch.cuda.get_device_name(device)
     machine = schema.machine_here(name, str(dtype).removeprefix("torch."), "sdpa")
     command = f"python -m mmroute.bench.gpu --seconds {seconds:g}{' --quick' * quick}"
-    results: list[schema.GpuResult] = []
+    results: list[engine_schema.GpuResult] = []
     for case, measured, why in _run(planned, seconds / 3 if quick else seconds, device, dtype):
         if measured is None:
             typer.echo(f"{case.name}: not measured: {why}", err=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmroute import hub
 from mmroute.bench import schema
-from mmroute.bench.engine import Case, Stack, build, prompt
+from mmroute.bench.engine_cases import Case, Stack, build, prompt
 from mmroute.bench.measure import WALL, interleave, peak_memory_bytes, reset_peak_memory
 from mmroute.cache import Chunk
 from mmroute.engine.attach import attach

@@ -1,6 +1,6 @@
-"""The result files: `result/1` of an evaluation, `engine/1` and `gpu/1` of the engine. Plain data, read strictly.
+"""Result files: what all of them share, and `result/1` of an evaluation. Plain data, read strictly.
 
-Those of gates and of the gateway stand in `bench.gate_schema`.
+The engine's stand in `bench.engine_schema`, those of gates and of the gateway in `bench.gate_schema`.
 
 A file is written beside and renamed, never edited afterwards. Reading one with an unknown field, or without a required
 one, fails: a table must not be made of numbers whose meaning has drifted.
@@ -8,22 +8,18 @@ one, fails: a table must not be made of numbers whose meaning has drifted.
 
 import dataclasses
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mmroute import __version__
 from mmroute.config import options, parse, resolved
 from mmroute.errors import InputError
+from mmroute.files import replacing, write_json
+from mmroute.origin import Machine, Run, commit_of_source, machine_here, origin_here, run_here
 
 __all__ = [
     "Baseline",
     "Budget",
     "Cost",
-    "EngineResult",
-    "GpuResult",
     "Infeasible",
     "Machine",
     "Method",
@@ -35,13 +31,11 @@ __all__ = [
     "Summary",
     "Task",
     "Time",
-    "Timed",
     "commit_of_source",
     "kind_of",
     "machine_here",
+    "origin_here",
     "read_as",
-    "read_engine",
-    "read_gpu",
     "read_infeasible",
     "read_result",
     "run_here",
@@ -52,30 +46,6 @@ __all__ = [
 
 T = TypeVar("T")
 Numbers = dict[str, float]
-
-
-@options
-class Run:
-    """Where the file comes from."""
-
-    command: str
-    commit: str
-    dirty: bool
-    """Whether the source differed from the commit; such a file may not fill a README table."""
-    started_at: str
-    wall_s: float
-    mmroute: str
-
-
-@options
-class Machine:
-    device: str
-    cpu: str
-    threads: int
-    torch: str
-    transformers: str
-    dtype: str
-    attention: str
 
 
 @options
@@ -245,78 +215,6 @@ class Infeasible:
 
 
 @options
-class EngineResult:
-    """One configuration of the engine benchmark."""
-
-    run: Run
-    machine: Machine
-    case: str
-    setting: dict[str, Any]
-    """Sizes, lengths and keep rates."""
-    time_s: Numbers
-    stock_time_s: Numbers
-    ratio: Numbers
-    """Of paired rounds, routed over stock: median, p10, p90, min, max, n."""
-    flop_ratio: float
-    """What the arithmetic promises."""
-    goal: float
-    """The ratio may be at most this."""
-    kv_bytes: int
-    """Live bytes, walked."""
-    kv_bytes_estimate: int
-    stock_kv_bytes: int
-    realised_saving: float | None
-    peak_memory_bytes: int | None
-    """Over what was resident before the first forward, in a process of its own; coarse."""
-    stock_peak_memory_bytes: int | None
-    schema: Literal["engine/1"] = "engine/1"
-
-    @property
-    def reached(self) -> bool:
-        return self.ratio["median"] <= self.goal and self.kv_bytes == self.kv_bytes_estimate
-
-
-@options
-class Timed:
-    """One part of a run, in the same rounds as the stock model's."""
-
-    time_s: Numbers
-    stock_time_s: Numbers
-    ratio: Numbers
-    """Of paired rounds, routed over stock: median, p10, p90, min, max, n."""
-
-
-@options
-class GpuResult:
-    """One case and keep rate of the benchmark on a GPU: a context in several hops, then some tokens."""
-
-    run: Run
-    machine: Machine
-    case: str
-    setting: dict[str, Any]
-    """Sizes, context, batch, hops, keep rates."""
-    prefill: Timed
-    """All hops."""
-    decode: Timed
-    """Per token after them."""
-    one_call_ratio: Numbers | None
-    """Prefill over that of the stock model given the whole context in one call, which is faster than hop by hop."""
-    prefill_flop_ratio: float
-    decode_flop_ratio: float
-    realised_saving: float | None
-    """Of `prefill`."""
-    kv_bytes: int
-    """Live bytes after the last hop, walked."""
-    kv_bytes_estimate: int
-    stock_kv_bytes: int
-    peak_memory_bytes: int | None
-    """Over the weights and what else was allocated before; None off the GPU."""
-    stock_peak_memory_bytes: int | None
-    notes: list[str] = dataclasses.field(default_factory=list)
-    schema: Literal["gpu/1"] = "gpu/1"
-
-
-@options
 class Ratios:
     """This recipe over the baseline."""
 
@@ -359,23 +257,13 @@ class Summary:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes one file whole or not at all: beside it first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Writes one file, and its folder where it is missing, whole or not at all."""
+    with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes one JSON file whole or not at all."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def write_result(path: Path, result: Any) -> None:
-    """Writes a result file, of a class of this module or of `bench.gate_schema`, whole or not at all."""
+    """Writes a result file, of a class of this module or of its siblings, whole or not at all."""
     write_json(path, resolved(result))
 
 
@@ -387,16 +275,6 @@ def read_result(path: Path) -> Result:
         ConfigError: an unknown field, a missing one, or one of another type.
     """
     return read_as(path, Result, "result/1")
-
-
-def read_engine(path: Path) -> EngineResult:
-    """An engine benchmark's result file; errors as in `read_result`."""
-    return read_as(path, EngineResult, "engine/1")
-
-
-def read_gpu(path: Path) -> GpuResult:
-    """The GPU benchmark's result file; errors as in `read_result`."""
-    return read_as(path, GpuResult, "gpu/1")
 
 
 def read_infeasible(path: Path) -> Infeasible:
@@ -429,49 +307,3 @@ def read_as(path: Path, cls: type[T], schema: str) -> T:
     if data["schema"] != schema:
         raise InputError(f"{path}: schema {data['schema']!r} given, expected {schema!r}")
     return parse(cls, data, path.name)
-
-
-def commit_of_source() -> tuple[str, bool]:
-    """The commit of the running source, and whether tracked source differs from it; ("", True) outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = _git("rev-parse", "--short=12", "HEAD", at=here)
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", str(here.parent), at=here)
-    except (OSError, subprocess.CalledProcessError):
-        return "", True
-    return commit, bool(changed)
-
-
-def _git(*arguments: str, at: Path) -> str:
-    done = subprocess.run(["git", *arguments], cwd=at, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def run_here(command: str, commit: str, dirty: bool, started_at: str, wall_s: float) -> Run:
-    """Where a result comes from; `commit` and `dirty` as they were when the run began."""
-    return Run(command=command, commit=commit, dirty=dirty, started_at=started_at, wall_s=wall_s, mmroute=__version__)
-
-
-def machine_here(device: str, dtype: str, attention: str, threads: int = 1) -> Machine:
-    """What the run runs on; no host name."""
-    import torch
-    import transformers
-
-    return Machine(
-        device=device,
-        cpu=_cpu_name(),
-        threads=threads,
-        torch=torch.__version__.split("+")[0],
-        transformers=transformers.__version__,
-        dtype=dtype,
-        attention=attention,
-    )
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
-from mmroute.bench import schema
+from mmroute.bench import engine_schema, schema
 from mmroute.errors import ConfigError, InputError
 
 __all__ = ["engine_table", "fill", "headline", "kinds_of_check", "markdown", "result_table", "table_of"]
 
 _BLOCK = re.compile(r"(<!-- table:([\w./-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 _HEADLINE = re.compile(r"(<!-- headline -->\n)(.*?)(<!-- /headline -->)", re.DOTALL)
-HEADLINE_TABLE, HEADLINE_RECIPE = "spatial", "schedule"
+HEADLINE_TABLE, HEADLINE_RECIPE = "spatial", "dare-lh"
 
 
 def table_of(folder: Path, allow_dirty: bool = False) -> str:
@@ -34,7 +34,7 @@ def table_of(folder: Path, allow_dirty: bool = False) -> str:
         raise InputError(f"{folder}: no result files; run the benchmark that fills it")
     kinds = {schema.kind_of(path) for path in paths}
     if kinds == {"engine/1"}:
-        engine = [schema.read_engine(path) for path in paths]
+        engine = [engine_schema.read_engine(path) for path in paths]
         _refuse_dirty(paths, engine, allow_dirty)
         return engine_table(engine)
     if kinds == {"result/1"}:
@@ -71,7 +71,7 @@ def _read_results(paths: list[Path], allow_dirty: bool) -> list[schema.Result]:
 
 
 def headline(folder: Path, allow_dirty: bool = False) -> str:
-    """The one sentence on top: what the recipe `schedule` saves on all tasks of a folder, and what it costs; or ""."""
+    """The one sentence on top: what DARE-LH saves on all tasks of a folder, and what it costs; or ""."""
     results = _read_results(sorted(folder.glob("*.json")), allow_dirty)
     pairs = [(r, _baseline_of(r, results)) for r in results if r.method.recipe == HEADLINE_RECIPE]
     whole = [(r, base) for r, base in pairs if base is not None and base is not r]
@@ -101,7 +101,7 @@ def _refuse_dirty(paths: list[Path], results: Sequence[Any], allow: bool) -> Non
         raise InputError(f"{', '.join(dirty)}: made from source that was not committed; commit, then run again")
 
 
-def engine_table(results: list[schema.EngineResult]) -> str:
+def engine_table(results: list[engine_schema.EngineResult]) -> str:
     """Time against arithmetic, one line per case."""
     rows = [
         [

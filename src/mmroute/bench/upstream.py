@@ -54,6 +54,8 @@ class Script:
     rating_split: bool = True
     """One event a character of the rating, else one for all of it and the first word."""
     no_logprobs: bool = False
+    word_logprob: float = 0.0
+    """Log-probability of every token of the answer."""
 
 
 @dataclass
@@ -219,7 +221,7 @@ class ScriptedUpstream:
         for name, text in tokens:
             logprobs = None
             if body.get("logprobs") and not script.no_logprobs:
-                logprobs = {"content": [_entry(text, body.get("top_logprobs") or 0)]}
+                logprobs = {"content": [_entry(text, body.get("top_logprobs") or 0, script.word_logprob)]}
             yield self._event(head, {name: text}, logprobs=logprobs)
         yield self._event(head, {}, finish="length" if cut else "stop")
         if (body.get("stream_options") or {}).get("include_usage"):
@@ -232,9 +234,9 @@ class ScriptedUpstream:
         return json.dumps({**head, "choices": [choice]}).encode()
 
 
-def _entry(text: str, top: int) -> dict[str, Any]:
+def _entry(text: str, top: int, word_logprob: float) -> dict[str, Any]:
     """A token's log-probabilities: .7 on itself, .3 on the next digit up where it is one."""
-    own = {"token": text, "logprob": math.log(0.7) if text.isdigit() else 0.0, "bytes": None}
+    own = {"token": text, "logprob": math.log(0.7) if text.isdigit() else word_logprob, "bytes": None}
     other = {"token": str(min(9, int(text) + 1)), "logprob": math.log(0.3), "bytes": None} if text.isdigit() else None
     return {**own, "top_logprobs": [own, *([other] if other else [])][:top]}
 

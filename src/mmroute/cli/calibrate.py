@@ -1,7 +1,6 @@
 """`mmroute calibrate`: what a model tolerates, measured without training."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,13 +24,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="End stdout with one JSON o
 def cliff(task: Tasks, model: Model = "tiny", n: Items = 64, out: Out = None, as_json: AsJson = False) -> None:
     """Behind which layer is the image no longer needed? Writes the curve as JSON and, beside it, SVG."""
     from mmroute import calibrate  # torch costs seconds; --help must not pay them
+    from mmroute.bench.schema import write_text
 
     loaded, batches = _load(model, task, n)
     found = calibrate.measure_cliff(loaded, batches)
     result = {"model": model, "task": task, **found.to_dict()}
     if out is not None:
-        _write(out, json.dumps(result, indent=1) + "\n")
-        _write(out.with_suffix(".svg"), calibrate.cliff_svg(found, f"{model}, {', '.join(task)}"))
+        write_text(out, json.dumps(result, indent=1) + "\n")
+        write_text(out.with_suffix(".svg"), calibrate.cliff_svg(found, f"{model}, {', '.join(task)}"))
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -52,12 +52,13 @@ def schedule(
 ) -> None:
     """Which share of the image does each layer need, within a budget? Writes a recipe for `--recipe FILE`."""
     from mmroute import calibrate
+    from mmroute.bench.schema import write_text
 
     loaded, batches = _load(model, task, n)
     found = calibrate.measure_schedule(loaded, batches, budget)
     recipe = found.recipe(f"model {model}, {', '.join(task)}, budget {budget}")
     if out is not None:
-        _write(out, recipe)
+        write_text(out, recipe)
     typer.echo(json.dumps({"model": model, "task": task, **found.to_dict()}) if as_json else recipe, nl=as_json)
 
 
@@ -67,14 +68,3 @@ def _load(model: str, tasks: list[str], n: int) -> tuple[Any, "list[Gold]"]:
 
     loaded = mmroute.load(model)
     return loaded, list(calibrate.gold(loaded, tasks, n))
-
-
-def _write(path: Path, text: str) -> None:
-    """Beside the place and renamed: a full disk never leaves half a file where a good one was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

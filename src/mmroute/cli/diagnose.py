@@ -1,7 +1,6 @@
 """`mmroute diagnose`: whether latent steps, replay and depth do what they are for."""
 
 import json
-import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -195,11 +194,10 @@ def crops(
 
 def _draw(out: Path | None, made: Callable[[], str]) -> None:
     """The picture beside the file, where one is wanted."""
-    from mmroute.train.loop import replacing
+    from mmroute.bench.schema import write_text
 
     if out is not None:
-        with replacing(out.with_suffix(".svg")) as beside:
-            beside.write_text(made())
+        write_text(out.with_suffix(".svg"), made())
 
 
 def _progress(name: str, done: int, total: int) -> None:
@@ -210,18 +208,15 @@ def _progress(name: str, done: int, total: int) -> None:
 def _origin(schema_name: str, model: str) -> dict[str, Any]:
     from mmroute.bench import schema
 
-    commit, dirty = schema.commit_of_source()
-    command = shlex.join(["mmroute", *sys.argv[1:]])
-    return {"schema": schema_name, "command": command, "commit": commit, "dirty": dirty, "model": model}
+    return {"schema": schema_name, **schema.origin_here(), "model": model}
 
 
 def _finish(found: dict[str, Any], lines: list[str], out: Path | None, as_json: bool) -> None:
     """Writes the file, says what a person wants to know, and ends with JSON if asked."""
-    from mmroute.train.loop import replacing
+    from mmroute.bench.schema import write_text
 
     if out is not None:
-        with replacing(out) as beside:
-            beside.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(out, json.dumps(found, indent=1) + "\n")
     for line in lines:
         typer.echo(line, err=as_json)
     if as_json:

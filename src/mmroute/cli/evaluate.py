@@ -127,7 +127,7 @@ def _score_gate(
     from mmroute.bench.gate_pair import evaluate, open_pair
     from mmroute.bench.gate_schema import GateEval
     from mmroute.config import resolved
-    from mmroute.train.prp import sections
+    from mmroute.train.prp_config import sections
 
     origin, began = schema.commit_of_source(), time.perf_counter()
     started_at = datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,7 +1,7 @@
 """`mmroute train`: the trainers, each a folder that can be resumed."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,12 +37,12 @@ def backbone(
     from mmroute.train.backbone import train_backbone
     from mmroute.train.follow import following
     from mmroute.train.recipe import load_recipe
-    from mmroute.train.scratch import family_of, train_scratch
+    from mmroute.train.scratch import ScratchRun, family_of, train_scratch
 
     given = overrides(changes or [])
     if seed is not None:
         given["seed"] = seed
-    beyond_words = {"chameleon": pictures.Run, "llava": boxes.Run}
+    beyond_words: dict[str | None, type[ScratchRun[Any]]] = {"chameleon": pictures.Run, "llava": boxes.Run}
     family = family_of(recipe)
     with following(tensorboard) as followers:
         if family in beyond_words:
@@ -137,7 +137,8 @@ def prp(
     """Train a draft to rate itself and the target before it answers; its own answers stay what they are."""
     from mmroute import recipe as recipes
     from mmroute.backbones.load import load
-    from mmroute.train.prp import sections, train_prp
+    from mmroute.train.prp import train_prp
+    from mmroute.train.prp_config import sections
 
     chosen = list(changes or [])
     if seed is not None:

@@ -3,13 +3,16 @@
 Legend: B batch, N positions of this call.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmroute import select
 from mmroute.tokens import Tokens
 
-__all__ = ["best", "budgets"]
+__all__ = ["at_random", "best", "budgets"]
 
 
 def budgets(
@@ -51,7 +54,13 @@ def best(
         take = [row[h] for row in budget]
         if not any(take):
             continue
-        segment = ran & (tokens.hop == first + h)
-        rank = score.masked_fill(~segment, float("-inf")).argsort(dim=1, descending=True, stable=True).argsort(1)
-        mask |= segment & (rank < torch.tensor(take, device=score.device)[:, None])
+        mask |= select.best(score, ran & (tokens.hop == first + h), torch.tensor(take, device=score.device))
     return mask
+
+
+def at_random(tokens: Tokens, seed: int, layer: int) -> Float[Tensor, "B N"]:
+    """Scores in [0, 1): a hash of (seed, layer, hop, place among what the hop was given).
+
+    Written words that a training pass brings along do not count: on a cache they entered before.
+    """
+    return select.hashed(replace(tokens, valid=tokens.valid & ~tokens.generated), seed, layer)

@@ -3,8 +3,9 @@
 The control of learned depth at equal cost (`pick = random`) and its ceiling (`pick = all`).
 
 Source: Vedas, the uniform and random rows of its ablation.
-Deviates: random picks are a hash of (seed, layer, column), so a row's choice does not depend on its batch and cached
-    calls agree with full ones; a segment of one position selects nothing unless `pick = all`.
+Deviates: random picks are a hash of (seed, layer, hop, place in the hop), so a row's choice does not depend on its
+    batch, padded or not, and cached calls agree with full ones; a segment of one position selects nothing unless
+    `pick = all`.
 """
 
 from typing import Annotated, Literal
@@ -14,9 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
-from mmroute.deepen._segments import best
+from mmroute.deepen._segments import at_random, best
 from mmroute.deepen.base import Again, Deepener
-from mmroute.engine.select import hashed
 from mmroute.tokens import Tokens
 
 __all__ = ["Uniform"]
@@ -57,7 +57,7 @@ class Uniform(Deepener):
         if self.config.pick == "all":
             return Again(ran, [sum(row) for row in sizes], gain)
         if self.config.pick == "random":
-            score = hashed(tokens.position, self.config.seed, layer)
+            score = at_random(tokens, self.config.seed, layer)
         else:
             score = tokens.position.float()
         budget = [[min(n, self.config.deepen_tokens) if n > 1 else 0 for n in row] for row in sizes]

@@ -222,7 +222,7 @@ class Routed:
             else:
                 del layer.forward
         c.compiled = None
-        c._stock_checkpointing()
+        c.stock_checkpointing()
         c.family.lock_images(model)
         c.text.config._attn_implementation_internal = self._base
         del model._prepare_cache_for_generation

@@ -29,8 +29,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmroute.engine import gated, varlen
-from mmroute.engine.rows import Rows, Ticket
 from mmroute.errors import UnsupportedCall
+from mmroute.rows import Rows, Ticket
 
 __all__ = ["BACKENDS", "last_row", "named_rows", "register"]
 

@@ -15,12 +15,12 @@ from mmroute.backbones.tower import Look as Seen
 from mmroute.cache import RaggedCache, Watched
 from mmroute.deepen.base import Again, Deepener
 from mmroute.engine.compiled import Compiled
-from mmroute.engine.rows import Pick, Rows
-from mmroute.engine.select import Group, first_true, group_positions, narrow
 from mmroute.errors import UnsupportedCall
 from mmroute.probe import by_column
 from mmroute.prune.base import Keep, Look, Pruner, Site
 from mmroute.ragged import RaggedLayer
+from mmroute.rows import Pick, Rows
+from mmroute.select import Group, first_true, group_positions, narrow
 from mmroute.tokens import NUM_MODALITIES, Modality, Tokens
 from mmroute.trace import Call, LayerCall, Shape
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmroute.engine.rows import Rows, Ticket
+from mmroute.rows import Rows, Ticket
 
 __all__ = ["Compiled"]
 

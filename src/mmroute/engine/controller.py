@@ -24,17 +24,15 @@ from mmroute.deepen.base import Deepener
 from mmroute.engine.choice import build_groups
 from mmroute.engine.compiled import Compiled
 from mmroute.engine.layer import Step
-from mmroute.engine.select import Group
+from mmroute.engine.positions import describe, describe_next, merged
 from mmroute.engine.train import GrowingCache
 from mmroute.errors import UnsupportedCall
 from mmroute.prune.base import Keep, Pruner
-from mmroute.tokens import Modality, Tokens
+from mmroute.select import Group
+from mmroute.tokens import MAX_HOPS, Modality, Tokens
 from mmroute.trace import Call, Trace
 
 __all__ = ["Controller", "prepare_cache"]
-
-MAX_HOPS = 32
-"""Hops that a teacher-forced batch may name; later ones share the last group."""
 
 
 @dataclass
@@ -148,10 +146,10 @@ class Controller:
         if self.is_off:
             if isinstance(cache, RaggedCache):
                 raise UnsupportedCall("a routed cache cannot be used while routing is off; leave the off() block")
-            self._stock_checkpointing()
+            self.stock_checkpointing()
             return args, kwargs
         if not (isinstance(cache, RaggedCache) or self.executes):
-            self._stock_checkpointing()
+            self.stock_checkpointing()
             return args, kwargs
         self._check(cache, args, kwargs, training)
         given = kwargs.get("inputs_embeds")
@@ -260,7 +258,7 @@ class Controller:
                 )
             start, before = cache.seen, (cache.in_hop, cache.last_hop)
             if cache.next is not None:
-                chunk, cache.next = _merged(cache.next, chunk), None
+                chunk, cache.next = merged(cache.next, chunk), None
             if cache.drafts_from is not None and N > 1:
                 route = route and start < cache.drafts_from
                 drafts = max(0, min(N, start + N - cache.drafts_from))
@@ -273,8 +271,11 @@ class Controller:
         if chunk.modality.shape != (B, N):
             raise UnsupportedCall(f"modality is {tuple(chunk.modality.shape)}, the call brings {(B, N)} positions")
         single = N == 1 and start > 0 and chunk.valid is None
-        steady = single and cache is not None and cache.last_hop is not None and chunk.hop is chunk.generated is None
-        tokens = self._next(x, cache, chunk) if steady else self._tokens(x, cache, mask, chunk, start, single)  # type: ignore[arg-type]
+        plain = single and chunk.hop is chunk.generated is None
+        if plain and cache is not None and cache.last_hop is not None:
+            tokens = describe_next(chunk, cache, self.prefix_tokens, x.device)
+        else:
+            tokens = describe(chunk, mask, cache, start, single, self.prefix_tokens, x.device)
         call = Call("decode" if single else "prefill", [], [], [], start)
         groups: list[Group] = []
         if single:
@@ -310,59 +311,6 @@ class Controller:
             deep=chunk.deep,
         )
 
-    def _next(self, x: Tensor, cache: RaggedCache, chunk: Chunk) -> Tokens:
-        """One generated position per row that goes on with the hop of the one before it."""
-        assert chunk.modality is not None and cache.in_hop is not None and cache.last_hop is not None
-        B, device = x.shape[0], x.device
-        cache.in_hop = cache.in_hop + 1
-        protected = (cache.in_hop <= self.prefix_tokens)[:, None]
-        if chunk.protected is not None:
-            protected |= chunk.protected.bool().to(device)
-        here = torch.ones(B, 1, dtype=torch.bool, device=device)
-        position = torch.full((B, 1), cache.seen, device=device)
-        return Tokens(chunk.modality.to(device), cache.last_hop[:, None], here, protected, here, position)
-
-    def _tokens(
-        self, x: Tensor, cache: RaggedCache | None, mask: Tensor | None, chunk: Chunk, start: int, single: bool
-    ) -> Tokens:
-        B, N = x.shape[:2]
-        device = x.device
-        modality = chunk.modality.to(device)  # type: ignore[union-attr]
-        if chunk.valid is not None:
-            valid = chunk.valid.bool().to(device)
-        elif mask is None or single:
-            valid = torch.ones(B, N, dtype=torch.bool, device=device)
-        else:
-            valid = mask[:, -N:].bool().to(device)
-            if valid.shape[1] != N:
-                raise UnsupportedCall(f"attention_mask has {mask.shape[1]} columns, the call brings {N} positions")
-        hop_now = cache.hop if cache is not None else 0
-        hop = torch.full_like(modality, hop_now) if chunk.hop is None else chunk.hop.long().to(device)
-        generated = torch.full_like(valid, single) if chunk.generated is None else chunk.generated.bool().to(device)
-        many = chunk.hop is not None and not single
-        protected = valid & (self._rank_in_hop(valid, hop, cache, many) <= self.prefix_tokens)
-        if not single:
-            protected |= _last_given(valid & ~generated, hop if many else None)
-        if chunk.protected is not None:
-            protected |= chunk.protected.bool().to(device) & valid
-        position = torch.arange(start, start + N, device=device).expand(B, N)
-        return Tokens(modality, hop, valid, protected, generated, position)
-
-    @staticmethod
-    def _rank_in_hop(valid: Tensor, hop: Tensor, cache: RaggedCache | None, many: bool) -> Tensor:
-        """(B, N): how many valid positions its hop has up to and with each position, earlier calls included."""
-        if many:
-            here = hop.clamp(max=MAX_HOPS - 1)[..., None]
-            member = torch.nn.functional.one_hot(here.squeeze(2), MAX_HOPS) * valid[..., None]
-            rank = member.cumsum(1).gather(2, here).squeeze(2)
-        else:
-            rank = valid.long().cumsum(1) if valid.shape[1] > 1 else valid.long()
-        if cache is not None:
-            if cache.in_hop is not None and cache.last_hop is not None:
-                rank = rank + cache.in_hop[:, None] * (hop == cache.last_hop[:, None])
-            cache.in_hop, cache.last_hop = rank[:, -1], hop[:, -1]
-        return rank
-
     # ------------------------------------------------------------------ gradient checkpointing
 
     def _checkpoints(self, training: bool) -> frozenset[int]:
@@ -388,30 +336,11 @@ class Controller:
     def _checkpointing(self) -> bool:
         return bool(getattr(self.text, "gradient_checkpointing", False))
 
-    def _stock_checkpointing(self) -> None:
+    def stock_checkpointing(self) -> None:
         """Gives the layers back what `_checkpoints` took."""
         for i in self.checkpointed:
             self.text.layers[i].gradient_checkpointing = self._checkpointing
         self.checkpointed = set()
-
-
-def _last_given(given: Tensor, hop: Tensor | None) -> Tensor:
-    """(B, N) bool: the last given position of each row, or with `hop` (B, N) of each of its hops."""
-    if hop is None:
-        nth = given.long().cumsum(1)
-        return given & (nth == nth[:, -1:])
-    here = hop.clamp(max=MAX_HOPS - 1)[..., None]
-    member = torch.nn.functional.one_hot(here.squeeze(2), MAX_HOPS) * given[..., None]
-    nth = member.cumsum(1)
-    return given & (nth.gather(2, here) == nth[:, -1:].expand_as(nth).gather(2, here)).squeeze(2)
-
-
-def _merged(first: Chunk, second: Chunk) -> Chunk:
-    """What the driver said, completed by what the ids say."""
-    fields = ("modality", "hop", "valid", "protected", "generated", "relevance")
-    chunk = Chunk(*(getattr(first, f) if getattr(first, f) is not None else getattr(second, f) for f in fields))
-    chunk.watch, chunk.deep = first.watch, first.deep
-    return chunk
 
 
 def prepare_cache(

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from mmroute.cache import RaggedCache
 from mmroute.engine.choice import Choice
-from mmroute.engine.rows import Pick, Rows, pick
 from mmroute.engine.train import GrowingCache, grown, key_gate, update_gate
 from mmroute.errors import UnsupportedCall
 from mmroute.prune.base import Keep, Pruner
 from mmroute.ragged import RaggedLayer
+from mmroute.rows import Pick, Rows, pick
 from mmroute.tokens import Modality
 from mmroute.trace import LayerCall
 

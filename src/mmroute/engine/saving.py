@@ -15,7 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +33,9 @@ from mmroute.config import options, parse, resolved
 from mmroute.deepen.base import Deepener
 from mmroute.engine.attach import Routed, attach
 from mmroute.errors import CheckpointMismatch, ConfigError, MmrouteError
+from mmroute.files import replacing
 from mmroute.prune.base import Pruner
-from mmroute.tokens import Modality
+from mmroute.tokens import MAX_HOPS, Modality
 from mmroute.trace import Shape
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,6 @@ __all__ = ["Manifest", "Method", "from_pretrained", "load", "read_manifest", "sa
 
 FORMAT = 1
 MANIFEST, WEIGHTS = "mmroute.json", "mmroute.safetensors"
-MAX_HOPS = 32
 _SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
 
 
@@ -90,10 +90,18 @@ def save(routed: Routed, folder: Path) -> None:
     """
     weights = tensor_bytes(_tensors(routed.parts), metadata={"format": "pt"})
     manifest = json.dumps(asdict(_manifest(routed, weights)), indent=1) + "\n"
-    with ExitStack() as stack:
-        # Both are on disk before either takes its name.
-        for name, data in ((WEIGHTS, weights), (MANIFEST, manifest.encode())):
-            stack.enter_context(_replacing(folder / name, data))
+    try:
+        with ExitStack() as stack:
+            for name, data in ((WEIGHTS, weights), (MANIFEST, manifest.encode())):
+                with stack.enter_context(replacing(folder / name)).open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())  # both are on disk before either takes its name
+    except OSError as error:
+        raise MmrouteError(
+            f"could not write {folder}: {error.strerror or error}; what stood there is as it was: free space, or "
+            "choose a folder that can be written"
+        ) from error
 
 
 def _manifest(routed: Routed, weights: bytes) -> Manifest:
@@ -151,27 +159,6 @@ def _tensors(parts: nn.Module) -> dict[str, Tensor]:
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # sharded: every rank must call
         out[name] = whole.detach().cpu().clone().contiguous()  # tied weights share memory, which the format refuses
     return out
-
-
-@contextmanager
-def _replacing(path: Path, data: bytes) -> Any:
-    """Writes beside `path` on entry and takes its name on leaving without an error."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield
-        beside.replace(path)
-    except OSError as error:
-        raise MmrouteError(
-            f"could not write {path}: {error.strerror or error}; what stood there is as it was: free space, or choose "
-            "a folder that can be written"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------- reading

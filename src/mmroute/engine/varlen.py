@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmroute.engine.rows import Rows
+from mmroute.rows import Rows
 
 __all__ = ["Packed", "attend", "kernel", "pack", "reference", "serves"]
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from mmroute.errors import ConfigError
 from mmroute.gate._features import Logistic
 
-__all__ = ["Calibration", "calibration"]
+__all__ = ["Calibration", "calibration", "logit"]
 
 Array = Float[np.ndarray, " n"]
 _TIE = 1e-6
@@ -30,7 +30,7 @@ class Calibration:
     def __call__(self, rating: Array) -> Array:
         """Probabilities in [0, 1]."""
         if self.kind == "platt":
-            return 1 / (1 + np.exp(-(self.slope * _logit(rating) + self.shift)))
+            return 1 / (1 + np.exp(-(self.slope * logit(rating) + self.shift)))
         if self.kind == "isotonic":
             x, y = np.array(self.knots).T
             # Between knots straight lines; on a plateau a last digit of the rating itself keeps the order.
@@ -60,7 +60,7 @@ def calibration(kind: str, rating: Array, success: Array) -> Calibration:
         return Calibration("none")
     if kind == "isotonic":
         return Calibration("isotonic", knots=_isotonic(rating, success))
-    model = Logistic(ridge=1e-3).fit(_logit(rating)[:, None], success)
+    model = Logistic(ridge=1e-3).fit(logit(rating)[:, None], success)
     slope = float(model.weight[1])
     if slope <= 0:
         raise ConfigError(
@@ -70,7 +70,8 @@ def calibration(kind: str, rating: Array, success: Array) -> Calibration:
     return Calibration("platt", slope, float(model.weight[0]))
 
 
-def _logit(p: Array) -> Array:
+def logit(p: Array) -> Array:
+    """Log-odds, of probabilities kept off 0 and 1."""
     p = np.clip(p, 1e-4, 1 - 1e-4)
     return np.log(p / (1 - p))
 

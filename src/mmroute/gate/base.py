@@ -112,6 +112,8 @@ class Question:
     """Two single tokens: the reply is the probability of the first against the second. None: the number written."""
     after_answer: bool = True
     """Whether the draft's own answer comes before the question."""
+    draws: int = 0
+    """Of the options, at temperature 1: the reply is the share of the first; 0 is its probability."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,11 @@ class Gate(ABC):
 
     def __init__(self, **given: Any) -> None:
         self.config = parse(type(self).Config, given, f"gate.{type(self).__module__.rpartition('.')[2]}")
+
+    @property
+    def steps(self) -> int:
+        """First steps of the draft that a gate with `needs = "early"` looks at, and is charged."""
+        return 0
 
     @property
     def questions(self) -> list[Question]:

@@ -23,5 +23,9 @@ class Early(Gate):
         steps: Literal[8, 16, 64] = 8
         """First tokens that are looked at."""
 
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
     def rate(self, evidence: Sequence[Evidence]) -> Ratings:
         return Ratings(-figures(evidence, f"lp_early_{self.config.steps}"))

@@ -4,9 +4,10 @@ Source: verbalised confidence, Lin et al. (arXiv 2205.14334), zero-shot.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 from mmroute.config import options
 from mmroute.errors import InputError
@@ -14,18 +15,12 @@ from mmroute.gate.base import Evidence, Gate, Needs, Question, Ratings
 
 __all__ = ["Verbalised"]
 
-_PRE = Question(
-    "verbalised_pre",
-    "How likely are you to answer this correctly? Write one number from 0 to 100 and nothing else.",
-    after_answer=False,
-)
-_POST = Question(
-    "verbalised_post", "How likely is it that this answer is correct? Write one number from 0 to 100 and nothing else."
-)
+_PRE = "How likely are you to answer this correctly? Write one number from 0 to 100 and nothing else."
+_POST = "How likely is it that this answer is correct? Write one number from 0 to 100 and nothing else."
 
 
 class Verbalised(Gate):
-    """1 - number / 100; the answer and one more call are paid for on every query."""
+    """1 - number / certain; the answer and one more call are paid for on every query."""
 
     needs: Needs = "answer"
 
@@ -33,6 +28,10 @@ class Verbalised(Gate):
     class Config:
         when: Literal["pre", "post"] = "post"
         """Asked before the draft answers, or after."""
+        text: str = ""
+        """What is asked, if not in English; a model of few words needs others."""
+        certain: Annotated[float, Field(gt=0)] = 100.0
+        """The number that means certain."""
 
     def __init__(self, **given: object) -> None:
         super().__init__(**given)
@@ -41,10 +40,12 @@ class Verbalised(Gate):
 
     @property
     def questions(self) -> list[Question]:
-        return [_PRE if self.config.when == "pre" else _POST]
+        when = self.config.when
+        text = self.config.text or (_PRE if when == "pre" else _POST)
+        return [Question(f"verbalised_{when}", text, after_answer=when == "post")]
 
     def rate(self, evidence: Sequence[Evidence]) -> Ratings:
-        said = np.clip(replies(evidence, self.questions[0].name) / 100, 0, 1)
+        said = np.clip(replies(evidence, self.questions[0].name) / self.config.certain, 0, 1)
         return Ratings(1 - said, draft=said)
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmroute import select
 from mmroute.prune.base import Slots
 from mmroute.tokens import Modality, Tokens
 
@@ -54,7 +55,7 @@ def best(
     """The ceil(rate x base) best candidates of each row, protected ones first and counted inside."""
     fixed = among & protected
     k = torch.ceil(rate.double() * base.double() - 1e-6).long() - fixed.sum(1)
-    return fixed | _top(score, among & ~protected, k)
+    return fixed | select.best(score, among & ~protected, k)
 
 
 def capped(
@@ -74,7 +75,7 @@ def capped(
     """
     n = score.shape[1]
     latest = torch.arange(n, device=score.device).expand_as(score).float()
-    fixed = _top(latest, valid & protected, torch.full_like(weight[0], room).long())
+    fixed = select.best(latest, valid & protected, torch.full_like(weight[0], room).long())
     left = room - fixed.sum(1)
     free = valid & ~protected
     has = {m: (free & (modality == m)).sum(1) for m in weight}
@@ -85,14 +86,5 @@ def capped(
     for m in weight:
         take = torch.minimum(first[m] + over, has[m])
         over = over - (take - first[m])
-        stays = stays | _top(score, free & (modality == m), take)
+        stays = stays | select.best(score, free & (modality == m), take)
     return stays
-
-
-def _top(score: Float[Tensor, "B n"], among: Bool[Tensor, "B n"], k: Int[Tensor, " B"]) -> Bool[Tensor, "B n"]:
-    """The k best of each row; the lower index first where scores are equal."""
-    order = score.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return among & (rank < k[:, None])

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmroute.engine.select import Group, top
 from mmroute.prune import _closing
 from mmroute.prune._rates import ROUTED, KeepRates, target
 from mmroute.prune._topk import clip_outliers, logistic_noise, soft_topk, straight_through
 from mmroute.prune.base import Keep, Site, keep_count
+from mmroute.select import Group, top
 from mmroute.tokens import Modality, Tokens
 
 __all__ = ["Gates", "Relaxation"]
@@ -72,17 +72,7 @@ class Gates:
             noisy = noisy + relax.noise * logistic_noise(noisy, relax.generator)
         given = [g for g in site.groups if not g.generated and self._routes(g)]
         hops = {id(g): min(g.hop, c.max_hops - 1) for g in given}
-        take = {}
-        for i, g in enumerate(site.groups):
-            share = 1.0
-            if id(g) in hops:
-                m = Modality(g.modality)
-                share = 1 - relax.ramp(m) * (1 - numbers[m][hops[id(g)]][site.layer])
-                if self.rates.is_deep(site.layer, m):
-                    share = 1 - relax.ramp(m) * (1 - self.rates.deep_cap)
-            rows = zip(g.size, g.protected, g.width, strict=True)
-            take[i] = [min(keep_count(n, min(share, 1.0), p), p + w) for n, p, w in rows]
-        mask, ran = top(noisy.detach().float(), tokens, site.groups, take)
+        mask, ran = top(noisy.detach().float(), tokens, site.groups, self._takes(site, hops, numbers))
         coin = c.rates == "bernoulli"
         z = mask.float()
         losses: dict[str, Tensor] = {}
@@ -97,12 +87,7 @@ class Gates:
                 hard, soft = noisy.detach() > 0, torch.sigmoid(noisy / relax.temperature)
             else:
                 k = self._soft_count(g, rates[m, hops[id(g)], site.layer], m, deep, logits.device)
-                if c.relaxation == "soft_topk":
-                    soft = soft_topk(noisy, k, relax.temperature, among)
-                else:
-                    q = torch.softmax((noisy / relax.temperature).masked_fill(~among, -1e9), dim=-1)
-                    soft = (k.clamp(min=0) * q).clamp(0, 1)
-                hard = mask
+                hard, soft = mask, self._soft(noisy, k, among)
                 if deep:  # not yet hard at the start of the ramp, where everything still runs
                     eps = torch.logit(torch.tensor(c.hard_threshold)).item()
                     if relax.ramp(m) == 1:
@@ -142,6 +127,35 @@ class Gates:
     def _members(group: Group, tokens: Tokens) -> Bool[Tensor, "B N"]:
         of = (tokens.modality == group.modality) & (tokens.hop == group.hop)
         return of & tokens.valid & ~tokens.protected & ~tokens.generated
+
+    def _takes(self, site: Site, hops: dict[int, int], numbers: list[Any]) -> dict[int, list[int]]:
+        """[group][row]: how many run, at the share to which the ramp has come down.
+
+        Args:
+            site: of the layer.
+            hops: by id of the groups that are routed, the hop whose rate they have.
+            numbers: [modality][hop][layer]: the rates as Python floats.
+        """
+        take = {}
+        for i, g in enumerate(site.groups):
+            share = 1.0
+            if id(g) in hops:
+                m = Modality(g.modality)
+                rate = numbers[m][hops[id(g)]][site.layer]
+                rate = self.rates.deep_cap if self.rates.is_deep(site.layer, m) else rate
+                share = 1 - self.relax.ramp(m) * (1 - rate)
+            rows = zip(g.size, g.protected, g.width, strict=True)
+            take[i] = [min(keep_count(n, min(share, 1.0), p), p + w) for n, p, w in rows]
+        return take
+
+    def _soft(
+        self, noisy: Float[Tensor, "B N"], k: Float[Tensor, "B 1"], among: Bool[Tensor, "B N"]
+    ) -> Float[Tensor, "B N"]:
+        """How far each member is among the best k."""
+        if self.config.relaxation == "soft_topk":
+            return soft_topk(noisy, k, self.relax.temperature, among)
+        q = torch.softmax((noisy / self.relax.temperature).masked_fill(~among, -1e9), dim=-1)
+        return (k.clamp(min=0) * q).clamp(0, 1)
 
     def _soft_count(self, group: Group, rate: Tensor, m: Modality, deep: bool, device: Any) -> Float[Tensor, "B 1"]:
         size = torch.tensor(group.size, device=device, dtype=torch.float32)[:, None]

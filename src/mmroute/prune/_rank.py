@@ -1,63 +1,29 @@
-"""Pure tensor functions that several pruners rank with; none draws from a generator, none reads the device.
+"""Pure tensor functions that several pruners rank with; none reads the device.
 
 Legend: B batch, N positions of this call, W candidates of a group, D hidden, H query heads,
 K key-value heads, E head dim.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmroute.engine.select import Group
+from mmroute.select import Group
 from mmroute.tokens import Tokens
 
 __all__ = [
     "attention_of_last",
     "competing",
-    "hashed",
-    "hop_rank",
     "key_difference",
     "key_norm",
     "last_valid",
     "lexicographic",
     "most_spread",
+    "rms_normed",
     "running",
 ]
-
-_MASK = 0xFFFFFFFF
-_ODD = 0x45D9F3B  # 27 bits: times a 32-bit number it stays inside int64
-_FRESH = 0x9E3779B1
-
-_Bits = TypeVar("_Bits", int, Tensor)
-
-
-def hop_rank(tokens: Tokens) -> Int[Tensor, "B N"]:
-    """How many valid positions of the same hop stand before each position in this call.
-
-    Counted from the row's own first valid position, so that padding never moves it, and from the hop's start, so that
-    a hop that enters a cache alone counts as it does in one pass over all hops.
-    """
-    before = tokens.valid.long().cumsum(1) - tokens.valid.long()
-    starts = torch.ones_like(tokens.valid)
-    starts[:, 1:] = tokens.hop[:, 1:] != tokens.hop[:, :-1]
-    return before - before.masked_fill(~starts, 0).cummax(1).values
-
-
-def hashed(tokens: Tokens, seed: int, layer: int) -> Float[Tensor, "B N"]:
-    """Uniform numbers in [0, 1) that depend on (seed, layer, hop, rank in the hop) alone: not on batch or device."""
-    key = _mix(_mix(_MASK & (seed * _FRESH + layer)) ^ (tokens.hop.long() * _ODD & _MASK))
-    # 24 bits are exact in fp32.
-    return (_mix(key ^ hop_rank(tokens)) >> 8).float() / (1 << 24)
-
-
-def _mix(x: _Bits) -> _Bits:
-    """32-bit integer avalanche; tensors are int64, so that every device computes the same numbers."""
-    x = ((x >> 16) ^ x) * _ODD & _MASK
-    x = ((x >> 16) ^ x) * _ODD & _MASK
-    return (x >> 16) ^ x
 
 
 def lexicographic(
@@ -106,6 +72,11 @@ def attention_of_last(
     logits_BKGN = q_BKGE @ k.float().transpose(2, 3) / E**0.5
     others = ~running(tokens, groups)
     return torch.softmax(logits_BKGN.masked_fill(others[:, None, None], float("-inf")), dim=-1).mean(dim=(1, 2))
+
+
+def rms_normed(x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    """The stream over its root mean square, which is what routers read: raw residuals have outlier channels."""
+    return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
 
 
 def key_norm(keys: Float[Tensor, "B N K E"]) -> Float[Tensor, "B N"]:

@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmroute.config import options, parse
-from mmroute.engine.select import Group, top
 from mmroute.errors import ConfigError
-from mmroute.tokens import Modality, Tokens
+from mmroute.select import Group, top
+from mmroute.tokens import MAX_HOPS, Modality, Tokens
 from mmroute.trace import Shape
 
 __all__ = ["NEEDS", "Keep", "Look", "Pruner", "Site", "Slots", "keep_count"]
@@ -253,7 +253,7 @@ class Pruner(nn.Module):
     def is_identity(self, num_layers: int) -> bool:
         """Whether nothing is ever left out, whatever the call: then the stock path runs untouched."""
         layers = [i for i in range(num_layers) if self.acts(i, num_layers)]
-        rates = (self.rate(i, num_layers, hop, m) for i in layers for hop in range(32) for m in Modality)
+        rates = (self.rate(i, num_layers, hop, m) for i in layers for hop in range(MAX_HOPS) for m in Modality)
         return all(rate is None or rate >= 1 for rate in rates)
 
     def overhead(self, layer: int, shape: Shape, new: int) -> int:

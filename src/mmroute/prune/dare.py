@@ -1,7 +1,8 @@
 """Which positions run a layer, and which stay cached when a thought ends: a linear router per layer and modality, and
 keep rates learned per layer (DARE-L) or per layer and hop (DARE-LH).
 
-Legend: B batch, N positions of this call, D hidden, H hops, L layers, G groups of generated positions, C slots.
+Legend: B batch, N positions of this call, D hidden, H hops, L layers, Q queries whose attention is read, G averages of
+it, C slots.
 
 Source: DARE (token routing, ICLR 2026), known to us from slides and a summary: sigmoid linear score per layer and
     modality, learned rates per hop, layer and modality, straight-through selection, a hard loss on vision behind the
@@ -24,12 +25,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmroute.config import options
-from mmroute.engine.select import top
 from mmroute.errors import ConfigError
 from mmroute.prune import _closing, _rank
 from mmroute.prune._gates import Gates, Relaxation
 from mmroute.prune._rates import ROUTED, KeepRates, policy, target
+from mmroute.prune._scorers import last_queries, needs_of, vision_scores
 from mmroute.prune.base import Keep, Pruner, Site, Slots
+from mmroute.select import hashed, top
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 
@@ -37,9 +39,6 @@ __all__ = ["Dare"]
 
 log = logging.getLogger(__name__)
 
-_NEEDS = {"last_row": {"row"}, "received": {"rows"}, "knorm": {"qk"}, "oracle": {"relevance"}}
-_RECEIVED = 16
-"""Last queries of a row whose attention `received` averages."""
 _SLACK = 64
 """Positions that a trim frees beyond the bound, so that not every step trims; a quarter of a small bound."""
 _Schedule = (
@@ -125,7 +124,7 @@ class Dare(Pruner):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         c = self.config
-        self.needs = frozenset({"scores_kept"} | _NEEDS.get(c.scorer, set()))
+        self.needs = frozenset({"scores_kept"} | needs_of(c.scorer))
         self.action = c.scope  # type: ignore[misc]  # an option decides, here and below
         self.syncs = c.deep_vision == "threshold" or c.decode == "threshold"  # type: ignore[misc]
         if (c.cache_policy == "capped") != (c.kv_positions is not None or c.kv_bytes is not None):
@@ -237,47 +236,17 @@ class Dare(Pruner):
         return self._tables[num_layers]
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
+        if self.config.scorer == "random":
+            return hashed(tokens, 0, site.layer)
         own = self._logits(x, tokens, site)
-        match self.config.scorer:
-            case "router":
-                return own
-            case "random":
-                return _rank.hashed(tokens, 0, site.layer)
-            case "last_row":
-                other = site.row.detach().float()
-            case "received":
-                other = site.rows.detach().float().mean((1, 2))
-            case "diverse":
-                other = self._spread(x, tokens, site)
-            case "knorm":
-                other = -_rank.key_norm(site.qk(x)[1].transpose(1, 2)).detach()
-            case "oracle":
-                tie = _rank.hashed(tokens, 0, site.layer)
-                other = _rank.lexicographic(site.relevance, tie, tokens.valid)
+        if self.config.scorer == "router":
+            return own
+        other = vision_scores(self.config.scorer, x, tokens, site)
         return torch.where(tokens.modality == Modality.VISION, other, own)
 
     def queries(self, tokens: Tokens, site: Site) -> tuple[Int[Tensor, "B Q"], Float[Tensor, "B G Q"]] | None:
         """The last positions of each row, for the scorer `received`."""
-        if self.config.scorer != "received" or not tokens.valid.any():
-            return None
-        column = torch.arange(tokens.shape[1], device=tokens.valid.device)
-        last = torch.where(tokens.valid, column, -1).amax(1, keepdim=True)
-        at = (last - torch.arange(_RECEIVED, device=column.device)).clamp(min=0)
-        return at, torch.full((tokens.shape[0], 1, _RECEIVED), 1 / _RECEIVED, device=column.device)
-
-    def _spread(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
-        """Minus the turn at which a vision position is the farthest by cosine from all taken before."""
-        B, N = tokens.shape
-        score = torch.zeros(B, N + 1, device=x.device)
-        for group in site.groups:
-            if group.modality == Modality.VISION and any(group.width):
-                inside = _rank.competing(group)
-                unit = nn.functional.normalize(
-                    x.detach().float().gather(1, group.free[..., None].expand(-1, -1, x.shape[-1])), dim=-1
-                )
-                turn = _rank.most_spread(unit, inside, max(group.width))
-                score = score.scatter(1, group.free.masked_fill(~inside, N), -turn.float())
-        return score[:, :N]
+        return last_queries(tokens) if self.config.scorer == "received" else None
 
     def _logits(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
         key = str(site.layer)
@@ -294,7 +263,7 @@ class Dare(Pruner):
         """What routers see of the stream, in fp32."""
         x = (x.detach() if self.config.detach_input else x).float()
         if self.config.score_input == "rms":
-            x = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+            x = _rank.rms_normed(x)
         return x
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:

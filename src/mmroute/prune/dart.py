@@ -12,7 +12,7 @@ Checked: twin (tests/unit/prune/test_twins_of_peers.py; on five families the set
     own keys and states, tests/conformance/test_peers_on_models.py), arithmetic as FastV; not run against the release.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,17 +20,16 @@ from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
-from mmroute.engine.select import Group
-from mmroute.errors import ConfigError
 from mmroute.prune import _rank
-from mmroute.prune._budget import constant
-from mmroute.prune.base import Keep, Pruner, Site
+from mmroute.prune._cuts import LayerCut
+from mmroute.prune.base import Keep, Site
+from mmroute.select import Group
 from mmroute.tokens import Modality, Tokens
 
 __all__ = ["Dart"]
 
 
-class Dart(Pruner):
+class Dart(LayerCut):
     """Training-free: one cut after a shallow layer, by difference from pivots."""
 
     @options
@@ -44,27 +43,8 @@ class Dart(Pruner):
         text_pivots: Annotated[int, Field(ge=0)] = 4
         """Text positions behind the image that serve as pivots too."""
 
-    action = "drop"
     needs = frozenset({"keys", "final_normed"})
     config: Config
-
-    @classmethod
-    def plan(cls, budget: float, num_layers: int, start_layer: int = 2) -> dict[str, Any]:
-        """Options that make the mean share of vision positions over all layers `budget`, or BudgetError."""
-        return {"vision_keep": constant(budget, num_layers, start_layer), "start_layer": start_layer}
-
-    def acts(self, layer: int, num_layers: int) -> bool:
-        if self.config.start_layer >= num_layers:
-            raise ConfigError(
-                f"prune.dart.start_layer: {self.config.start_layer} given, the model has layers 0 to "
-                f"{num_layers - 1}; nothing would ever be pruned"
-            )
-        return layer >= self.config.start_layer
-
-    def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
-        if layer < self.config.start_layer or modality is not Modality.VISION:
-            return None
-        return self.config.vision_keep
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:
         keep = super().keep(x, tokens, site)

@@ -10,7 +10,7 @@ Checked: twin (tests/unit/prune/test_twins_of_peers.py; on five families the set
     set's, by brute force; not run against the release.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -18,16 +18,16 @@ from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
-from mmroute.engine.select import Group
 from mmroute.prune import _rank
-from mmroute.prune._budget import constant
-from mmroute.prune.base import Keep, Pruner, Site
+from mmroute.prune._cuts import EntryCut
+from mmroute.prune.base import Keep, Site
+from mmroute.select import Group
 from mmroute.tokens import Modality, Tokens
 
 __all__ = ["DivPrune"]
 
 
-class DivPrune(Pruner):
+class DivPrune(EntryCut):
     """Training-free: one cut before layer 0, by diversity alone; blind to the question."""
 
     @options
@@ -35,16 +35,7 @@ class DivPrune(Pruner):
         vision_keep: Annotated[float, Field(ge=0, le=1)] = 0.5
         """Share of vision positions that runs, in every layer."""
 
-    action = "drop"
     config: Config
-
-    @classmethod
-    def plan(cls, budget: float, num_layers: int) -> dict[str, Any]:
-        """Options that make the mean share of vision positions over all layers `budget`."""
-        return {"vision_keep": constant(budget, num_layers, 0)}
-
-    def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
-        return self.config.vision_keep if modality is Modality.VISION else None
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:
         keep = super().keep(x, tokens, site)

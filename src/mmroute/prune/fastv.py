@@ -9,22 +9,21 @@ Checked: twin (tests/unit/prune/test_twins.py; on five families the sets equal t
     192 tokens); not run against the release.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
-from mmroute.errors import ConfigError
-from mmroute.prune._budget import constant
-from mmroute.prune.base import Pruner, Site
-from mmroute.tokens import Modality, Tokens
+from mmroute.prune._cuts import LayerCut
+from mmroute.prune.base import Site
+from mmroute.tokens import Tokens
 
 __all__ = ["FastV"]
 
 
-class FastV(Pruner):
+class FastV(LayerCut):
     """Training-free: one cut after a shallow layer, ranked by the last row of attention."""
 
     @options
@@ -34,27 +33,8 @@ class FastV(Pruner):
         start_layer: Annotated[int, Field(ge=1)] = 2
         """First layer, counted from 0, that runs on the survivors; K in the paper."""
 
-    action = "drop"
     needs = frozenset({"row"})
     config: Config
-
-    @classmethod
-    def plan(cls, budget: float, num_layers: int, start_layer: int = 2) -> dict[str, Any]:
-        """Options that make the mean share of vision positions over all layers `budget`, or BudgetError."""
-        return {"vision_keep": constant(budget, num_layers, start_layer), "start_layer": start_layer}
-
-    def acts(self, layer: int, num_layers: int) -> bool:
-        if self.config.start_layer >= num_layers:
-            raise ConfigError(
-                f"prune.fastv.start_layer: {self.config.start_layer} given, the model has layers 0 to "
-                f"{num_layers - 1}; nothing would ever be pruned"
-            )
-        return layer >= self.config.start_layer
-
-    def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
-        if layer < self.config.start_layer or modality is not Modality.VISION:
-            return None
-        return self.config.vision_keep
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
         return site.row  # of the layer before, mean over heads; behind the cut there is nothing left to choose

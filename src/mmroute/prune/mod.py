@@ -19,10 +19,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmroute.config import options
-from mmroute.engine.select import top
 from mmroute.errors import ConfigError
+from mmroute.prune import _rank
 from mmroute.prune._budget import check_budget, cosine
 from mmroute.prune.base import Keep, Pruner, Site
+from mmroute.select import top
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 
@@ -76,8 +77,7 @@ class MoD(Pruner):
         return share if modality is Modality.VISION and share < 1 else None
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
-        x = x.detach().float()
-        return self.router[str(site.layer)](x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()).squeeze(-1)
+        return self.router[str(site.layer)](_rank.rms_normed(x.detach().float())).squeeze(-1)
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:
         logits = self.scores(x, tokens, site)

@@ -20,6 +20,7 @@ from mmroute.prune import _rank
 from mmroute.prune._borrowed import CountsOf, Rates, borrow
 from mmroute.prune._budget import constant
 from mmroute.prune.base import Pruner, Site
+from mmroute.select import hashed
 from mmroute.tokens import Modality, Tokens
 
 __all__ = ["Oracle"]
@@ -72,5 +73,5 @@ class Oracle(Pruner):
         return self.config.vision_keep
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
-        tie = _rank.hashed(tokens, self.config.seed, site.layer)
+        tie = hashed(tokens, self.config.seed, site.layer)
         return _rank.lexicographic(site.relevance, tie, tokens.valid)

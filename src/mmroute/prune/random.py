@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mmroute.config import options
 from mmroute.errors import ConfigError
-from mmroute.prune import _rank
 from mmroute.prune._borrowed import CountsOf, Rates, borrow
 from mmroute.prune._budget import constant
 from mmroute.prune.base import Pruner, Site
+from mmroute.select import hashed
 from mmroute.tokens import Modality, Tokens
 
 __all__ = ["Random"]
@@ -76,4 +76,4 @@ class Random(Pruner):
         return self.config.vision_keep if modality is Modality.VISION else self.config.text_keep
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
-        return _rank.hashed(tokens, self.config.seed, self.config.start_layer if self.config.once else site.layer)
+        return hashed(tokens, self.config.seed, self.config.start_layer if self.config.once else site.layer)

@@ -22,6 +22,7 @@ from mmroute.errors import ConfigError
 from mmroute.prune import _rank
 from mmroute.prune._budget import two_level
 from mmroute.prune.base import Pruner, Site
+from mmroute.select import hashed
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 
@@ -105,9 +106,9 @@ class Schedule(Pruner):
             case "knorm":
                 return -_rank.key_norm(site.qk(x)[1].transpose(1, 2))
             case "random":
-                return _rank.hashed(tokens, self.config.seed, self._layer_key(site))
+                return hashed(tokens, self.config.seed, self._layer_key(site))
             case "oracle":
-                tie = _rank.hashed(tokens, self.config.seed, self._layer_key(site))
+                tie = hashed(tokens, self.config.seed, self._layer_key(site))
                 return _rank.lexicographic(site.relevance, tie, tokens.valid)
 
     def overhead(self, layer: int, shape: Shape, new: int) -> int:

@@ -26,11 +26,11 @@ from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
-from mmroute.engine.select import Group, first_true, top
 from mmroute.errors import ConfigError
 from mmroute.prune import _rank
 from mmroute.prune._budget import scaled
 from mmroute.prune.base import Keep, Pruner, Site
+from mmroute.select import Group, first_true, top
 from mmroute.tokens import Modality, Tokens
 
 __all__ = ["SparseVLM"]

@@ -16,13 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmroute.config import options
-from mmroute.engine.select import Group
 from mmroute.errors import ConfigError
 from mmroute.prune import _rank
 from mmroute.prune._budget import constant
 from mmroute.prune._gates import Relaxation
 from mmroute.prune._topk import clip_outliers, logistic_noise, soft_topk, straight_through
 from mmroute.prune.base import Keep, Pruner, Site, keep_count
+from mmroute.select import Group, best
 from mmroute.tokens import Modality, Tokens
 from mmroute.trace import Shape
 
@@ -112,8 +112,7 @@ class Symmetric(Pruner):
         return constant(self.config.keep, num_layers, self.config.first_layer)
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
-        x = x.detach().float()
-        return self.router[str(site.layer)](x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()).squeeze(-1)
+        return self.router[str(site.layer)](_rank.rms_normed(x.detach().float())).squeeze(-1)
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:
         """Hop by hop the best of text and vision together; in training with noise and gates."""
@@ -133,16 +132,14 @@ class Symmetric(Pruner):
             if rates is not None:
                 share = 1 - self.relax.vision_ramp * (1 - float(rates[site.layer].detach()))
             free = [self._free(both, b, share) for b in range(mask.shape[0])]
-            order = logits.detach().masked_fill(~among, float("-inf")).argsort(dim=1, descending=True, stable=True)
-            turn = torch.arange(order.shape[1], device=x.device).expand_as(order)
-            first = torch.empty_like(order).scatter(1, order, turn) < torch.tensor(free, device=x.device)[:, None]
-            mask = mask | (among & first)
+            first = best(logits.detach(), among, torch.tensor(free, device=x.device))
+            mask = mask | first
             if rates is not None:
                 size = torch.tensor([[float(sum(g.size[b] for g in both))] for b in range(len(free))], device=x.device)
                 fixed = torch.tensor([[sum(g.protected[b] for g in both)] for b in range(len(free))], device=x.device)
                 k = (1 - self.relax.vision_ramp * (1 - rates[site.layer])) * size - fixed
                 soft = soft_topk(logits, k, self.relax.temperature, among)
-                z = torch.where(among, straight_through(among & first, soft), z)
+                z = torch.where(among, straight_through(first, soft), z)
         ran = torch.stack([(mask & (tokens.modality == m)).sum(1) for m in Modality], dim=1).tolist()
         if not learns:
             return Keep(mask, ran, ranked=logits)

@@ -14,7 +14,7 @@ Checked: twin (tests/unit/prune/test_visionzip.py; on LLaVA the scores equal the
     not run against the release.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -22,15 +22,15 @@ from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
-from mmroute.engine.select import top
-from mmroute.prune._budget import constant
-from mmroute.prune.base import Keep, Pruner, Site
+from mmroute.prune._cuts import EntryCut
+from mmroute.prune.base import Keep, Site
+from mmroute.select import top
 from mmroute.tokens import Modality, Tokens
 
 __all__ = ["VisionZip"]
 
 
-class VisionZip(Pruner):
+class VisionZip(EntryCut):
     """Training-free: one cut before layer 0, blind to the question; what is dropped is partly merged."""
 
     @options
@@ -40,17 +40,8 @@ class VisionZip(Pruner):
         contextual: Annotated[float, Field(ge=0, le=1)] = 10 / 64
         """Share of these that sums up what is dropped."""
 
-    action = "drop"
     needs = frozenset({"tower"})
     config: Config
-
-    @classmethod
-    def plan(cls, budget: float, num_layers: int) -> dict[str, Any]:
-        """Options that make the mean share of vision positions over all layers `budget`."""
-        return {"vision_keep": constant(budget, num_layers, 0)}
-
-    def rate(self, layer: int, num_layers: int, hop: int, modality: Modality) -> float | None:
-        return self.config.vision_keep if modality is Modality.VISION else None
 
     def keep(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Keep:
         take = {i: self.counts(group, site.layer, site.num_layers) for i, group in enumerate(site.groups)}

@@ -66,6 +66,8 @@ class Book:
     def decided(self, turn: Turn) -> None:
         """A route has been chosen."""
         self.decisions.labels(turn.route, turn.reason).inc()
+        if turn.reason in ("fallback", "verify"):
+            return  # another route for a query whose rating has been counted
         if turn.reason in ("unrated", "rater_timeout"):
             self.fail_open.labels(turn.reason).inc()
         if turn.rating_s is not None:
@@ -109,7 +111,7 @@ class Book:
 
     def target_share(self) -> float | None:
         """Of the requests on the page that a rating decided."""
-        routes = [r["route"] for r in self.recent if r["reason"] == "rating"]
+        routes = [r["route"] for r in self.recent if r["reason"] in ("rating", "verify")]
         return routes.count("target") / len(routes) if routes else None
 
     def _cost(self, turn: Turn) -> None:

@@ -161,6 +161,12 @@ class _Exchange:
         try:
             if running is None:
                 running = await self._open_answer(route, asked)
+            if self.router.looks_again:
+                await running.read_all(self.settings.timeouts.between_bytes_s)
+                if self.router.look_again(running, asked):
+                    await running.aclose()
+                    route, running = "target", None
+                    running = await self._open_answer(route, asked)
             await self._pass(running, asked)
         except Fault as fault:
             if running is not None:
@@ -193,9 +199,14 @@ class _Exchange:
 
     async def _open_answer(self, route: Route, asked: Asked) -> Running:
         upstream = self.gateway.upstreams[route]
-        stream = asked.stream or upstream.streams_only
+        looks = self.router.looks_again and route == "draft"
+        stream = asked.stream or upstream.streams_only or looks
         body = raters.with_usage(asked.body) if stream else asked.body
-        return await self.opener.open(route, body, stream, trace=asked.over.debug)
+        running = await self.opener.open(
+            route, {**body, "stream": True, "logprobs": True} if looks else body, stream, trace=asked.over.debug
+        )
+        running.hide_logprobs = looks and not asked.body.get("logprobs")
+        return running
 
     async def _pass_whole(self, answer: dict[str, Any], asked: Asked) -> None:
         self._mark_first()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mmroute.errors import ConfigError
 from mmroute.gate._policy import Always, Batch, Budget, MicroBatch, Shadow, policy
+from mmroute.gate._verify import TwoLooks
 from mmroute.gate.base import Decision, Policy, Rating, Route
 from mmroute.serve.schema import Overrides
 from mmroute.serve.settings import Settings
@@ -25,20 +26,27 @@ class Decider:
         Args:
             first_threshold: of a budget, where calibration knows it; used until the window has filled.
         """
-        self._made_of = settings.policy, settings.on_unrated
+        self._made_of = _parts(settings)
         options = dict(settings.policy)
         if "name" not in options:
             raise ConfigError("serve.policy: no name given; e.g. {name: budget, budget: 0.4}")
-        if options["name"] == "budget" and first_threshold is not None:
-            options.setdefault("start", first_threshold(options.get("budget", Budget.Config().budget)))
-        self.policy: Policy = policy(**options)
+        self.looks: TwoLooks | None = None
+        """A second look at finished answers, where the settings ask for one."""
+        if settings.verify != "none":
+            del options["name"]
+            self.looks = TwoLooks(Budget(**options), settings.verify_share, first_threshold)
+            self.policy: Policy = self.looks.first
+        else:
+            if options["name"] == "budget" and first_threshold is not None:
+                options.setdefault("start", first_threshold(options.get("budget", Budget.Config().budget)))
+            self.policy = policy(**options)
         self.budget: float | None = None
         """Share that the policy is asked to keep, if it keeps one."""
         if not self.is_constant:
             self.policy.on_unrated = settings.on_unrated
         inner = self.policy.inner if isinstance(self.policy, Shadow) else self.policy
         if isinstance(inner, Budget | MicroBatch):
-            self.budget = inner.config.budget
+            self.budget = inner.config.budget if self.looks is None else self.looks.budget
         self._batch: Batch | None = None
         if isinstance(inner, MicroBatch):
             self._batch = Batch(inner.config.max_n, inner.config.max_wait_ms / 1000)
@@ -53,7 +61,7 @@ class Decider:
 
     def made_of(self, settings: Settings) -> bool:
         """Whether these settings would make the same policy."""
-        return self._made_of == (settings.policy, settings.on_unrated)
+        return self._made_of == _parts(settings)
 
     @property
     def is_constant(self) -> bool:
@@ -68,12 +76,24 @@ class Decider:
             route: Route = "target" if rating.score > over.threshold else "draft"
             return Decision(route, "rating", rating.score, over.threshold)
         if over.budget is not None:
-            return self.window.decide_at(rating, over.budget, key)
+            first = over.budget if self.looks is None else self.looks.first_share(over.budget)
+            return self.window.decide_at(rating, first, key)
         if self._watches:
             self.window.decide(rating, key=key)
         if self._batch is None:
             return self.policy.decide(rating, key=key)
         return await self._with_others(rating, key)
+
+    def decide_again(self, score: float, key: str, over: Overrides) -> Decision:
+        """Who answers a query whose draft has answered.
+
+        Args:
+            score: of `Verifier.score`.
+        """
+        assert self.looks is not None
+        if over.threshold is not None:
+            return Decision("target" if score > over.threshold else "draft", "verify", score, over.threshold)
+        return replace(self.looks.decide_again(score, key, over.budget), reason="verify")
 
     async def _with_others(self, rating: Rating, key: str) -> Decision:
         assert self._batch is not None
@@ -99,6 +119,11 @@ class Decider:
         decisions = self.policy.decide_many([r for r, _, _ in here], [k for _, k, _ in here])
         for (_, _, told), decision in zip(here, decisions, strict=True):
             told.set_result(decision)
+
+
+def _parts(settings: Settings) -> tuple[object, ...]:
+    """What a decider is made of."""
+    return settings.policy, settings.on_unrated, settings.verify, settings.verify_share
 
 
 def capped(decision: Decision) -> Decision:

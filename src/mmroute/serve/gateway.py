@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +25,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mmroute.errors import MmrouteError
+from mmroute.errors import ConfigError, MmrouteError
+from mmroute.gate._manifest import Manifest, first_threshold, verifier_of
+from mmroute.gate._verify import Verifier
+from mmroute.serve import raters
 from mmroute.serve.book import Book
 from mmroute.serve.breaker import RetryBudget
 from mmroute.serve.chat import Chat
@@ -54,6 +58,12 @@ class Live:
     decider: Decider
     keys: Keys
     artifact: str
+    known: Manifest | None
+    """Of a draft behind HTTP: what its ratings were calibrated as."""
+    verifier: Verifier | None
+    """What a second look judges finished answers by, if the artifact can."""
+    curve: dict[str, list[float]] | None
+    """How accurate routing was on the calibration split, by share of target calls."""
 
 
 class Gateway:
@@ -87,12 +97,21 @@ class Gateway:
 
     def _build(self, settings: Settings, before: Live | None) -> Live:
         same = before is not None and before.decider.made_of(settings)
-        draft = self.upstreams["draft"]
-        first = draft.first_threshold if isinstance(draft, SessionUpstream) else None
+        draft, known = self.upstreams["draft"], raters.manifest(settings)
+        verifier, curve = (None, None) if known is None else (verifier_of(known.facts), known.facts.get("curve"))
+        if settings.verify != "none" and verifier is None:
+            raise ConfigError(
+                "verify looks at finished answers by what the artifact has learned of them, and "
+                f"{settings.rater or 'no artifact'} has learned nothing; set rater to a folder that this version's "
+                "`mmroute train prp` wrote"
+            )
+        artifact, first = f"{settings.draft.model}:{settings.rates_by}", None
+        if isinstance(draft, SessionUpstream):
+            artifact, first, known = draft.artifact, draft.first_threshold, None
+        elif known is not None:
+            artifact, first = f"prp:{known.id_with()}", partial(first_threshold, known.facts)
         decider = before.decider if same and before is not None else Decider(settings, first)
-        how = f"{settings.draft.model}:{settings.rates_by}"
-        artifact = draft.artifact if isinstance(draft, SessionUpstream) else how
-        return Live(decider, Keys(settings.api_keys_file), artifact)
+        return Live(decider, Keys(settings.api_keys_file), artifact, known, verifier, curve)
 
     @property
     def served(self) -> list[str]:
@@ -262,6 +281,7 @@ class Gateway:
                 "in_flight": self.book.in_flight,
                 "totals": self.book.totals,
                 "cost": self.book.spent,
+                "curve": self.live.curve,
                 "recent": list(self.book.recent),
                 "examples": _bundled(settings),
             }

@@ -20,6 +20,7 @@ import torch
 
 from mmroute import recipe
 from mmroute.errors import ConfigError, InputError, MmrouteError
+from mmroute.gate._words import SWITCH
 from mmroute.gate.base import Rating
 from mmroute.serve.breaker import Breaker
 from mmroute.serve.limits import decode_data_image
@@ -35,6 +36,7 @@ __all__ = ["SESSIONS", "LocalReply", "LocalUpstream"]
 log = logging.getLogger(__name__)
 
 SESSIONS = 4
+_TOP_LOGPROBS = 20
 
 
 class LocalUpstream(SessionUpstream):
@@ -49,7 +51,7 @@ class LocalUpstream(SessionUpstream):
         """
         self._recipe = recipe.read(settings.recipe)
         _check(role, self._recipe)
-        plain = settings.model_copy(update={"tools": False, "json_mode": False, "logprobs": False})
+        plain = settings.model_copy(update={"tools": False, "json_mode": False})
         super().__init__(role, plain, Breaker(all_.circuit))
         self.rater = rater
         self.shape: Any = None
@@ -116,6 +118,8 @@ class LocalUpstream(SessionUpstream):
             id=f"chatcmpl-{request_id}",
             park=park,
             trace=trace,
+            template=_template(body),
+            top_logprobs=_top_logprobs(body),
             loop=asyncio.get_running_loop(),
         )
         self._jobs.put(job)
@@ -171,6 +175,21 @@ class LocalUpstream(SessionUpstream):
 _OVER = object()
 
 
+def _template(body: dict[str, Any]) -> dict[str, Any]:
+    """Of `chat_template_kwargs` the switch that asks for a rating: the others could be words of the processor's own."""
+    given = body.get("chat_template_kwargs") or {}
+    if not isinstance(given, dict):
+        raise Fault("refused", f"chat_template_kwargs is an object, given {given!r}", status=400, ours=True)
+    return {SWITCH: True} if given.get(SWITCH) else {}
+
+
+def _top_logprobs(body: dict[str, Any]) -> int | None:
+    num = body.get("top_logprobs") or 0
+    if isinstance(num, bool) or not isinstance(num, int) or not 0 <= num <= _TOP_LOGPROBS:
+        raise Fault("refused", f"top_logprobs is 0 to {_TOP_LOGPROBS}, given {num!r}", status=400, ours=True)
+    return num if body.get("logprobs") else None
+
+
 def _check(role: str, made: recipe.Recipe) -> None:
     """
     Raises:
@@ -204,8 +223,11 @@ class LocalReply(SessionReply):
     def resume(self) -> None:
         self._job.go.set()
 
-    def _chunk(self, delta: dict[str, Any], finish: str | None = None, **rest: Any) -> bytes:
-        choices = [] if "usage" in rest else [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]
+    def _chunk(
+        self, delta: dict[str, Any], finish: str | None = None, logprobs: dict[str, Any] | None = None, **rest: Any
+    ) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+        choices = [] if "usage" in rest else [choice]
         head = {"id": self._job.id, "object": "chat.completion.chunk", "created": self._created, "model": self._model}
         return json.dumps({**head, "choices": choices, **rest}).encode()
 
@@ -218,7 +240,8 @@ class LocalReply(SessionReply):
             if isinstance(item, Fault):
                 raise item
             if item[0] == "text":
-                yield self._chunk({"content": item[1]})
+                _, text, entries = item
+                yield self._chunk({"content": text}, logprobs={"content": entries} if entries else None)
             elif item[0] == "done":
                 _, finish, prompt, written, self.report = item
                 yield self._chunk({}, finish)

@@ -1,7 +1,8 @@
 """The rating at the head of a draft's stream: read, judged, and taken out before anything reaches the client.
 
 A rating reads `^\\s?[0-9]{n}\\n`: one digit each, then a newline that guards against tokenizers which merge digits with
-what follows.
+what follows. A tokenizer of whole words sets blanks between them, `7 3 \\n start`; then the one before the answer goes
+too.
 
 Source: PRP (arXiv 2606.30217), one or two rating tokens before any reasoning.
 Deviates: ten levels and their form are ours.
@@ -11,9 +12,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["LEVELS", "Peek", "Rated", "expected"]
+from mmroute.gate._words import LEVELS
 
-LEVELS = 10
+__all__ = ["Peek", "Rated", "expected"]
+
+_DIGITS = "0123456789"
 _FIELDS = ("content", "reasoning_content", "reasoning")
 _MOST_CHARACTERS, _MOST_CHUNKS = 64, 8
 
@@ -48,6 +51,35 @@ def expected(digit: str, entry: dict[str, Any] | None) -> float:
     return sum(level * weight for level, weight in weights.items()) / mass / (LEVELS - 1)
 
 
+@dataclass(frozen=True)
+class _Form:
+    """How much of a text is a rating with its tokens joined in one way."""
+
+    end: int = 0
+    """Characters at the head that are a rating, or the beginning of one."""
+    is_whole: bool = False
+    is_open: bool = True
+    """Not whole, and nothing speaks against it."""
+    borrowed: int = 0
+    """Of these characters: the blank that the next token brings."""
+
+
+def _read(text: str, num_ratings: int, joint: str, is_all: bool) -> _Form:
+    at = known = int(text[:1].isspace())
+    for number, kind in enumerate([_DIGITS] * num_ratings + ["\n"]):
+        for fits in ([joint] if joint and number else []) + [kind]:
+            if at == len(text):
+                return _Form(known)
+            if text[at] not in fits:
+                return _Form(known, is_open=False)
+            at += 1
+        known = at
+    if joint and at == len(text) and not is_all:
+        return _Form(known)
+    borrowed = int(bool(joint) and text[at : at + 1] == joint)
+    return _Form(known + borrowed, True, False, borrowed)
+
+
 @dataclass
 class Peek:
     """An incremental machine: feed it chunks until it says `rated` or `unrated`; nothing leaks before.
@@ -60,6 +92,7 @@ class Peek:
     text: str = ""
     tokens: int = 0
     """Of the rating; taken out of `usage`."""
+    _form: _Form = _Form()
     _field: str = ""
     _chunks: list[dict[str, Any]] = field(default_factory=list)
     _entries: list[dict[str, Any]] = field(default_factory=list)
@@ -77,37 +110,21 @@ class Peek:
                     self.text += delta[name] if name == self._field else "\0"
             ended = ended or choice.get("finish_reason") is not None or bool(delta.get("tool_calls"))
             self._entries += (choice.get("logprobs") or {}).get("content") or ()
-        matched = self._matched()
-        if matched == self._length:
-            self.state = "rated"
-        elif (
-            matched < len(self.text) or ended or len(self._chunks) >= _MOST_CHUNKS or len(self.text) >= _MOST_CHARACTERS
-        ):
+        enough = ended or len(self._chunks) >= _MOST_CHUNKS or len(self.text) >= _MOST_CHARACTERS
+        forms = [_read(self.text, self.num_ratings, joint, enough) for joint in ("", " ")]
+        whole = [form for form in forms if form.is_whole]
+        if whole:
+            self.state, self._form = "rated", whole[0]
+        elif enough or not any(form.is_open for form in forms):
             self.state = "unrated"
+            self._form = max(forms, key=lambda form: form.end)
         return self.state
-
-    @property
-    def _length(self) -> int:
-        return self.text[:1].isspace() + self.num_ratings + 1
-
-    def _matched(self) -> int:
-        """Characters at the head that are a rating, or the beginning of one."""
-        at = int(self.text[:1].isspace() and self.text[:1] != "")
-        for wanted in ["digit"] * self.num_ratings + ["newline"]:
-            if at >= len(self.text):
-                break
-            character = self.text[at]
-            fits = character == "\n" if wanted == "newline" else character in "0123456789"
-            if not fits:
-                break
-            at += 1
-        return at
 
     @property
     def rated(self) -> Rated:
         assert self.state == "rated"
-        digits = self.text[: self._length].strip()
-        spoken = [e for e in self._entries if str(e.get("token", "")).strip() in tuple("0123456789")]
+        digits = [c for c in self.text[: self._form.end] if c in _DIGITS]
+        spoken = [e for e in self._entries if str(e.get("token", "")).strip() in tuple(_DIGITS)]
         by_token = spoken[: len(digits)] if len(spoken) >= len(digits) else [None] * len(digits)
         if any(e is not None and e["token"].strip() != d for d, e in zip(digits, by_token, strict=True)):
             by_token = [None] * len(digits)  # a server that reports other tokens than it writes
@@ -116,8 +133,8 @@ class Peek:
 
     def held(self) -> list[dict[str, Any]]:
         """The chunks seen so far as the client may see them."""
-        cut = self._length if self.state == "rated" else self._matched()
-        self.tokens = self._count(cut)
+        cut = self._form.end
+        self.tokens = self._count()
         entries, out = self.tokens, []
         for chunk in self._chunks:
             empty = bool(chunk.get("choices"))
@@ -137,13 +154,14 @@ class Peek:
         self._chunks = []
         return out
 
-    def _count(self, cut: int) -> int:
-        """Tokens that wrote the first `cut` characters; a guess of one a character without logprobs."""
+    def _count(self) -> int:
+        """Tokens that wrote the rating; one for each digit and the newline where the server does not say."""
+        own = self.text[: self._form.end - self._form.borrowed]
         if not self._entries:
-            return cut
+            return sum(not c.isspace() or c == "\n" for c in own)
         count = at = 0
         for entry in self._entries:
-            if at >= cut:
+            if at >= len(own):
                 break
             at += len(entry.get("token", ""))
             count += 1

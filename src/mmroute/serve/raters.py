@@ -4,14 +4,20 @@ Source: PRP (arXiv 2606.30217), one or two rating tokens before any reasoning.
 Deviates: how a rating travels over a chat API is ours: the template's switch `mmroute_rating`, or a continued turn.
 """
 
+import re
 from typing import Any
 
+import numpy as np
+
+from mmroute.errors import ConfigError
+from mmroute.gate._manifest import Manifest
+from mmroute.gate._words import PREFIX, SWITCH
 from mmroute.gate.base import Rating
 from mmroute.serve.peek import Rated, expected
 from mmroute.serve.schema import Asked
 from mmroute.serve.settings import Settings
 
-__all__ = ["call_body", "must_call", "peek_body", "rating", "read_call", "with_usage"]
+__all__ = ["call_body", "manifest", "must_call", "peek_body", "rating", "read_call", "with_usage"]
 
 TOP_LOGPROBS = 20  # vLLM's cap; ten levels fit
 _SHAPES_OUTPUT = (
@@ -49,9 +55,9 @@ def must_call(asked: Asked) -> bool:
 def _asking(body: dict[str, Any], settings: Settings) -> dict[str, Any]:
     out = {**body}
     if settings.rating_prefix == "template":
-        out["chat_template_kwargs"] = {**(body.get("chat_template_kwargs") or {}), "mmroute_rating": True}
+        out["chat_template_kwargs"] = {**(body.get("chat_template_kwargs") or {}), SWITCH: True}
     else:
-        out["messages"] = [*body["messages"], {"role": "assistant", "content": "<rate>"}]
+        out["messages"] = [*body["messages"], {"role": "assistant", "content": PREFIX}]
         out.update(add_generation_prompt=False, continue_final_message=True)
     if settings.peek_logprobs:
         out.update(logprobs=True, top_logprobs=TOP_LOGPROBS)
@@ -93,19 +99,54 @@ def read_call(answer: dict[str, Any], num_ratings: int) -> Rated | None:
     choice = (answer.get("choices") or [{}])[0]
     message = choice.get("message") or {}
     text = next((message[k] for k in ("content", "reasoning_content", "reasoning") if message.get(k)), "").strip()
-    digits = text[:num_ratings]
-    if len(digits) != num_ratings or not set(digits) <= set("0123456789"):
+    found = re.match(f"[0-9](?: ?[0-9]){{{num_ratings - 1}}}", text)
+    if found is None:
         return None
+    digits = found[0].replace(" ", "")
     entries = (choice.get("logprobs") or {}).get("content") or []
     spoken = [e for e in entries if str(e.get("token", "")).strip() in tuple("0123456789")]
     fits = [e["token"].strip() for e in spoken[:num_ratings]] == list(digits)
     return Rated(*(expected(d, spoken[i] if fits else None) for i, d in enumerate(digits)))
 
 
-def rating(rated: Rated | None, settings: Settings) -> Rating | None:
-    """As a policy sees it; costs in units of the target's, from the prices of an answer token where both are known."""
+def manifest(settings: Settings) -> Manifest | None:
+    """What the draft was trained and calibrated as, where the settings name it.
+
+    Raises:
+        CheckpointMismatch: no such artifact.
+        ConfigError: it reads a draft of this process and this one is behind HTTP, or it has another number of ratings.
+    """
+    if settings.rater is None:
+        return None
+    found = Manifest.read(settings.rater)
+    if settings.draft.url is None:
+        return found
+    if not found.is_written:
+        raise ConfigError(
+            f"serve.rater: {settings.rater} reads the session of a draft in this process; a draft behind HTTP writes "
+            "its ratings: train it with `mmroute train prp --set gate.form=tokens`"
+        )
+    ratings = found.config.get("num_ratings", 2)
+    if ratings != settings.num_ratings:
+        raise ConfigError(f"serve.num_ratings is {settings.num_ratings}, and {settings.rater} was trained on {ratings}")
+    return found
+
+
+def rating(rated: Rated | None, settings: Settings, known: Manifest | None = None) -> Rating | None:
+    """As a policy sees it; costs in units of the target's.
+
+    Args:
+        rated: what was read.
+        settings: the prices of an answer token say what costs are, where both are known.
+        known: calibrates what was read, and knows the costs.
+    """
     if rated is None:
         return None
     ours, theirs = settings.draft.price_out, settings.target.price_out
     ratio = ours / theirs if ours is not None and theirs else 0.0
-    return Rating(rated.score, rated.draft, rated.target, draft_cost=ratio, target_cost=1.0)
+    if known is None:
+        return Rating(rated.score, rated.draft, rated.target, draft_cost=ratio, target_cost=1.0)
+    both = known.calibrated([np.array([r]) for r in (rated.draft, rated.target) if r is not None])
+    costs = (ratio, 1.0) if ratio else known.facts.get("costs", (0.0, 1.0))
+    draft, *target = (float(r[0]) for r in both)
+    return Rating(float(known.score(both)[0]), draft, target[0] if target else None, *costs)

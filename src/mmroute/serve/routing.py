@@ -3,6 +3,8 @@
 import asyncio
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mmroute.gate.base import Decision, Rating, Route
 from mmroute.serve import raters
 from mmroute.serve.decide import capped
@@ -28,6 +30,8 @@ class Router:
         self.live = gateway.live  # one policy from end to end, whatever is reloaded meanwhile
         self.forced = False
         """Whether the client named the model."""
+        self.looks_again = False
+        """Whether the draft's answer is to be read to its end before the client sees any of it."""
 
     def _open_routes(self, asked: Asked) -> list[Route]:
         """Models that could take the request now; says why if that leaves no choice.
@@ -77,12 +81,11 @@ class Router:
             decision = await decider.decide(rated, self.turn.request_id, asked.over)
             if reason is not None:
                 decision = Decision("target" if reason == "fallback" else decision.route, reason)
-            target = self.gateway.upstreams["target"]
-            full = self.settings.target_in_flight
-            if decision.route == "target" and full is not None and target.in_flight >= full:
+            if decision.route == "target" and self._is_full():
                 decision = capped(decision)
             self.turn.decision = decision
             self.chosen(decision.route, decision.reason)
+            self.looks_again = decision.route == "draft" and self._can_look_again(rated, decision)
             if decision.route == "draft":
                 if running is not None and isinstance(running.reply, SessionReply):
                     running.reply.resume()
@@ -95,6 +98,33 @@ class Router:
             if running is not None:
                 await running.aclose()
             raise
+
+    def _can_look_again(self, rated: Rating | None, decision: Decision) -> bool:
+        return rated is not None and decision.reason == "rating" and self.live.decider.looks is not None
+
+    def look_again(self, running: Running, asked: Asked) -> bool:
+        """Whether the target answers after all; the draft's answer has been read to its end."""
+        rated, verifier, lp = self.turn.rated, self.live.verifier, running.logprobs
+        if rated is None or rated.draft is None or verifier is None or not lp:
+            return False  # a server that sends no log-probabilities leaves nothing to look at
+        target = None if rated.target is None else np.array([rated.target])
+        score = float(verifier.score(np.array([rated.draft]), target, np.array([sum(lp) / len(lp)]))[0])
+        decision = self.live.decider.decide_again(score, self.turn.request_id, asked.over)
+        if decision.route == "target" and self._is_full():
+            return False
+        if decision.route == "draft":
+            return False
+        self.turn.decision = decision
+        self.chosen("target", "verify")
+        self.turn.wasted_tokens = running.written
+        if isinstance(running.reply, SessionReply) and running.reply.report is not None:
+            self.turn.rating_flops = running.reply.report["flops"]
+        return True
+
+    def _is_full(self) -> bool:
+        """Whether the target works on as many requests as it may."""
+        most = self.settings.target_in_flight
+        return most is not None and self.gateway.upstreams["target"].in_flight >= most
 
     def chosen(self, route: Route, reason: str) -> Route:
         self.turn.route, self.turn.reason = route, reason
@@ -138,8 +168,10 @@ class Router:
         draft = self.gateway.upstreams["draft"]
         assert isinstance(draft, SessionUpstream)
         self.turn.attempts += 1
-        reply = draft.begin(asked.body, self.turn.request_id, park=True, trace=asked.over.debug)
+        body = asked.body if self.live.decider.looks is None else {**asked.body, "logprobs": True}
+        reply = draft.begin(body, self.turn.request_id, park=True, trace=asked.over.debug)
         running = Running(draft, reply)
+        running.hide_logprobs = not asked.body.get("logprobs")
         draft.in_flight += 1
         opened.append(running)
         return await reply.rated(), running
@@ -148,7 +180,7 @@ class Router:
         running = await self.opener.open("draft", raters.call_body(asked, self.settings), stream=False)
         try:
             rated = raters.read_call(running.whole or {}, self.settings.num_ratings)
-            return raters.rating(rated, self.settings)
+            return raters.rating(rated, self.settings, self.live.known)
         finally:
             await running.aclose()
 
@@ -166,7 +198,7 @@ class Router:
             if chunk is None:
                 break
             peek.feed(chunk)
-        rated = raters.rating(peek.rated if peek.state == "rated" else None, self.settings)
+        rated = raters.rating(peek.rated if peek.state == "rated" else None, self.settings, self.live.known)
         running.put_back(peek.held())
         running.rating_tokens = peek.tokens
         return rated, running

@@ -21,10 +21,14 @@ class Running:
         """We asked for them, the client did not."""
         self.rating_tokens = 0
         """Written before the answer; taken out of usage."""
+        self.written = 0
+        """Tokens that the server counts of an answer that has been read to its end, a rating included."""
         self.finished = False
         self.usage: dict[str, Any] | None = None
         self.whole: dict[str, Any] | None = None
         """An answer that came in one piece."""
+        self.logprobs: list[float] = []
+        """Of the answer's tokens, once it has been read to its end."""
         self._events = aiter(reply)
         self._ahead: deque[dict[str, Any]] = deque()
         self._open: set[int] = set()
@@ -86,20 +90,37 @@ class Running:
                 self._open.add(choice.get("index", 0))
         return chunk
 
+    async def read_all(self, silence_s: float) -> None:
+        """Reads to the end; `chunks` then gives the same away as if it had not been read.
+
+        Raises:
+            Fault: as `chunks`.
+        """
+        held: list[dict[str, Any]] = []
+        while (chunk := await self._soon(silence_s)) is not None:
+            held.append(chunk)
+            for choice in chunk["choices"]:
+                entries = (choice.get("logprobs") or {}).get("content") or ()
+                self.logprobs += [entry["logprob"] for entry in entries]
+            usage = chunk.get("usage")
+            if isinstance(usage, dict):
+                self.written = usage.get("completion_tokens") or 0
+        self.put_back(held)
+
+    async def _soon(self, silence_s: float) -> dict[str, Any] | None:
+        try:
+            async with asyncio.timeout(silence_s):
+                return await self.chunk()
+        except TimeoutError:
+            raise Fault("timeout", f"{self.upstream.role}: silent for {silence_s:g} s", status=504) from None
+
     async def chunks(self, silence_s: float) -> AsyncIterator[dict[str, Any]]:
         """What the client may see, to the end.
 
         Raises:
             Fault: as `chunk`; `timeout` after so many seconds without one.
         """
-        while True:
-            try:
-                async with asyncio.timeout(silence_s):
-                    chunk = await self.chunk()
-            except TimeoutError:
-                raise Fault("timeout", f"{self.upstream.role}: silent for {silence_s:g} s", status=504) from None
-            if chunk is None:
-                return
+        while (chunk := await self._soon(silence_s)) is not None:
             self._correct(chunk)
             yield chunk
 

@@ -19,6 +19,8 @@ class SessionRater(Protocol):
 
     artifact: str
     """Named in headers and logs, so that a threshold has a provenance."""
+    after: int
+    """Tokens that the draft writes before it is rated."""
 
     def rate(self, session: Session, logits: Tensor) -> Rating:
         """May enter positions; must leave the session as it was.
@@ -39,7 +41,7 @@ class FirstToken:
         long chain of thought.
     """
 
-    artifact = "first-token"
+    artifact, after = "first-token", 0
 
     def rate(self, session: Session, logits: Tensor) -> Rating:
         sure = float(logits[0].float().softmax(-1).max())
@@ -56,7 +58,7 @@ class TrainedRater:
         from mmroute.gate.prp import Prp
 
         self.gate = Prp.load(folder, model)
-        self.artifact = f"prp:{self.gate.facts['artifact']}"
+        self.artifact, self.after = f"prp:{self.gate.facts['artifact']}", self.gate.steps
 
     def rate(self, session: Session, logits: Tensor) -> Rating:
         return self.gate.one(self.gate.rate_session(session), 0)

@@ -119,10 +119,15 @@ class Settings(BaseSettings):
     """How a rating is got: on the session of a local draft, from the head of the draft's own stream, or by a call."""
     policy: dict[str, Any] = {"name": "budget", "budget": 0.4}
     """`name` and options of a policy of `gate._policy`; `shadow: true` decides and logs, and acts as `shadow_acts`."""
+    verify: Literal["none", "logprob"] = "none"
+    """`logprob`: a part of the budget is kept for finished answers of the draft, which then wait to be looked at."""
+    verify_share: float = Field(default=0.25, ge=0, le=1)
+    """That part."""
     target_in_flight: int | None = Field(default=None, ge=1)
     """Most requests the target works on; beyond them the draft answers, reason `budget_cap`."""
     rater: Path | None = None
-    """Folder that `mmroute train prp` wrote for a local draft; without it the draft's first token rates, untrained."""
+    """Folder that `mmroute train prp` wrote. Without one a local draft's first token rates, untrained, and what a
+    draft behind HTTP writes is taken as it is."""
     num_ratings: Literal[1, 2] = 2
     """Digits the draft writes: its own chance, and the target's."""
     peek_logprobs: bool = True
@@ -178,6 +183,8 @@ class Settings(BaseSettings):
             raise ValueError("mode inprocess rates on the session of a local draft; give a draft without a url")
         if self.mode in ("stream_peek", "rate_call") and self.draft.url is None:
             raise ValueError(f"mode {self.mode} asks a server; a local draft is rated inprocess")
+        if self.verify != "none" and (self.policy.get("name") != "budget" or self.policy.get("shadow")):
+            raise ValueError(f"verify shares a budget, and policy {self.policy} keeps none; give policy.name budget")
         if self.draft.name == self.target.name:
             raise ValueError(f"draft and target are both served as {self.draft.name!r}; give one a `served` name")
         return self

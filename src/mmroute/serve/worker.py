@@ -37,6 +37,10 @@ class Job:
     park: bool
     """Wait after the rating for `go` or `gone`."""
     trace: bool
+    template: dict[str, Any]
+    """Variables of the chat template."""
+    top_logprobs: int | None
+    """Alternatives named beside each token's log-probability; None is no log-probabilities."""
     loop: asyncio.AbstractEventLoop
     out: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     go: threading.Event = field(default_factory=threading.Event)
@@ -64,13 +68,23 @@ class Turns:
             raise InputError("max_tokens >= 1, temperature >= 0 and top_p in (0, 1] are needed")
         if job.gone.is_set():
             return
-        batch = prepare(routed.model, routed.processor, [job.messages])
+        batch = prepare(routed.model, routed.processor, [job.messages], job.template)
         session = Session(routed, reserve=limit)
         routed.full_trace = job.trace
         logits = session.append(batch)
         routed.full_trace = False
         prompt = int(batch["attention_mask"].sum())
-        rated = None if up.rater is None else up.rater.rate(session, logits)
+        writer = _Writer(routed, think, job)
+        writing = self._write(session, logits, writer, limit)
+        rater, finish = up.rater, None
+        for _ in range(0 if rater is None else rater.after):  # its rating goes out first, whatever it has read by then
+            yield
+            if job.gone.is_set():
+                return
+            finish = next(writing)
+            if finish is not None:
+                break
+        rated = None if rater is None else rater.rate(session, logits)
         flops = estimate_flops(session.trace_of(0)).total
         job.emit(("rated", rated, prompt, float(flops)))
         yield
@@ -80,24 +94,31 @@ class Turns:
             # Alone, there is nothing better to do than to wait; beside others, their steps take the time.
             job.go.wait(0.001)
             yield
-        writer = _Writer(routed, think, job)
-        finish = "length"
+        writer.release()
+        while finish is None:
+            if job.gone.is_set():
+                return
+            finish = next(writing)
+            if finish is None:
+                yield
+        writer.flush()
+        job.emit(("done", finish, prompt, len(writer.ids), self._report(session, batch)))
+
+    def _write(self, session: Session, logits: Tensor, writer: "_Writer", limit: int) -> Iterator[str | None]:
+        """One token and the call behind it, again and again; says why it ends, None until then."""
         for _ in range(limit):
             ended, hop = writer.take(logits)
             if ended:
-                finish = "stop"
-                break
+                yield "stop"
+                return
             if len(writer.ids) == limit:
                 break
-            yield
-            if job.gone.is_set():
-                return
             if hop >= 0:
                 session.close_hop([hop])
             logits = session.step(writer.last, [writer.hop])
-            up.steps += 1
-        writer.flush()
-        job.emit(("done", finish, prompt, len(writer.ids), self._report(session, batch)))
+            self.up.steps += 1
+            yield None
+        yield "length"
 
     def _report(self, session: Session, batch: dict[str, Tensor]) -> dict[str, Any]:
         up, routed = self.up, self.up.routed
@@ -130,6 +151,11 @@ class _Writer:
         self.hop = 1
         self.sent = ""
         self.last: Tensor
+        self._entries: list[dict[str, Any]] = []
+        """Log-probabilities of tokens whose text has not gone out yet."""
+        self._decoded = ""
+        self._waiting: list[Any] | None = []
+        """What may not go out before the rating."""
 
     def take(self, logits: Tensor) -> tuple[bool, int]:
         """Draws the next token; whether the answer ended with it, and the hop that it closes (-1: none)."""
@@ -138,10 +164,23 @@ class _Writer:
         self.ids.append(value)
         if value in self.ends:
             return True, -1
+        if self.job.top_logprobs is not None:
+            self._entries.append(self._entry(logits, value, self.job.top_logprobs))
         closed = -1
         if len(self.ids) > 1 and self.think.starts_hop(self.tokenizer.decode([value])):
             closed, self.hop = self.hop, self.hop + 1
         return self._say(), closed
+
+    def _entry(self, logits: Tensor, value: int, num: int) -> dict[str, Any]:
+        """A token as OpenAI's `logprobs.content` has it, from the logits before any temperature."""
+        logp = logits[0].float().log_softmax(-1)
+        before, self._decoded = self._decoded, self.text
+        # What the token added to the text: a tokenizer of words sets a blank before it that its own name has not.
+        own = self._decoded.removeprefix(before) if self._decoded.startswith(before) else ""
+        best = logp.topk(min(num, len(logp)))
+        named = [(i, self.tokenizer.decode([i])) for i in best.indices.tolist()]
+        top = [_token(text, p) for (_, text), p in zip(named, best.values.tolist(), strict=True)]
+        return {**_token(own or self.tokenizer.decode([value]), float(logp[value])), "top_logprobs": top}
 
     @property
     def text(self) -> str:
@@ -163,12 +202,26 @@ class _Writer:
 
     def _emit(self, text: str) -> None:
         if text.startswith(self.sent) and len(text) > len(self.sent):
-            self.job.emit(("text", text[len(self.sent) :]))
-            self.sent = text
+            item = ("text", text[len(self.sent) :], self._entries)
+            self.sent, self._entries = text, []
+            if self._waiting is None:
+                self.job.emit(item)
+            else:
+                self._waiting.append(item)
+
+    def release(self) -> None:
+        """The rating is out: what has been written goes out too, and what follows at once."""
+        for item in self._waiting or ():
+            self.job.emit(item)
+        self._waiting = None
 
     def flush(self) -> None:
         if not any(stop in self.text for stop in self.job.stops):
             self._say(last=True)
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def _view(trace: Trace, grid: tuple[int, int], vision: list[bool]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import yaml
 
 from mmroute.errors import ConfigError, InputError
 from mmroute.tasks._io import new_folder
-from mmroute.tasks._mvot import to_mvot
+from mmroute.tasks._mvot_export import to_mvot
 from mmroute.tasks._parquet import write_parquet
 from mmroute.tasks._pictures import png_bytes
 from mmroute.tasks._rows import sample_of

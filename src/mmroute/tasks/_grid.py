@@ -52,9 +52,10 @@ def reverse(move: int) -> int:
     return (move + 2) % 4
 
 
-def neighbours(cell: Cell, n: int) -> list[tuple[int, Cell]]:
+@cache
+def neighbours(cell: Cell, n: int) -> tuple[tuple[int, Cell], ...]:
     """(move, cell) of all neighbours on the board."""
-    return [(a, q) for a in range(4) if inside(q := step(cell, a), n)]
+    return tuple((a, q) for a in range(4) if inside(q := step(cell, a), n))
 
 
 def replay(
@@ -138,7 +139,8 @@ def canonical(board: Int[np.ndarray, "n n"], table: Int[np.ndarray, "G V"] | Non
     turned = np.asarray(board, dtype=np.uint8).reshape(-1)[perms]
     if table is not None:
         turned = np.take_along_axis(table.astype(np.uint8), turned.astype(np.intp), axis=1)
-    return min(row.tobytes() for row in turned)
+    whole, size = turned.tobytes(), turned.shape[1]
+    return min(whole[at : at + size] for at in range(0, len(whole), size))
 
 
 def layout_hash(task: str, n: int, key: bytes) -> str:

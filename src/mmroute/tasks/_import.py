@@ -20,7 +20,7 @@ from typing import Any
 
 from mmroute import hub
 from mmroute.errors import ConfigError, InputError
-from mmroute.tasks._mvot import from_mvot
+from mmroute.tasks._mvot_import import from_mvot
 from mmroute.tasks._pictures import open_image
 from mmroute.tasks.base import Hop, Sample
 from mmroute.tasks.hub._fields import choices as lettered

@@ -6,7 +6,7 @@ Source: MVoT (arXiv 2501.07542), the kinds, the order and the contents of rows; 
 from typing import Literal, NamedTuple
 
 from mmroute.errors import InputError
-from mmroute.tasks._mvot import listed_moves
+from mmroute.tasks._mvot_export import listed_moves
 from mmroute.tasks._prompts import mvot_like
 from mmroute.tasks.base import Sample
 

@@ -74,7 +74,7 @@ VOCABULARY: list[str] = [
     *(f"s{i}" for i in range(1, MAX_STEP + 1)),
     *_PLAIN,
 ]
-_LATER = (*(str(i) for i in range(MAX_COORDINATE)), "same")
+_LATER = (*(str(i) for i in range(MAX_COORDINATE)), "same", "<rate>", "\n")
 """Took the places of the first unused words."""
 VOCABULARY += [*_LATER, *(f"<unused{i}>" for i in range(len(_LATER), SIZE - len(VOCABULARY)))]
 """Position = token id. The order is part of every trained checkpoint: add words by renaming an unused one."""

@@ -7,7 +7,6 @@ cell may have no coordinate word.
 Source: the task of MVoT (arXiv 2501.07542) and of gymnasium's FrozenLake; quads, class stream and texts are ours.
 """
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -59,7 +58,7 @@ def walk(rng: np.random.Generator, n: int, start: Cell, length: int, back: float
     for _ in range(length):
         options = neighbours(path[-1], n)
         if actions and len(options) > 1 and rng.random() > back:
-            options = [(a, q) for a, q in options if a != reverse(actions[-1])]
+            options = tuple((a, q) for a, q in options if a != reverse(actions[-1]))
         a, q = options[int(rng.integers(len(options)))]
         actions.append(a)
         path.append(q)
@@ -114,7 +113,7 @@ class FrozenLake(Listed):
         self, rng: np.random.Generator, preset: Preset, size: int, length: int, split: Split, unit: int
     ) -> list[Spec]:
         """Two maps x two lists with classes [[x, y], [y, x]]: neither the map nor the list tells anything."""
-        x, y = _PAIRS[unit % 12 // 4]
+        pair = _PAIRS[unit % 12 // 4]
         longest = max(self._pairs(preset, False))[1] if preset.hops[0] > 12 else min(2 * size, preset.hops[1])
         while True:
             start = divmod(int(rng.integers(size * size)), size)  # one for the pool, so that all walks stay on board
@@ -124,24 +123,10 @@ class FrozenLake(Listed):
             lists = [
                 walk(rng, size, start, min(length + int(rng.integers(3)), max(longest, length))) for _ in range(_LISTS)
             ]
-            label = _labels(maps, lists, size, length)
-            is_x, is_y = label == x, label == y
-            both = (is_x.astype(int) @ is_y.T.astype(int)) > 0  # [i, j]: some list has x on map i and y on map j
-            found = np.argwhere(both & both.T)
-            if not len(found):
-                continue
-            i, j = (int(v) for v in found[int(rng.integers(len(found)))])
-            k = int(rng.choice(np.flatnonzero(is_x[i] & is_y[j])))
-            m = int(rng.choice(np.flatnonzero(is_y[i] & is_x[j])))
-            specs = []
-            for board, answers in ((i, (x, y)), (j, (y, x))):
-                world, key = maps[board]
-                base = self._finish(rng, preset, size, world, 0, key)
-                specs += [
-                    dataclasses.replace(base, world=world | {"actions": lists[which][1]}, answer=answer)
-                    for which, answer in zip((k, m), answers, strict=True)
-                ]
-            return [specs[int(p)] for p in rng.permutation(4)]
+            label, actions = _labels(maps, lists, size, length), [listed for _, listed in lists]
+            specs = self._crossed(rng, preset, size, maps, actions, label, pair)
+            if specs is not None:
+                return specs
 
     # ------------------------------------------------------------------ what happens
 

@@ -9,6 +9,7 @@ Source: the task of MVoT (arXiv 2501.07542); blocked moves, wall tiles and quads
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from functools import cache
 from typing import Any, ClassVar
@@ -286,20 +287,31 @@ def _walk(
     return actions
 
 
+@cache
+def _targets(n: int) -> Int[np.ndarray, "S 4"]:
+    """[cell, move]: the number of the cell that a move leads to; -1 off the board."""
+    cells = [step((r, c), a) for r in range(n) for c in range(n) for a in range(4)]
+    return np.array([r * n + c if inside((r, c), n) else -1 for r, c in cells]).reshape(n * n, 4)
+
+
+def _ways(boards: list[tuple[dict[str, Any], str]]) -> Int[np.ndarray, "B S 4"]:
+    """[board, cell, move]: where the agent is after the move, as `passable` says."""
+    walls = np.array([world["board"] for world, _ in boards]).reshape(len(boards), -1)
+    target = _targets(len(boards[0][0]["board"]))
+    if boards[0][0]["walls"] == "edges":
+        free = (walls[..., None] >> np.arange(4) & 1) == 0
+    else:
+        free = (target >= 0) & (walls[:, target] == 0)
+    return np.where(free, target, np.arange(len(target))[:, None])
+
+
 def _run_all(
-    boards: list[tuple[dict[str, Any], str]], start: Cell, lists: Int[np.ndarray, "K h"]
+    go: Int[np.ndarray, "B S 4"], start: int, lists: Int[np.ndarray, "K h"]
 ) -> tuple[Int[np.ndarray, "B K"], Int[np.ndarray, "B K"], Bool[np.ndarray, "B K"]]:
     """Ends (cell numbers), blocked moves, and whether no move points off the board, for B boards x K lists."""
-    n = len(boards[0][0]["board"])
-    cells = [(r, c) for r in range(n) for c in range(n)]
-    target = np.array(
-        [[r * n + c if inside((r, c), n) else -1 for r, c in (step(x, a) for a in range(4))] for x in cells]
-    )
-    go = np.array(
-        [[[target[i, a] if passable(w, x, a) else i for a in range(4)] for i, x in enumerate(cells)] for w, _ in boards]
-    )
-    rows = np.arange(len(boards))[:, None]
-    here = np.full((len(boards), len(lists)), start[0] * n + start[1])
+    target = _targets(math.isqrt(go.shape[1]))
+    rows = np.arange(len(go))[:, None]
+    here = np.full((len(go), len(lists)), start)
     blocked, legal = np.zeros_like(here), np.ones(here.shape, dtype=bool)
     for move in lists.T:
         new = go[rows, here, move[None]]
@@ -320,12 +332,12 @@ def _quad(
     free = np.zeros((len(boards), n * n), dtype=bool)
     for b, (world, _) in enumerate(boards):
         free[b, [r * n + c for r, c in _free(world)]] = True
-    home = start[0] * n + start[1]
+    home, go = start[0] * n + start[1], _ways(boards)
     for first in rng.permutation(len(boards)):
         walked = _walk(rng, boards[first][0], start, length, 0.2)
         assert walked is not None  # only simple walks end early
         lists = np.array([walked, *(rng.permutation(walked) for _ in range(_SHUFFLES))])
-        ends, blocked, legal = _run_all(boards, start, lists)
+        ends, blocked, legal = _run_all(go, home, lists)
         good = legal & (blocked <= length // 2 + 1) & (ends != home)
         if not good[first, 0]:
             continue

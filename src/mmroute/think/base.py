@@ -74,7 +74,7 @@ class Thought:
     """What goes with the copies behind the first T layers, multiplied alike; None where the tower adds nothing."""
 
 
-class Thinker(ABC):
+class Thinker:
     """Base class of the files in `think/`."""
 
     @options
@@ -95,15 +95,15 @@ class Thinker(ABC):
         self.config = parse(type(self).Config, given, f"think.{type(self).__module__.rpartition('.')[2]}")
 
     @property
-    @abstractmethod
     def cues(self) -> list[str]:
         """Texts that ask for this way of thinking, best first; a free question gets the first one that the model's
-        vocabulary can write."""
+        vocabulary can write. Default: the option `instruction`, then the word by which small models know the style."""
+        return [self.config.instruction, f"{self.style}:"]
 
     @property
-    @abstractmethod
     def max_new_tokens(self) -> int:
-        """Longest completion."""
+        """Longest completion; default the option of that name."""
+        return self.config.max_new_tokens
 
     @property
     def num_latents(self) -> int:
@@ -115,7 +115,7 @@ class Thinker(ABC):
         """Positions that all latent steps enter at most."""
         return 0
 
-    def fit(self, words: Float[Tensor, "W D"], norm: Float[Tensor, " D"]) -> None:  # noqa: B027 (optional)
+    def fit(self, words: Float[Tensor, "W D"], norm: Float[Tensor, " D"]) -> None:
         """Reads off a model what latent steps need; called when it is attached. What was learned stays.
 
         Args:
@@ -123,12 +123,13 @@ class Thinker(ABC):
             norm: weight of its last norm.
         """
 
-    @abstractmethod
     def starts_hop(self, piece: str) -> bool:
-        """Whether a generated token with this text begins a new hop; the hop before it is then closed."""
+        """Whether a generated token with this text begins a new hop; the hop before it is then closed. Default: none
+        does."""
+        return False
 
 
-class LatentThinker(Thinker):
+class LatentThinker(Thinker, ABC):
     """Thinks in latent steps between the prompt and what is written."""
 
     style = "latent"
@@ -148,7 +149,7 @@ class LatentThinker(Thinker):
         """The next latent step; marks in `mind` what it visits."""
 
 
-class LookingThinker(Thinker):
+class LookingThinker(Thinker, ABC):
     """Ends hops with boxes, whose image features then enter; `interleave.Looking` sees to them."""
 
     @abstractmethod

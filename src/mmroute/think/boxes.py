@@ -44,17 +44,6 @@ class Boxes(LookingThinker):
     style = "cot"
     config: Config
 
-    @property
-    def cues(self) -> list[str]:
-        return [self.config.instruction, "cot:"]
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.config.max_new_tokens
-
-    def starts_hop(self, piece: str) -> bool:
-        return False
-
     def box_at(self, text: str) -> Box | None:
         """The box that a text ends with; None where it ends with none, or with one that holds nothing.
 

@@ -44,23 +44,12 @@ class Coconut(LatentThinker):
     config: Any
 
     @property
-    def cues(self) -> list[str]:
-        return [self.config.instruction, "latent:"]
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.config.max_new_tokens
-
-    @property
     def num_latents(self) -> int:
         return self.config.num_latents
 
     @property
     def columns(self) -> int:
         return self.num_latents
-
-    def starts_hop(self, piece: str) -> bool:
-        return False
 
     def fit(self, words: Float[Tensor, "W D"], norm: Float[Tensor, " D"]) -> None:
         if self.learned is None:

@@ -25,14 +25,3 @@ class Direct(Thinker):
 
     style = "direct"
     config: Config
-
-    @property
-    def cues(self) -> list[str]:
-        return [self.config.instruction, "direct:"]
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.config.max_new_tokens
-
-    def starts_hop(self, piece: str) -> bool:
-        return False

@@ -32,14 +32,3 @@ class Image(Thinker):
     style = "image"
     draws = True
     config: Config
-
-    @property
-    def cues(self) -> list[str]:
-        return [self.config.instruction, "image:"]
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.config.max_new_tokens
-
-    def starts_hop(self, piece: str) -> bool:
-        return False

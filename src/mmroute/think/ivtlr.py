@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor
 
 from mmroute.config import options
-from mmroute.engine.select import hashed
 from mmroute.errors import ConfigError
 from mmroute.think.base import Mind, Thought
 from mmroute.think.coconut import Coconut
@@ -112,7 +111,7 @@ class IvtLr(Coconut):
         V = mind.visited.shape[1]
         device = mind.visited.device
         if self.config.replay_pick == "random":
-            score = hashed(torch.arange(V, device=device) + 1009 * mind.seeds[:, None], 0, mind.step)
+            score = _hashed(torch.arange(V, device=device) + 1009 * mind.seeds[:, None], mind.step)
         else:
             assert mind.row is not None, "the attention on the image was not recorded"
             score = mind.row.detach()
@@ -150,3 +149,11 @@ class IvtLr(Coconut):
         places = first[:, None] + torch.stack([torch.zeros_like(at), cell[..., 1], cell[..., 2]])
         side = mind.cells[..., 1:].amax((1, 2)) + 1
         return places, first + side.masked_fill(~here.any(1), 0)
+
+
+def _hashed(number: Int[Tensor, "B V"], step: int) -> Float[Tensor, "B V"]:
+    """Scores in [0, 1) that depend on the number and the step alone."""
+    mixed = number.long() * 2654435761 + (step + 1) * 2246822519
+    for multiplier in (2146121005, 2221713035):
+        mixed = (mixed ^ ((mixed & 0xFFFFFFFF) >> 16)) * multiplier & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 15)).float() / 2**32

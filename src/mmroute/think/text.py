@@ -39,13 +39,5 @@ class Text(Thinker):
         except re.error as error:
             raise ConfigError(f"think.text.hop_pattern: not a regular expression: {error}") from None
 
-    @property
-    def cues(self) -> list[str]:
-        return [self.config.instruction, "cot:"]
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.config.max_new_tokens
-
     def starts_hop(self, piece: str) -> bool:
         return self._begins.search(piece) is not None

@@ -8,7 +8,6 @@ it shows; written chains come when held-out read-outs are right, and read-outs s
 import copy
 import json
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmroute import hub
-from mmroute.bench.schema import commit_of_source
 from mmroute.config import resolved
-from mmroute.errors import ConfigError
+from mmroute.origin import origin_here
 from mmroute.tasks import _skins
 from mmroute.tasks._texts import EOS, MAX_COORDINATE, VOCABULARY
 from mmroute.tasks.base import Generated
@@ -32,7 +30,7 @@ from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas
 from mmroute.train.fast import Positions, run_text
 from mmroute.train.folder import copy_weights, write_folder
 from mmroute.train.follow import Follower
-from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
+from mmroute.train.loop import Journal, Optimisers, Progress, device_named, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.naming import naming_loss, place_words
 from mmroute.train.recipe import Phase, Recipe, as_yaml, at
 from mmroute.train.small_model import MERGE, PATCH, build
@@ -67,13 +65,11 @@ def train_backbone(
         ConfigError, InputError: see `Run`.
         MmrouteError: the disk is full; the last state is intact.
     """
-    commit, dirty = commit_of_source()
+    origin = origin_here()
     run = Run(recipe, out, device, resume, followers)
     progress = run.train()
     results = {
-        "command": "mmroute " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "dirty": dirty,
+        **origin,
         "device": device,
         "steps": progress.step,
         "cpu_s": progress.cpu_s,
@@ -112,9 +108,7 @@ class Run:
             ConfigError: the device is missing, or the folder's state belongs to another recipe.
             InputError: the folder holds a run and `resume` is off.
         """
-        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-            raise ConfigError(f"--device is cpu, or cuda where there is one (given {device!r})")
-        self.recipe, self.out, self.device = recipe, out, torch.device(device)
+        self.recipe, self.out, self.device = recipe, out, device_named(device)
         self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self.tasks: dict[str, Generated] = {
             name: hub.load("tasks", name, preset=recipe.preset) for name in recipe.tasks

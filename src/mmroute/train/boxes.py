@@ -200,7 +200,8 @@ class Run(ScratchRun[Recipe]):
     @cached_property
     def _held(self) -> tuple[Batch, Batch]:
         specs = self.held_out()
-        return tuple(collate(self.task, specs, self.think, probe).to(self.device) for probe in (False, True))
+        chain, probe = (collate(self.task, specs, self.think, each).to(self.device) for each in (False, True))
+        return chain, probe
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:

@@ -8,7 +8,8 @@ Legend: B batch, V most image tokens of a row, K copies, D hidden.
 Source: Vedas (arXiv 2604.10500), equations 7 and 8.
 Deviates: the window is a share of the real grid; ties go to the larger attention, then to the first; the crop is cut
     from the native picture, not from the shrunken one; the mean of the copies is weighted, so that the loss reaches the
-    language model; the squared error is a mean over D.
+    language model; the squared error is a mean over D, and both sides are divided by the size of the closer look's
+    tokens (`relative`): towers differ in it by orders, and on one whose tokens are large the loss drowned all others.
 """
 
 from collections.abc import Sequence
@@ -166,6 +167,7 @@ def coherence_loss(
     grids: Sequence[Sequence[Grid]],
     share: float = 0.3,
     cells: tuple[int, int] | None = None,
+    relative: bool = True,
 ) -> Tensor:
     """Mean over steps and rows that replay something of the squared error; 0 where none does.
 
@@ -178,6 +180,7 @@ def coherence_loss(
         grids: [row][image].
         share: see `windows_of`.
         cells: likewise.
+        relative: the error of tokens divided by the root mean square of the closer look; about 1 at the start.
     """
     looked, made = [], []
     for thought, attention in zip(rollout.thoughts, shares, strict=True):
@@ -192,4 +195,5 @@ def coherence_loss(
     target = closer_look(
         routed, [images[b][w.image] for b, w in at], [w for _, w in at], [grids[b][w.image] for b, w in at]
     )
-    return F.mse_loss(head(torch.cat(made)), target)
+    size = target.square().mean().sqrt().clamp(min=1e-6) if relative else target.new_ones(())
+    return F.mse_loss(head(torch.cat(made) / size), target / size)

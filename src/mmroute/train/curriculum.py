@@ -65,6 +65,9 @@ class TrainConfig:
     tasks: dict[str, Annotated[float, Field(gt=0)]]
     """Weight of each world, `name` or `name:preset`."""
     stages: Annotated[list[Stage], Field(min_length=1)]
+    start: str | None = None
+    """Folder `latent` of an earlier run, or the name of a bundled one: this one begins with its routers and backbone,
+    so that replay or depth is added to latents that work."""
     batch: Annotated[int, Field(ge=1)] = 32
     epoch_items: Annotated[int, Field(ge=0)] = 0
     """Items of one epoch, for stages that count in epochs."""
@@ -81,6 +84,8 @@ class TrainConfig:
     """How far gradients run back through latents: all steps, none, or the last n (`truncated:n`)."""
     recon_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the closer look; 1.0 in the paper up to 3B, 0.2 at 7B."""
+    recon_relative: bool = True
+    """Measure its error in units of the tower's tokens; off in the paper."""
     window_share: Share = 0.3
     """Side of its window as a share of the grid's."""
     window_cells: tuple[int, int] | None = None

@@ -11,7 +11,6 @@ Deviates: two stages; schedules, rates of learning and clipping are ours (see `d
 import json
 import logging
 import math
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,11 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmroute import recipe as recipes
-from mmroute.bench.schema import commit_of_source
 from mmroute.config import parse
 from mmroute.engine.attach import Routed, attach
-from mmroute.engine.saving import load as load_parts
 from mmroute.errors import ConfigError
+from mmroute.origin import origin_here
 from mmroute.prune._gates import Relaxation
 from mmroute.prune.dare import Dare
 from mmroute.prune.mod import MoD
@@ -44,11 +42,11 @@ from mmroute.train.dare_learners import Learners
 from mmroute.train.dare_look import held_out, kept_in_training, rate_table
 from mmroute.train.dare_losses import routing_losses
 from mmroute.train.dare_passes import Passes
-from mmroute.train.delta import save_delta, tuned
+from mmroute.train.delta import begun_from
 from mmroute.train.examples import IGNORED
 from mmroute.train.follow import Follower
-from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, replacing, save_state
-from mmroute.train.recipe import as_yaml
+from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
+from mmroute.train.trained import write_trained
 from mmroute.train.tuning import Tuning
 
 __all__ = ["DareRun", "train_dare"]
@@ -82,15 +80,13 @@ def train_dare(
         ConfigError: the recipe has nothing that can be trained so, or the folder's state belongs to another one.
         InputError: the folder holds a run and `resume` is off.
     """
-    commit, dirty = commit_of_source()
+    origin = origin_here()
     recipe = _with_cutoff(recipe, model)
     with DareRun(recipe, model, out, resume, followers) as run:
         run.train()
         look = run.look(4 * run.config.eval_items)
         results = {
-            "command": "mmroute " + " ".join(sys.argv[1:]),
-            "commit": commit,
-            "dirty": dirty,
+            **origin,
             "base": model.config.name_or_path,
             "steps": run.progress.step,
             "cpu_s": run.progress.cpu_s,
@@ -136,8 +132,6 @@ class DareRun:
         self.state = out / "state.safetensors"
         refuse_old_run(self.state, resume)
         self.tasks = worlds(self.config.tasks, self.config.task)
-        if self.config.start is not None and self.config.backbone == "lora":
-            raise ConfigError("train.start brings weights that adapters would hide; give train.backbone full or frozen")
         if self.config.init == "distill" and not isinstance(pruner, Dare):
             raise ConfigError("train.init distill is for prune.name dare; leave it out for its controls")
         if self.config.start is not None and self.config.init == "distill":
@@ -148,14 +142,12 @@ class DareRun:
         backbone = Optimisers(model, 0.01) if self.config.backbone != "frozen" else None
         self.routed: Routed = attach(model, prune=pruner, prefix_tokens=recipe.prefix_tokens, executor="dense")
         self._stack.callback(self._restore)
-        if self.config.start is not None:
-            load_parts(self.routed, self.config.start)
-            self._stack.enter_context(tuned(model, Path(self.config.start)))
         self.learners = Learners(backbone, pruner, self.config, self.routed.controller.shape.hidden)
         self.passes = Passes(self.routed, pruner)
         self.writer = Writer(self.routed, recipe.build("think"))
         fresh = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
         try:
+            self._stack.enter_context(begun_from(self.config.start, self.routed, self.config.backbone))
             self.progress = go_on(self.state, model, self.learners, fresh)
         except BaseException:
             self._stack.close()
@@ -323,18 +315,5 @@ class DareRun:
 
     def write(self, results: Mapping[str, Any]) -> Path:
         """`out/router`: what was added, the recipe, the figures, and the backbone's new weights if it learned."""
-        folder = self.out / "router"
         self.model.eval()
-        self.routed.save_pretrained(folder)
-        save_delta(folder, self.tuning.before, self.tuning.weights(), self.model.config.name_or_path)
-        recipe = {k: v for k, v in asdict(replace(self.recipe, trained=None)).items() if v is not None}
-        about = {"recipe.yaml": as_yaml(_plain(recipe)), "RESULTS.json": json.dumps(results, indent=1) + "\n"}
-        for name, text in about.items():
-            with replacing(folder / name) as beside:
-                beside.write_text(text)
-        return folder
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which YAML can write."""
-    return json.loads(json.dumps(value))
+        return write_trained(self.out / "router", self.routed, self.tuning, self.recipe, results)

@@ -22,7 +22,8 @@ class TrainConfig:
     task: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of all worlds, those that `mmroute eval` takes as `--set task.NAME=VALUE`."""
     start: str | None = None
-    """Folder `router` of an earlier run: this one begins with its routers, rates and backbone; fresh ones if not given.
+    """Folder `router` of an earlier run, or the name of bundled routers: this one begins with their weights, rates and
+    backbone; fresh ones if not given.
     Then `noise` is best 0 and both ramps [0, 0]: new noise undoes what was found."""
     steps: Annotated[int, Field(ge=1)] = 400
     batch: Annotated[int, Field(ge=1)] = 24

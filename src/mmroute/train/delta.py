@@ -15,10 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmroute.errors import CheckpointMismatch
+from mmroute.engine.attach import Routed
+from mmroute.engine.saving import load
+from mmroute.errors import CheckpointMismatch, ConfigError
+from mmroute.recipe import trained_folder
 from mmroute.train.loop import replacing
 
-__all__ = ["DELTA", "fingerprint", "save_delta", "tuned"]
+__all__ = ["DELTA", "begun_from", "fingerprint", "save_delta", "tuned"]
 
 DELTA = "backbone.safetensors"
 
@@ -83,6 +86,30 @@ def tuned(model: nn.Module, folder: Path) -> Iterator[None]:
         with torch.no_grad():
             for name, value in before.items():
                 own[name].copy_(value)
+
+
+@contextmanager
+def begun_from(start: str | None, routed: Routed, backbone: str) -> Iterator[None]:
+    """A run that begins where another ended, until the block ends; fresh parts and the model's own weights if `None`.
+
+    Args:
+        start: folder of the earlier run's parts, or their bundled name.
+        routed: attached with the same methods.
+        backbone: what the run trains of it.
+
+    Raises:
+        ConfigError: there is no such folder, or adapters would hide the weights in it.
+        CheckpointMismatch: its parts are not those of this run, or were trained on another base.
+    """
+    if start is None:
+        yield
+        return
+    if backbone == "lora":
+        raise ConfigError("train.start brings weights that adapters would hide; give train.backbone full or frozen")
+    folder = trained_folder(start)
+    load(routed, folder)
+    with tuned(routed.model, folder):
+        yield
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

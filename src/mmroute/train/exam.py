@@ -4,7 +4,6 @@ python -m mmroute.train.exam src/mmroute/assets/tiny --out src/mmroute/assets/ti
 """
 
 import logging
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mmroute import hub
-from mmroute.bench.schema import commit_of_source, write_json
 from mmroute.bench.stats import wilson
 from mmroute.config import read_yaml
+from mmroute.files import write_json
+from mmroute.origin import origin_here
 from mmroute.tasks import _skins
 from mmroute.tasks._texts import EOS, VOCABULARY
 from mmroute.tasks.base import Generated, Spec
@@ -109,17 +109,13 @@ def main(
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     pixels = _skins.atlas(2 * model.config.vision_config.patch_size)
     atlas = torch.tensor(pixels.reshape(-1, *pixels.shape[2:]), dtype=torch.float32)
-    commit, dirty = commit_of_source()
     results = {
-        "command": "python -m mmroute.train.exam " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "dirty": dirty,
+        **origin_here("python -m mmroute.train.exam"),
         "preset": recipe["preset"],
         "split": "test",
         "decoding": "greedy, written chain, weights as stored (bf16), computed in fp32",
         "tasks": examine_all(model, tasks, atlas, {word: i for i, word in enumerate(VOCABULARY)}, items, blank),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, results)
 
 

@@ -4,10 +4,6 @@ Everything is written into a folder beside and moved into place, so a folder tha
 """
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLFo
 
 from mmroute.backbones.load import locate
 from mmroute.errors import CheckpointMismatch
+from mmroute.files import replacing_folder
 from mmroute.tasks._texts import BOS, EOS, IMAGE, PAD, SPECIAL, UNK, VISION_END, VISION_START, VOCABULARY
 from mmroute.train.loop import unwritable
 from mmroute.train.small_model import MERGE, PATCH
@@ -76,8 +73,11 @@ def write_folder(path: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: 
     Raises:
         MmrouteError: the disk is full; what stood at `path` still stands there.
     """
-    with _replacing(path) as beside:
-        _write(beside, model, recipe, results)
+    try:
+        with replacing_folder(path) as beside:
+            _write(beside, model, recipe, results)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
 
 
 def write_stock(path: Path, model: Any, processor: Any, recipe: str, results: dict[str, Any]) -> None:
@@ -95,28 +95,14 @@ def write_stock(path: Path, model: Any, processor: Any, recipe: str, results: di
     """
     stored = type(model)(model.config)
     stored.load_state_dict(model.state_dict())
-    with _replacing(path) as beside:
-        stored.to(torch.bfloat16).save_pretrained(beside)
-        processor.save_pretrained(beside)
-        (beside / "recipe.yaml").write_text(recipe)
-        _json(beside / "RESULTS.json", results)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its place when the block has filled it."""
-    beside, old = (path.with_name(f".{path.name}.{kind}{os.getpid()}") for kind in ("", "old."))
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        if path.exists():
-            path.rename(old)
-        beside.rename(path)
+        with replacing_folder(path) as beside:
+            stored.to(torch.bfloat16).save_pretrained(beside)
+            processor.save_pretrained(beside)
+            (beside / "recipe.yaml").write_text(recipe)
+            _json(beside / "RESULTS.json", results)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(folder: Path, model: Qwen2_5_VLForConditionalGeneration, recipe: str, results: dict[str, Any]) -> None:

@@ -24,21 +24,20 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
-from mmroute import backbones
-from mmroute.backbones.images import prepare
 from mmroute.engine.attach import attach
 from mmroute.errors import InputError
+from mmroute.gate._suffix import Suffix
 from mmroute.gate.prp import Prp
 from mmroute.tasks._mixture import Drawn
 from mmroute.train import rating
 from mmroute.train.prompts import Prompts
 from mmroute.train.rollouts import roll_out
 from mmroute.train.stopping import Best
+from mmroute.train.written import Read, padded
 
 if TYPE_CHECKING:
-    from mmroute.train.prp import PrpConfig
+    from mmroute.train.prp_config import PrpConfig
 
 __all__ = ["Sampled", "advantages", "fit_rollouts", "objective", "rewards", "token_logps"]
 
@@ -145,30 +144,12 @@ def token_logps(
         chats: one per answer.
         answers: token ids.
     """
-    given = dict(prepare(model, model.processor, list(chats)))
-    family, mask = backbones.of(model), given["attention_mask"]
-    base, cache = family.base_model(model), DynamicCache(config=family.text_model(model).config)
-    positions = family.positions(model, given["input_ids"], mask, given.get("image_grid_thw"))
-    state = base(**given, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
-    T = max(map(len, answers))
-    written = torch.zeros(len(answers), T, dtype=torch.long, device=mask.device)
-    real = torch.zeros(len(answers), T, dtype=torch.bool, device=mask.device)
-    for row, ids in enumerate(answers):
-        written[row, : len(ids)] = torch.tensor(ids, device=mask.device)
-        real[row, : len(ids)] = True
-    if T > 1:  # a call of its own, as when it was written: an image token that was sampled is no image
-        top = positions.amax(0) if positions.ndim == 3 else positions
-        after = top.masked_fill(mask == 0, -1).amax(1, keepdim=True) + 1 + torch.arange(T - 1, device=mask.device)
-        more = base(
-            input_ids=written[:, :-1],
-            attention_mask=torch.cat([mask, real[:, :-1].long()], 1),
-            position_ids=after.expand(3, -1, -1) if positions.ndim == 3 else after,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        state = torch.cat([state, more.last_hidden_state], 1)
-    logp = model.get_output_embeddings()(state).float().log_softmax(-1)
-    return logp.gather(-1, written[..., None])[..., 0], real
+    read = Read(model, chats)
+    written, real = padded(answers, read.mask.device)
+    state = read.last
+    if written.shape[1] > 1:
+        state = torch.cat([state, read.behind(written[:, :-1], real[:, :-1])], 1)
+    return read.logits(state).log_softmax(-1).gather(-1, written[..., None])[..., 0], real
 
 
 def fit_rollouts(
@@ -202,8 +183,8 @@ def fit_rollouts(
     """
     if not train.any() or not validation.any():
         raise InputError(f"{train.sum()} questions to train on, {validation.sum()} to stop by; collect more")
-    assert gate.rater is not None
-    rater, model = gate.rater, gate.model
+    assert isinstance(gate.reader, Suffix)
+    rater, model = gate.reader, gate.model
     y = torch.tensor(success[:, : gate.config.num_ratings], dtype=torch.float32, device=rater.soft.device)
     learned = [p for p in model.parameters() if p.requires_grad]
     reasons = learned if config.train_reasoning else []
@@ -252,8 +233,7 @@ def _draw(
     max_new_tokens: int,
 ) -> Sampled:
     """G ratings and G answers of each question; groups whose ratings agree get two of them replaced."""
-    assert gate.rater is not None
-    B, G, K = len(items), config.group_size, gate.rater.levels
+    B, G, K = len(items), config.group_size, gate.config.levels
     many = [chat for chat in asked for _ in range(G)]
     seeds = torch.randint(2**31, (B * G,), generator=draw).tolist()
     with attach(gate.model) as routed:
@@ -285,9 +265,8 @@ class _Batch:
         label: Float[Tensor, "B R"],
         config: "PrpConfig",
     ) -> None:
-        assert gate.rater is not None
         self.gate, self.reference, self.asked, self.drawn, self.config = gate, reference, asked, drawn, config
-        earned = rewards(drawn, label, gate.rater.levels, config.rating_reward)
+        earned = rewards(drawn, label, gate.config.levels, config.rating_reward)
         self.rated_gain, self.said_gain = map(advantages, earned)
         self.before: dict[str, Tensor] = {}
         """Log-probabilities under the policy that drew; replaced levels count as if it had drawn them."""

@@ -8,7 +8,6 @@ import errno
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmroute import files
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError, MmrouteError
 from mmroute.train.follow import Follower
 
@@ -28,6 +28,7 @@ __all__ = [
     "Learning",
     "Optimisers",
     "Progress",
+    "device_named",
     "go_on",
     "load_moments",
     "load_state",
@@ -42,6 +43,17 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+def device_named(name: str) -> torch.device:
+    """What `--device` says.
+
+    Raises:
+        ConfigError: neither `cpu` nor `cuda`, or there is none.
+    """
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"--device is cpu, or cuda where there is one (given {name!r})")
+    return torch.device(name)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the name `path` only when all of it is on disk.
@@ -49,17 +61,11 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         MmrouteError: the disk is full; what stood at `path` still stands there.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        with beside.open("rb") as written:
-            os.fsync(written.fileno())
-        beside.replace(path)
+        with files.replacing(path) as beside:
+            yield beside
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def unwritable(path: Path, error: Exception) -> MmrouteError:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from mmroute.cache import Chunk, RaggedCache
 from mmroute.engine.attach import Routed
-from mmroute.engine.controller import MAX_HOPS
 from mmroute.errors import ConfigError
 from mmroute.rollout import Edit, Rollout, start
 from mmroute.think.base import LatentThinker, Thought
+from mmroute.tokens import MAX_HOPS
 from mmroute.train.coherence import TokenSR, coherence_loss
 from mmroute.train.curriculum import TrainConfig
 from mmroute.train.examples import IGNORED
@@ -87,10 +87,10 @@ class Passes:
         coherence = loss.new_zeros(())
         if self.sr is not None and rollout.thoughts and training:
             c = self.config
-            pictures, grids = lesson.images(), lesson.grids
             coherence = coherence_loss(
-                self.routed, rollout, rollout.shares, self.sr, pictures, grids, c.window_share, c.window_cells
-            )
+                self.routed, rollout, rollout.shares, self.sr, lesson.images(), lesson.grids,
+                c.window_share, c.window_cells, c.recon_relative,
+            )  # fmt: skip
         return Worked(loss, supervised, coherence, (right | ~learned).all(1).tolist(), share)
 
     @property

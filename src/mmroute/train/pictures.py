@@ -13,7 +13,6 @@ Deviates: from scratch instead of LoRA on Anole; no label smoothing; one text pe
     in view.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,9 +29,10 @@ from torch import Tensor
 
 from mmroute import hub
 from mmroute.backbones.chameleon import BEGIN, END
-from mmroute.bench.schema import commit_of_source, write_json
 from mmroute.config import options, parse, read_yaml
 from mmroute.errors import ConfigError
+from mmroute.files import write_json
+from mmroute.origin import origin_here
 from mmroute.tasks._texts import PAD, VISION_END, VISION_START
 from mmroute.tasks._visual import judge_drawings
 from mmroute.tasks.base import Generated, Spec
@@ -223,19 +223,15 @@ def main(
 ) -> None:
     """Examines a checkpoint folder that this trainer wrote, by the recipe in it."""
     recipe = parse(Recipe, {**read_yaml(folder / "recipe.yaml"), "exam_items": items}, "recipe")
-    commit, dirty = commit_of_source()
     results = {
         "schema": "drawn/1",
-        "command": "python -m mmroute.train.pictures " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "dirty": dirty,
+        **origin_here("python -m mmroute.train.pictures"),
         "preset": recipe.preset,
         "split": "test",
         "context": recipe.context,
         "decoding": DECODING,
         "tasks": {recipe.task: exam(folder, recipe)},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, results)
 
 

@@ -1,4 +1,4 @@
-"""The draft's caches after its prompts, read once: what a rater is trained on, and rates from.
+"""The draft's caches where it is rated, read once: after its prompts, or some first tokens of its answers later.
 
 Legend: B batch, n prompts, H key-value heads, N columns, E head dim, R ratings, K levels.
 """
@@ -15,12 +15,16 @@ from transformers import DynamicCache
 from mmroute import backbones
 from mmroute.backbones.images import prepare
 from mmroute.bench.items import messages
+from mmroute.decoding import end_ids
 from mmroute.engine.attach import attach
+from mmroute.gate._behind import behind
 from mmroute.gate.prp import Prp
 from mmroute.tasks._mixture import Drawn
 from mmroute.think.base import Thinker
+from mmroute.train.rollouts import roll_out
+from mmroute.train.written import padded
 
-__all__ = ["Prompts", "chats_of"]
+__all__ = ["Prompts", "begun", "chats_of"]
 
 _READ_AT_ONCE = 64
 
@@ -29,6 +33,23 @@ def chats_of(model: Any, items: Sequence[Drawn], think: Thinker) -> list[list[di
     """The questions as this model is asked them."""
     with attach(model) as routed:
         return [messages(routed, item.task, item.sample, think) for item in items]
+
+
+def begun(model: Any, chats: Sequence[list[dict[str, Any]]], num: int) -> list[list[int]]:
+    """The first tokens of a model's greedy answers, the one that ends an answer left out.
+
+    Args:
+        model: with its processor, not attached.
+        chats: conversations.
+        num: how many tokens, at most.
+    """
+    out: list[list[int]] = []
+    with attach(model) as routed:
+        ends = end_ids(routed)
+        for start in range(0, len(chats), _READ_AT_ONCE):
+            rolled, _ = roll_out(routed, chats[start : start + _READ_AT_ONCE], max_new_tokens=num)
+            out += [[i for i in each.ids if i not in ends] for each in rolled]
+    return out
 
 
 @dataclass
@@ -41,19 +62,32 @@ class Prompts:
     mask: Tensor
     """(n, N)."""
     after: Tensor
-    """(n,): the position behind each prompt."""
+    """(n,): the position behind each."""
     axes: int
     """Numbers that make a position."""
 
     @classmethod
+    def of(cls, gate: Prp, chats: Sequence[list[dict[str, Any]]], batch: int = _READ_AT_ONCE) -> "Prompts":
+        """The caches that a gate rates from: behind as many tokens of the answer as it decides after."""
+        after = gate.config.decide_after
+        return cls.read(gate.model, chats, batch, begun(gate.model, chats, after) if after else None)
+
+    @classmethod
     @torch.no_grad()
-    def read(cls, model: Any, chats: Sequence[list[dict[str, Any]]], batch: int = _READ_AT_ONCE) -> "Prompts":
+    def read(
+        cls,
+        model: Any,
+        chats: Sequence[list[dict[str, Any]]],
+        batch: int = _READ_AT_ONCE,
+        beginnings: Sequence[list[int]] | None = None,
+    ) -> "Prompts":
         """Runs the stock draft over every prompt.
 
         Args:
             model: the draft with its processor, not attached.
             chats: conversations.
             batch: prompts at once.
+            beginnings: tokens that stand behind each prompt.
         """
         family = backbones.of(model)
         base, config = family.base_model(model), family.text_model(model).config
@@ -68,8 +102,14 @@ class Prompts:
             base(**given, position_ids=positions, past_key_values=cache, use_cache=True)
             axes = positions.shape[0] if positions.ndim == 3 else 1
             top = positions.amax(0) if positions.ndim == 3 else positions
-            ends.append(top.masked_fill(given["attention_mask"] == 0, -1).amax(1) + 1)
-            parts.append(([x.keys for x in cache.layers], [x.values for x in cache.layers], given["attention_mask"]))
+            mask = given["attention_mask"]
+            after = top.masked_fill(mask == 0, -1).amax(1) + 1
+            if beginnings is not None and any(beginnings[start : start + batch]):
+                ids, real = padded(beginnings[start : start + batch], mask.device)
+                behind(model, cache, mask, after, axes, ids=ids, real=real.long())
+                mask, after = torch.cat([mask, real.long()], 1), after + real.sum(1)
+            ends.append(after)
+            parts.append(([x.keys for x in cache.layers], [x.values for x in cache.layers], mask))
         longest = max(mask.shape[1] for *_, mask in parts)
         pad = lambda x, width: torch.nn.functional.pad(x, (0, 0, longest - width, 0))  # noqa: E731
         layers = range(len(parts[0][0]))
@@ -86,16 +126,11 @@ class Prompts:
 
     def rate(self, gate: Prp, index: Tensor) -> Float[Tensor, "B R K"]:
         """Log-probabilities of the levels of some prompts, with gradients."""
-        assert gate.rater is not None
         config = backbones.of(gate.model).text_model(gate.model).config
         cache = DynamicCache(config=config)
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(k[index], v[index], layer)
-        mask = torch.cat([self.mask[index], self.mask.new_ones(len(index), 1)], 1)
-        positions = self.after[index][:, None]
-        if self.axes == 3:
-            positions = positions.expand(3, -1, -1)
-        return gate.rater(gate.model, cache, mask, positions)
+        return gate.levels(cache, self.mask[index], self.after[index], self.axes)
 
     @torch.no_grad()
     def probs(self, gate: Prp, batch: int = 256) -> Float[Tensor, "n R K"]:

@@ -1,7 +1,8 @@
 """Trains the rater of a draft: `mmroute train prp --recipe prp-small --draft DIR --target DIR`.
 
 Both models answer questions that neither was trained on; what they get right are the labels. The draft is frozen: its
-prompts are read once, and each step runs one position on those caches. Labels limit it, not steps.
+prompts are read once, and each step runs one position on those caches. Labels limit it, not steps. With
+`--set gate.form=tokens` the draft itself learns to write its ratings (`train.tokens`).
 
 Legend: n queries, B batch, N columns, K levels.
 
@@ -11,103 +12,46 @@ Deviates: see `train.rating`; calibration on a split of its own is ours.
 
 import logging
 import math
-from dataclasses import asdict, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
-from torch import Tensor
 
-from mmroute.bench import reliability
+from mmroute.bench import deferral, reliability
 from mmroute.bench.outcomes.base import Outcomes, Row, content_hash, pair_up, split_of_group, write_parquet
-from mmroute.bench.schema import commit_of_source
-from mmroute.config import options, parse, resolved
+from mmroute.config import resolved
 from mmroute.engine.attach import attach
-from mmroute.errors import ConfigError, InputError, MissingExtra
+from mmroute.errors import InputError, MissingExtra
+from mmroute.gate._digits import Digits
+from mmroute.gate._suffix import Suffix
+from mmroute.gate._verify import Verifier
 from mmroute.gate.base import Ratings
 from mmroute.gate.prp import Prp, fingerprint
+from mmroute.origin import commit_of_source
 from mmroute.recipe import Recipe
-from mmroute.tasks._mixture import Part, draw_mixture
+from mmroute.tasks._mixture import draw_mixture
 from mmroute.train import rating
 from mmroute.train.collect import collect
 from mmroute.train.grpo import fit_rollouts
 from mmroute.train.prompts import Prompts, chats_of
+from mmroute.train.prp_config import PrpConfig, sections
 from mmroute.train.stopping import Best
+from mmroute.train.tokens import answers_of, fit_tokens
 
-__all__ = ["GateConfig", "PrpConfig", "fit", "sections", "train_prp"]
+__all__ = ["fit", "train_prp"]
 
 log = logging.getLogger(__name__)
 
+_LOOKED_AT = 256
+"""Held-out answers that a trained draft is compared on."""
+_POINTS = 21
+"""Shares at which the artifact says how accurate routing was."""
 _SPLITS = (("train", 0.65), ("validation", 0.1), ("calibration", 0.25))
-
-
-@options
-class PrpConfig:
-    """The `train` section of a recipe."""
-
-    objective: Literal["all_action", "grpo", "ce"] = "all_action"
-    eta: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the entropy in `all_action`; 0 ends in one level."""
-    rank: Literal["soft_pair", "pair", "none"] = "soft_pair"
-    """Loss on differences of advantages; with one rating, on differences of difficulty."""
-    rank_weight: Annotated[float, Field(ge=0)] = 0.5
-    rank_temperature: Annotated[float, Field(gt=0)] = 0.2
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """Samples per query in `grpo`."""
-    replace: Literal["dynamic", "none"] = "dynamic"
-    """Whether groups whose samples agree get two of them replaced, with a probability that falls to 0."""
-    lr: Annotated[float, Field(gt=0)] = 3e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    batch: Annotated[int, Field(ge=2)] = 128
-    warmup: Annotated[int, Field(ge=1)] = 30
-    max_epochs: Annotated[int, Field(ge=1)] = 60
-    patience: Annotated[int, Field(ge=1)] = 5
-    """Epochs without a better validation error after which training ends."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    n: Annotated[int, Field(ge=8)] = 4000
-    """Labelled questions."""
-    rollouts: bool = False
-    """`grpo` on answers sampled as it goes (`train.grpo`), instead of the labels alone: slow, as the paper does it."""
-    rating_reward: Literal["brier_group", "brier_own", "l1"] = "brier_group"
-    """With `rollouts`: what a rating is held to; see `train.grpo.rewards`."""
-    train_reasoning: bool = False
-    """With `rollouts`: answers are trained too, and the draft changes."""
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """With `rollouts`: how far a probability may move on one batch."""
-    beta: Annotated[float, Field(ge=0)] = 0.02
-    """With `train_reasoning`: weight of the divergence from the draft as it was."""
-    updates: Annotated[int, Field(ge=1)] = 2
-    """With `rollouts`: steps on each batch."""
-    lr_reasoning: Annotated[float, Field(gt=0)] = 1e-5
-    """With `train_reasoning`: of the draft's weights."""
-    samples_draft: Annotated[int, Field(ge=1)] = 1
-    samples_target: Annotated[int, Field(ge=1)] = 1
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Of the answers; collect with the settings you serve with."""
-
-
-@options
-class GateConfig:
-    """The `gate` section of a recipe."""
-
-    draft: str = "small-draft"
-    """Bundled name, folder or Hub id of the small model."""
-    target: str = "small-target"
-    """Of the large one."""
-    rater: str = ""
-    """Folder, or bundled name, of a trained rater."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What both models compute in; None is their checkpoints' own."""
-    method: dict[str, Any] = field(default_factory=dict)
-    """Options of the gate `prp`."""
-    policy: dict[str, Any] = field(default_factory=lambda: {"name": "budget"})
-    """Name and options of the policy."""
-    mix: list[Part]
-    """What is asked."""
 
 
 # ---------------------------------------------------------------------- learning
@@ -138,8 +82,8 @@ def fit(
     """
     if not train.any() or not validation.any():
         raise InputError(f"{train.sum()} questions to train on, {validation.sum()} to stop by; collect more")
-    assert gate.rater is not None
-    rater, device = gate.rater, prompts.mask.device
+    assert isinstance(gate.reader, Suffix)
+    rater, device = gate.reader, prompts.mask.device
     R = gate.config.num_ratings
     y = torch.tensor(success[:, :R], dtype=torch.float32, device=device)
     a = rating.gain(torch.tensor(ranked[:, :R], dtype=torch.float32, device=device))
@@ -160,18 +104,14 @@ def fit(
                 for group in optimiser.param_groups:
                     group["lr"] = config.lr * _rate(step, total, config.warmup)
                 logp = prompts.rate(gate, index)
-                loss = _objective(logp, y[index], config, step / total, draw)
-                if config.rank != "none" and config.rank_weight:
-                    ranking = rating.soft_pair if config.rank == "soft_pair" else rating.pair_loss
-                    u = rating.gain(_read(logp.exp()))
-                    loss = loss + config.rank_weight * ranking(u, a[index], config.rank_temperature)
+                loss = rating.objective(logp, y[index], a[index], config, step / total, draw)
                 optimiser.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(rater.parameters(), 1.0)
                 optimiser.step()
                 step += 1
             with torch.no_grad():
-                said = torch.cat([_read(prompts.rate(gate, part).exp()) for part in held.split(256)])
+                said = torch.cat([rating.read(prompts.rate(gate, part)) for part in held.split(256)])
             error = float(((rating.gain(said) - rating.gain(y[held])) ** 2).mean())
             log.info("epoch %d: validation error %.4f", epoch + 1, error)
             if best.is_over(error):
@@ -180,19 +120,6 @@ def fit(
         for p in frozen:
             p.requires_grad_(True)
     return best.put_back()
-
-
-def _read(probs: Float[Tensor, "B R K"]) -> Float[Tensor, "B R"]:
-    return probs @ rating.levels(probs.shape[-1], probs)
-
-
-def _objective(logp: Tensor, y: Tensor, config: PrpConfig, done: float, draw: torch.Generator) -> Tensor:
-    if config.objective == "all_action":
-        return rating.all_action(logp, y, config.eta)
-    if config.objective == "ce":
-        return rating.cross_entropy(logp, y)
-    replace = 1 - done if config.replace == "dynamic" else 0.0
-    return rating.grpo(logp, y, config.group_size, replace, draw)[0]
 
 
 def _rate(step: int, total: int, warmup: int) -> float:
@@ -220,7 +147,7 @@ def train_prp(recipe: Recipe, draft: Any, target: Any, out: Path, resume: bool =
         InputError: the folder holds a run and `resume` is off, or there are too few questions.
     """
     gated, config = sections(recipe)
-    gate = Prp(**gated.method).bind(draft, config.seed)
+    gate = Prp(**{"form": gated.form, **gated.method}).bind(draft, config.seed)
     files = {role: out / "outcomes" / f"{role}.jsonl" for role in ("draft", "target")}
     if any(file.exists() for file in files.values()) and not resume:
         raise InputError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
@@ -242,69 +169,92 @@ def train_prp(recipe: Recipe, draft: Any, target: Any, out: Path, resume: bool =
     counts = (config.samples_draft, config.samples_target)
     ranked = np.stack([rating.shrunk(success[:, i], cells, counts[i]) for i in range(2)], 1)
     parts = splits == "train", splits == "validation"
-    if config.rollouts:
+    about: dict[str, Any] = {}
+    if isinstance(gate.reader, Digits):
+        wrote = answers_of(gate, chats, think.max_new_tokens)
+        errors = fit_tokens(gate, chats, wrote, success, ranked, *parts, config)
+        draft.processor.chat_template = gate.reader.template
+        about["answers"] = _kept(gate, chats, wrote, splits == "calibration", think.max_new_tokens)
+    elif config.rollouts:
         errors = fit_rollouts(gate, items, chats, success, *parts, config, think.max_new_tokens)
     else:
-        errors = fit(gate, Prompts.read(draft, chats), success, ranked, *parts, config)
-    if config.train_reasoning:  # the draft answers otherwise now: what is calibrated and published is of this one
+        errors = fit(gate, Prompts.of(gate, chats), success, ranked, *parts, config)
+    if config.train_reasoning or gate.config.form == "tokens":
+        # The draft answers otherwise now: what is calibrated and published is of this one.
         draft.save_pretrained(out / "draft")
         draft.processor.save_pretrained(out / "draft")
         answers = asked("draft", draft, gated.draft, config.samples_draft)
         outcomes = pair_up([*answers, *others])
-    rows, prompts = [*answers, *others], Prompts.read(draft, chats)
+    rows, prompts = [*answers, *others], Prompts.of(gate, chats)
     try:
         write_parquet(rows, out / "outcomes.parquet")
     except MissingExtra as error:
         log.info("%s; the outcomes stay in JSONL", error)
-    gate.facts = _facts(gate, prompts, outcomes, splits == "calibration") | {
-        "pair": {"draft": gated.draft, "target": gated.target, "target_weights": fingerprint(target)},
-        "generation": rows[0].generation,
-        "mix": [resolved(part) for part in gated.mix],
-        "train": resolved(config),
-        "epochs": len(errors),
-        "validation_error": min(errors),
-        "outcomes_sha256": content_hash(rows),
-        "commit": commit_of_source()[0],
-    }
+    gate.facts = (
+        _facts(gate, prompts, outcomes, splits == "calibration")
+        | about
+        | {
+            "pair": {"draft": gated.draft, "target": gated.target, "target_weights": fingerprint(target)},
+            "generation": rows[0].generation,
+            "mix": [resolved(part) for part in gated.mix],
+            "train": resolved(config),
+            "epochs": len(errors),
+            "validation_error": min(errors),
+            "outcomes_sha256": content_hash(rows),
+            "commit": commit_of_source()[0],
+        }
+    )
     gate.save(out / "rater")
     return out / "rater"
 
 
-def sections(recipe: Recipe) -> tuple[GateConfig, PrpConfig]:
-    """The parsed `gate` and `train` sections.
+def _kept(
+    gate: Prp, chats: Sequence[Any], wrote: Sequence[list[int]], held: np.ndarray, max_new_tokens: int
+) -> dict[str, float]:
+    """Share of held-out answers that are word for word what the draft wrote before it learned to rate.
 
-    Raises:
-        ConfigError: there is no gate, or an option that is not allowed.
+    `plain`: nobody asks for a rating; `rated`: behind the rating, which is then taken off.
     """
-    if recipe.gate is None:
-        raise ConfigError(f"recipe {recipe.name} has no gate; use prp-small, or a file with a `gate` section")
-    gated, config = parse(GateConfig, recipe.gate, "gate"), parse(PrpConfig, recipe.train or {}, "train")
-    if config.rollouts and config.objective != "grpo":
-        raise ConfigError(f"train.rollouts are those of objective grpo, given {config.objective}; set one of the two")
-    if config.train_reasoning and not config.rollouts:
-        raise ConfigError("train.train_reasoning needs answers to train on; add train.rollouts=true")
-    return gated, config
+    index = np.flatnonzero(held)[:_LOOKED_AT]
+    out = {"n": float(len(index))}
+    for name, is_asked in (("plain", False), ("rated", True)):
+        now = answers_of(gate, [chats[i] for i in index], max_new_tokens, is_asked)
+        out[name] = float(np.mean([wrote[i] == ids for i, ids in zip(index, now, strict=True)]))
+    return out
 
 
 def _facts(gate: Prp, prompts: Prompts, outcomes: Outcomes, calibration: np.ndarray) -> dict[str, Any]:
-    """Fits the calibration maps; quantiles of the score for thresholds, mean costs, and figures on that split."""
+    """Fits the calibration maps and the second look; quantiles of the score for thresholds, mean costs, and figures.
+
+    Raises:
+        InputError: the draft wrote no rating on any question of the split.
+    """
     probs = prompts.probs(gate)
     context = int(prompts.mask.sum(1).float().mean())
     raw = gate.ratings(probs, context)
+    is_rated = ~np.isnan(raw.score)
+    known = calibration & is_rated
+    if not known.any():
+        raise InputError(f"no rating on any of {calibration.sum()} questions to calibrate on; train longer, or on more")
     sides = [(raw.draft, outcomes.draft), (raw.target, outcomes.target)][: gate.config.num_ratings]
-    gate.calibrate([r[calibration] for r, _ in sides if r is not None], [y[calibration] for _, y in sides])
+    gate.calibrate([r[known] for r, _ in sides if r is not None], [y[known] for _, y in sides])
     rated: Ratings = gate.ratings(probs, context)
-    score = rated.score[calibration]
     figures = {
-        name: reliability.reliability(r[calibration], y[calibration]).to_dict()
+        name: reliability.reliability(r[known], y[known]).to_dict()
         for name, r, y in (("draft", rated.draft, outcomes.draft), ("target", rated.target, outcomes.target))
         if r is not None
     }
     unit = float(outcomes.target_cost.mean())
+    held = outcomes.take(known)
+    made, shares = deferral.curve(rated.score[known], held.pair), np.linspace(0, 1, _POINTS)
+    assert rated.draft is not None
+    verify = Verifier.fit(rated.draft[known], outcomes.stats["lp_mean"][known], outcomes.draft[known])
     return {
-        "quantiles": np.quantile(score, np.linspace(0, 1, 101)).tolist(),
+        "verify": list(verify.weights),
+        "curve": {"share": shares.tolist(), "accuracy": made.at(shares).tolist()},
+        "quantiles": np.quantile(rated.score[known], np.linspace(0, 1, 101)).tolist(),
         "costs": [float(outcomes.draft_cost.mean()) / unit, 1.0],
-        "n": {"all": len(outcomes), "calibration": int(calibration.sum())},
+        "n": {"all": len(outcomes), "calibration": int(calibration.sum()), "unrated": int((~is_rated).sum())},
         "calibration": figures,
-        "collapse": asdict(reliability.collapse(probs[:, 0].cpu().numpy())),
+        "collapse": asdict(reliability.collapse(probs[is_rated, 0].cpu().numpy())),
     }

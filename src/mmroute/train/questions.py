@@ -1,9 +1,11 @@
 """What gates ask a model besides the question itself: "is that right?", or a number; each call is charged."""
 
 import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmroute.backbones.images import prepare
@@ -35,7 +37,7 @@ def ask(
 
     Returns:
         Per conversation the reply and its FLOPs; None where the model's vocabulary cannot write the question. A reply
-        without a number counts as 50.
+        without a number of its own counts as 50.
     """
     tokenizer, shape = routed.processor.tokenizer, routed.controller.shape
     words = tokenizer(question.text, add_special_tokens=False)["input_ids"]
@@ -52,7 +54,7 @@ def ask(
         ]
         if not options:
             rolled, _ = roll_out(routed, asked, max_new_tokens=_NUMBER_TOKENS)
-            numbers = [re.search(r"\d+(\.\d+)?", each.text) for each in rolled]
+            numbers = [re.search(r"\b\d+(\.\d+)?\b", each.text) for each in rolled]
             out += [(float(n[0]) if n else 50.0, each.flops) for n, each in zip(numbers, rolled, strict=True)]
             continue
         given = prepare(routed.model, routed.processor, asked)
@@ -60,12 +62,22 @@ def ask(
         first, second = (logp[:, ids[0]] for ids in options)
         vision = (routed.controller.table[given["input_ids"]] == int(Modality.VISION)).sum(1).tolist()
         length = given["attention_mask"].sum(1).tolist()
+        shares = (first - second).sigmoid().tolist()
+        if question.draws:
+            shares = [_drawn(p, question.draws, chat) for p, chat in zip(shares, asked, strict=True)]
         tower = (_tower_flops(routed, given) or 0) / len(asked)
         out += [
             (reply, answer_flops(shape, n - v, v, 0)[0] + tower)
-            for reply, n, v in zip((first - second).sigmoid().tolist(), length, vision, strict=True)
+            for reply, n, v in zip(shares, length, vision, strict=True)
         ]
     return out
+
+
+def _drawn(probability: float, draws: int, chat: list[dict[str, Any]]) -> float:
+    """The share of successes; it depends on the words of the conversation alone, so asking again brings the same."""
+    words = [block["text"] for message in chat for block in message["content"] if block["type"] == "text"]
+    rng = np.random.default_rng(zlib.crc32("\n".join(words).encode()))
+    return float((rng.random(draws) < probability).mean())
 
 
 def _followed(chat: list[dict[str, Any]], answer: str | None, question: str) -> list[dict[str, Any]]:

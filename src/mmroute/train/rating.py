@@ -9,6 +9,7 @@ Legend: B queries, R ratings (draft, target), K levels, G samples of one query.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,22 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["all_action", "cross_entropy", "gain", "grpo", "pair_loss", "replaced", "reward", "shrunk", "soft_pair"]
+if TYPE_CHECKING:
+    from mmroute.train.prp_config import PrpConfig
+
+__all__ = [
+    "all_action",
+    "cross_entropy",
+    "gain",
+    "grpo",
+    "objective",
+    "pair_loss",
+    "read",
+    "replaced",
+    "reward",
+    "shrunk",
+    "soft_pair",
+]
 
 EPS = 1e-4
 _MARGIN = 0.05
@@ -114,6 +130,41 @@ def replaced(
     out[..., 0] = torch.where(where, first, picked[..., 0])
     out[..., 1] = torch.where(where, second, picked[..., 1])
     return out
+
+
+def read(logp: Float[Tensor, "B R K"]) -> Float[Tensor, "B R"]:
+    """The ratings: mean levels."""
+    return logp.exp() @ levels(logp.shape[-1], logp)
+
+
+def objective(
+    logp: Float[Tensor, "B R K"],
+    y: Float[Tensor, "B R"],
+    a: Float[Tensor, " B"],
+    config: "PrpConfig",
+    done: float,
+    draw: torch.Generator,
+) -> Float[Tensor, ""]:
+    """The loss of a batch of ratings: each alone, and their differences.
+
+    Args:
+        logp: of the levels.
+        y: success rates.
+        a: what is ranked, drawn towards the mean of its cell.
+        config: which losses, and their weights.
+        done: share of the training that is over.
+        draw: where sampled levels come from.
+    """
+    if config.objective == "all_action":
+        loss = all_action(logp, y, config.eta)
+    elif config.objective == "ce":
+        loss = cross_entropy(logp, y)
+    else:
+        loss = grpo(logp, y, config.group_size, 1 - done if config.replace == "dynamic" else 0.0, draw)[0]
+    if config.rank == "none" or not config.rank_weight:
+        return loss
+    ranking = soft_pair if config.rank == "soft_pair" else pair_loss
+    return loss + config.rank_weight * ranking(gain(read(logp)), a, config.rank_temperature)
 
 
 def soft_pair(u: Float[Tensor, " B"], a: Float[Tensor, " B"], temperature: float = 0.2) -> Float[Tensor, ""]:

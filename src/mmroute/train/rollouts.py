@@ -7,7 +7,7 @@ Legend: B rows, T generated tokens, V vocabulary, L layers, D hidden.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +24,7 @@ from mmroute.decoding import end_ids, sample
 from mmroute.engine.attach import Routed
 from mmroute.gate._statistics import statistics
 from mmroute.gate.base import Prefill, Ratings
-from mmroute.gate.prp import Prp
+from mmroute.gate.prp import Prp, stacked
 from mmroute.session import Session
 from mmroute.tokens import NUM_MODALITIES, Modality
 from mmroute.trace import Shape
@@ -59,8 +59,9 @@ def roll_out(
     temperature: float = 0.0,
     seeds: Sequence[int] | None = None,
     rater: Prp | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> tuple[list[Rollout], Ratings | None]:
-    """Answers of one batch, each as it would be alone, and ratings taken between reading and writing.
+    """Answers of one batch, each as it would be alone, and ratings before the first token, or where the rater says.
 
     Args:
         routed: an attached model with its processor.
@@ -69,16 +70,18 @@ def roll_out(
         temperature: 0 is greedy.
         seeds: one per conversation.
         rater: on this model; it changes no answer.
+        template: variables of the chat template.
     """
     began = time.perf_counter()
     tokenizer = routed.processor.tokenizer
-    batch = prepare(routed.model, routed.processor, chats)
+    batch = prepare(routed.model, routed.processor, chats, template)
     session = Session(routed, reserve=max_new_tokens)
     with _watching(routed, batch["attention_mask"]) as states:
         logits = session.append(batch)
     read = time.perf_counter()
-    ratings = rater.rate_session(session) if rater is not None else None
-    started = time.perf_counter()
+    looks = _Looks(rater, session)
+    if looks.after == 0:
+        looks.take(session.rows)
     B = len(chats)
     draw = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
     ends = end_ids(routed)
@@ -98,12 +101,16 @@ def roll_out(
                 ids[row].append(value)
             stays = [i for i, value in enumerate(values) if value not in ends]
             if not stays or step + 1 == max_new_tokens:
+                looks.take(session.rows)
                 break
+            looks.take([row for i, row in enumerate(session.rows) if i not in stays])
             if len(stays) < len(values):
                 session.keep_rows(stays)
                 token = token[torch.tensor(stays, device=token.device)]
             logits = session.step(token)
             last[session.rows] = tap["state"].float().cpu().numpy()
+            if step + 1 == looks.after:
+                looks.take(session.rows)
     finally:
         handle.remove()
     done = time.perf_counter()
@@ -132,10 +139,34 @@ def roll_out(
                 prefill_flops=flops[0] + per_row,
                 prefill=Prefill(states["last"][b], states["mean"][b]),
                 last=last[b],
-                seconds=((read - began) / B, (started - read) / B, (done - started) / B),
+                seconds=((read - began) / B, looks.seconds / B, (done - read - looks.seconds) / B),
             )
         )
-    return out, ratings
+    return out, looks.ratings(B)
+
+
+class _Looks:
+    """When a batch is rated: every row once, behind so many tokens, or at the end of a shorter answer."""
+
+    def __init__(self, rater: Prp | None, session: Session) -> None:
+        self._rater, self._session = rater, session
+        self.after = rater.config.decide_after if rater is not None else -1
+        self.seconds = 0.0
+        self._found: dict[int, tuple[Ratings, int]] = {}
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Rates these rows as they stand, unless that has been done."""
+        if self._rater is None or all(row in self._found for row in rows):
+            return
+        began = time.perf_counter()
+        ratings = self._rater.rate_session(self._session)
+        for i, row in enumerate(self._session.rows):
+            if row in rows:
+                self._found.setdefault(row, (ratings, i))
+        self.seconds += time.perf_counter() - began
+
+    def ratings(self, num: int) -> Ratings | None:
+        return None if self._rater is None else stacked([self._found[row] for row in range(num)])
 
 
 @contextmanager

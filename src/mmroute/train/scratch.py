@@ -6,7 +6,6 @@ draws comes from the seed and the step, so a killed run goes on as if it had not
 
 import json
 import logging
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,17 +19,16 @@ from torch import Tensor
 
 from mmroute import hub
 from mmroute.backbones.load import load
-from mmroute.bench.schema import commit_of_source
 from mmroute.bench.stats import wilson
 from mmroute.config import options, parse, read_yaml, resolved
 from mmroute.engine.attach import attach
-from mmroute.errors import ConfigError
+from mmroute.origin import origin_here
 from mmroute.reason import Answer
 from mmroute.tasks.base import Generated, Sample, Spec
 from mmroute.think.base import Thinker
 from mmroute.train.folder import copy_weights, write_stock
 from mmroute.train.follow import Follower
-from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
+from mmroute.train.loop import Journal, Optimisers, Progress, device_named, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.recipe import as_yaml, find_recipe, merge
 
 __all__ = ["DECODING", "ScratchRecipe", "ScratchRun", "accuracy", "answered", "family_of", "train_scratch"]
@@ -110,9 +108,7 @@ class ScratchRun(ABC, Generic[R]):
             ConfigError: the device is missing, the world does not fit, or the state belongs to another recipe.
             InputError: the folder holds a run and `resume` is off.
         """
-        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-            raise ConfigError(f"--device is cpu, or cuda where there is one (given {device!r})")
-        self.recipe, self.out, self.device = recipe, out, torch.device(device)
+        self.recipe, self.out, self.device = recipe, out, device_named(device)
         self.task: Generated = self.world(recipe)
         self.canvas = self.task.preset.canvas
         self.model = self.build()
@@ -240,14 +236,12 @@ def train_scratch(
         ConfigError, InputError: see `ScratchRun`, or a value that the recipe does not allow.
         MmrouteError: the disk is full; the last state is intact.
     """
-    recipe = parse(kind.recipe_type, merge(read_yaml(find_recipe(name)), changes), "recipe")
-    commit, dirty = commit_of_source()
+    recipe: Any = parse(kind.recipe_type, merge(read_yaml(find_recipe(name)), changes), "recipe")
+    origin = origin_here()
     run = kind(recipe, out, device, resume, followers)
     progress = run.train()
     results: dict[str, Any] = {
-        "command": "mmroute " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "dirty": dirty,
+        **origin,
         "device": device,
         "steps": progress.step,
         "cpu_s": progress.cpu_s,

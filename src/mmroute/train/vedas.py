@@ -11,7 +11,6 @@ Source: Vedas (arXiv 2604.10500), training of section 3.
 
 import json
 import logging
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,22 +23,23 @@ import numpy as np
 import torch
 
 from mmroute import recipe as recipes
-from mmroute.bench.schema import commit_of_source
 from mmroute.config import parse
 from mmroute.engine.attach import Routed, attach
 from mmroute.errors import ConfigError
+from mmroute.origin import origin_here
 from mmroute.tasks.base import Generated, Spec
 from mmroute.think.base import LatentThinker
 from mmroute.train.chains import worlds
 from mmroute.train.coherence import TokenSR
 from mmroute.train.curriculum import Stage, TrainConfig
-from mmroute.train.delta import save_delta
+from mmroute.train.delta import begun_from
 from mmroute.train.follow import Follower
 from mmroute.train.learners import Learners
 from mmroute.train.lessons import Teacher
-from mmroute.train.loop import Journal, Progress, go_on, rate_at, refuse_old_run, replacing, save_state
+from mmroute.train.loop import Journal, Progress, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.passes import Passes
-from mmroute.train.recipe import as_yaml, at
+from mmroute.train.recipe import at
+from mmroute.train.trained import write_trained
 from mmroute.train.tuning import Tuning
 
 __all__ = ["VedasRun", "train_vedas"]
@@ -66,13 +66,11 @@ def train_vedas(
         ConfigError: the recipe cannot be trained so, or the folder's state belongs to another one.
         InputError: the folder holds a run and `resume` is off.
     """
-    commit, dirty = commit_of_source()
+    origin = origin_here()
     with VedasRun(recipe, model, out, resume, followers) as run:
         run.train()
         results = {
-            "command": "mmroute " + " ".join(sys.argv[1:]),
-            "commit": commit,
-            "dirty": dirty,
+            **origin,
             "base": Path(model.name_or_path).name,
             "device": model.device.type,
             "steps": run.progress.step,
@@ -114,6 +112,7 @@ class VedasRun:
             parts = {"prune": recipe.build("prune"), "deepen": recipe.build("deepen"), "think": think}
             self.routed: Routed = attach(model, prefix_tokens=recipe.prefix_tokens, executor="physical", **parts)
             self._stack.callback(self.routed.detach)
+            self._stack.enter_context(begun_from(c.start, self.routed, c.backbone))
             hidden = self.routed.controller.shape.hidden
             self.sr = TokenSR(hidden, c.seed).to(model.device) if c.recon_weight else None
             self.learners = Learners(model, self.routed.parts, self.sr, c)
@@ -263,13 +262,5 @@ class VedasRun:
 
     def write(self, results: Mapping[str, Any]) -> Path:
         """`out/latent`: what was added, the recipe, the figures, and the backbone's new weights if it learned."""
-        folder = self.out / "latent"
         self.model.eval()
-        self.routed.save_pretrained(folder)
-        save_delta(folder, self.tuning.before, self.tuning.weights(), self.model.config.name_or_path)
-        recipe = {k: v for k, v in asdict(replace(self.recipe, trained=None)).items() if v is not None}
-        about = {"recipe.yaml": as_yaml(json.loads(json.dumps(recipe))), "RESULTS.json": json.dumps(results, indent=1)}
-        for name, text in about.items():
-            with replacing(folder / name) as beside:
-                beside.write_text(text.rstrip() + "\n")
-        return folder
+        return write_trained(self.out / "latent", self.routed, self.tuning, self.recipe, results)

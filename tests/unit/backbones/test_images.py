@@ -8,30 +8,13 @@ import families
 import numpy as np
 import pytest
 import torch
+from conversations import picture
 from PIL import Image
 
 from mmroute import backbones
 from mmroute.backbones.images import MAX_SIDE, check_prompt, open_images, prepare, user_message
 from mmroute.backbones.load import load
 from mmroute.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder):
-    """Loaded models by family name, one of each a module."""
-    models = {}
-
-    def get(name):
-        if name not in models:
-            models[name] = load(tiny_folder(name))
-        return models[name]
-
-    return get
-
-
-def picture(seed=0, size=(40, 30)):
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(noise)
 
 
 def test_paths_bytes_and_pil_images_are_the_same_image(tmp_path):

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 
-from mmroute.bench import engine, schema
+from mmroute.bench import engine, engine_cases, engine_schema, schema
 
-SMALL = engine.Stack(layers=2, hidden=32, mlp=48, heads=4, vocab=700)
+SMALL = engine_cases.Stack(layers=2, hidden=32, mlp=48, heads=4, vocab=700)
 RUN = schema.run_here("test", "", True, "", 0.0)
 
 
-def small(case: engine.Case) -> engine.Case:
+def small(case: engine_cases.Case) -> engine_cases.Case:
     """The same case at 1/16 of its lengths."""
     lengths = tuple(n // 16 for n in case.lengths)
     return dataclasses.replace(case, stack=SMALL, lengths=lengths, num_vision=case.num_vision // 16)
@@ -26,7 +26,7 @@ def test_every_case_caches_exactly_what_it_keeps(case, tmp_path):
     assert (result.kv_bytes < result.stock_kv_bytes) == (case.vision_keep < 1 and case.what != "train")
     assert result.ratio["n"] == 2
     schema.write_result(tmp_path / "case.json", result)
-    assert schema.read_engine(tmp_path / "case.json") == result
+    assert engine_schema.read_engine(tmp_path / "case.json") == result
 
 
 def test_goals_over_the_ideal_scale_with_the_flop_ratio():
@@ -61,7 +61,7 @@ def test_a_goal_in_microseconds_is_over_the_stock_time():
 @pytest.mark.parametrize("executor", ["dense", "physical"])
 def test_training_routes_at_the_rates_of_its_name_in_every_layer(executor):
     case = small(next(c for c in engine.CASES if c.executor == executor))
-    routed = engine._attached(engine.build(SMALL, "cpu"), case)
+    routed = engine._attached(engine_cases.build(SMALL, "cpu"), case)
     engine._Train(routed.model, case, "cpu")()
     ((text, vision, _),) = case.new
     for layer in routed.trace.calls[0].layers:
@@ -77,7 +77,7 @@ def test_rounds_of_several_processes_are_pooled():
 
 
 def test_cases_of_one_stock_model_are_timed_together():
-    assert [[case.name for case in cases] for cases in engine.groups(engine.CASES)] == [
+    assert [[case.name for case in cases] for cases in engine_cases.groups(engine.CASES)] == [
         ["prefill-1024-keep-1-1", "prefill-1024-keep-.4-.7", "prefill-1024-keep-.4-.4"],
         ["batch-4-padded-keep-.4-.7"],
         ["decode-1024-keep-1-1", "decode-1024-keep-.4-.7"],
@@ -88,11 +88,11 @@ def test_cases_of_one_stock_model_are_timed_together():
 
 def test_padded_rows_end_where_the_batch_ends():
     case = small(engine.CASES[3])
-    batch = engine.prompt(case, "cpu")
+    batch = engine_cases.prompt(case, "cpu")
     assert batch["attention_mask"].sum(1).tolist() == list(case.lengths)
     assert batch["attention_mask"][:, -1].all()
     real = batch["attention_mask"].bool()
-    assert ((batch["input_ids"] == engine.IMAGE) & real).sum(1).tolist() == [case.num_vision] * len(case.lengths)
+    assert ((batch["input_ids"] == engine_cases.IMAGE) & real).sum(1).tolist() == [case.num_vision] * len(case.lengths)
 
 
 def test_peak_memory_of_the_routed_run_is_measured():
@@ -117,6 +117,6 @@ def test_the_command_writes_one_file_per_case_and_ends_with_one_json_line(tmp_pa
     engine.main(out=tmp_path, rounds=1, warmup=0, processes=0, memory=False)
     assert len(list(tmp_path.glob("*.json"))) == len(engine.CASES)
     for path in tmp_path.glob("*.json"):
-        schema.read_engine(path)
+        engine_schema.read_engine(path)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(last) == {case.name for case in engine.CASES}

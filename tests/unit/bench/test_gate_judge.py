@@ -70,7 +70,45 @@ def test_who_reads_the_answer_pays_for_it_on_every_query() -> None:
     assert [at["prefill"][0], at["prefill"][-1]] == [2, 11]
     assert [at["answer"][0], at["answer"][-1]] == [2, 12]
     assert judge(Scored("x", "samples", score, samples=4), made, resamples=0).curve["cost"][0] == 5
+    # of 32 tokens that cost 1 together, 8 or 16 were written before the target was asked; of 4 at most these
+    early = [judge(Scored("x", "early", score, steps=m), made, resamples=0).curve["cost"][-1] for m in (8, 16)]
+    assert early == pytest.approx([11.25, 11.5])
+    made.stats["tokens"] = np.full(400, 4.0)
+    assert judge(Scored("x", "early", score, steps=16), made, resamples=0).curve["cost"][-1] == 12
     assert judge(Scored("x", "nothing", score), made, resamples=0).figures["cost_ratio_at_40"] == pytest.approx(0.52)
+
+
+def test_a_second_look_sends_what_it_has_read_and_pays_for_both_answers_there_alone() -> None:
+    made = outcomes()
+    rng = np.random.default_rng(0)
+    first, second = rng.random(400), 1 - made.draft + 0.1 * rng.random(400)
+    looks = Scored("x", "prefill", first, second=second, verify_share=0.25)
+    found = judge(looks, made, resamples=0)
+    ahead = np.argsort(-first, kind="stable")[:120]
+    late = [i for i in np.argsort(-second, kind="stable") if i not in set(ahead.tolist())][:40]
+    sent = np.zeros(400, dtype=bool)
+    sent[ahead] = sent[late] = True
+    right = np.where(sent, made.target, made.draft)
+    assert found.at["0.4"] == pytest.approx(right.mean())
+    # an answer of the draft costs 2, its prefill 1, the target's answer 10
+    share, cost = found.curve["share"], found.curve["cost"]
+    assert cost[share.index(0.4)] == pytest.approx((120 * 11 + 40 * 12 + 240 * 2) / 400)
+    assert (cost[0], cost[-1]) == (2, pytest.approx((300 * 11 + 100 * 12) / 400))
+    assert found.at["0.4"] > judge(Scored("x", "prefill", first), made, resamples=0).at["0.4"]
+    assert found.realised["0.4"] == pytest.approx(0.4, abs=0.03)
+    half = made.take(np.arange(400) < 200)
+    part = judge(looks.take(np.arange(400) < 200), half, resamples=0)
+    alone = Scored("x", "prefill", first[:200], second=second[:200], verify_share=0.25)
+    assert part.at == judge(alone, half, resamples=0).at
+
+
+def test_the_unrated_go_to_the_target_first() -> None:
+    made = outcomes()
+    score = made.pair.advantage.copy()
+    score[:40] = np.nan
+    found = judge(Scored("x", "prefill", score), made, resamples=0)
+    assert found.at["0.2"] < judge(Scored("x", "prefill", made.pair.advantage), made, resamples=0).at["0.2"]
+    assert found.realised["0.4"] == pytest.approx(0.4, abs=0.03)
 
 
 def test_a_rival_is_compared_on_the_same_drawn_groups() -> None:

@@ -1,10 +1,13 @@
 """A pair of small random models, end to end: collect, train, calibrate, serve a budget, bench."""
 
 import dataclasses
+import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from pairs import write_pair, write_recipe
@@ -12,10 +15,11 @@ from typer.testing import CliRunner
 
 from mmroute import recipe as recipes
 from mmroute.backbones.load import load
-from mmroute.bench import schema
+from mmroute.bench import gate_time, schema
 from mmroute.bench.gate import ATTAINABLE
 from mmroute.bench.gate_pair import evaluate, open_pair
 from mmroute.bench.gate_schema import read_gate, read_gate_eval
+from mmroute.bench.measure import Clock
 from mmroute.bench.outcomes.base import content_hash, read_rows
 from mmroute.cli import app
 from mmroute.config import resolved
@@ -24,7 +28,8 @@ from mmroute.gate.prp import Prp
 from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._solver import solve
 from mmroute.tasks.base import Spec
-from mmroute.train.prp import sections, train_prp
+from mmroute.train.prp import train_prp
+from mmroute.train.prp_config import sections
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,26 @@ def test_the_outcomes_are_shared_as_parquet_with_their_hash(trained: Path) -> No
     assert all(row.stats["lp_mean"] < 0 < row.prefill_flops < row.flops for row in rows)
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_seconds_count_the_draft_always_and_the_target_where_it_answers(
+    pair: tuple[Any, Any], recipe: recipes.Recipe, trained: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    ticks = itertools.count()  # each part of each batch takes one second
+    monkeypatch.setattr(gate_time, "clock_of", lambda _: Clock("thread", lambda: float(next(ticks))))
+    rater = Prp.load(trained / "rater", pair[0])
+    ask = partial(gate_time.timed, recipe, *pair, rater, num=4, seed=0, at_once=at_once, rounds=1)
+    assert ask(np.zeros(8, bool))["ratio"] == 1  # a rated draft and a target: three parts each
+    assert ask(np.ones(8, bool))["ratio"] == 2
+    half = np.arange(8) % 2 == 0
+    assert ask(half)["ratio"] == (1.5 if at_once == 1 else 2)  # a batch calls the target if one row does
+
+
+def test_questions_are_timed_in_the_proportion_in_which_they_are_sent() -> None:
+    sent = np.array([True] * 3 + [False] * 9)
+    assert gate_time._in_proportion(sent, 4) == [0, 3, 4, 5]
+    assert gate_time._in_proportion(sent, 12) == list(range(12))
+
+
 def test_an_evaluation_has_the_promised_fields_and_keeps_the_budget_exactly_at_its_ends(
     pair: tuple[Any, Any], recipe: recipes.Recipe, trained: Path
 ) -> None:
@@ -118,7 +143,7 @@ def test_a_bench_runs_from_end_to_end_and_goes_on_where_it_was_killed(
 ) -> None:
     monkeypatch.setattr(schema, "commit_of_source", lambda: ("abc", False))
     settings = {"recipe": str(folders / "nano.yaml"), "gates": [{"name": name} for name in GATES]}
-    settings |= {"seeds": [0, 1], "train": 160, "samples": 2, "resamples": 10, "timed": 1}
+    settings |= {"seeds": [0, 1], "train": 160, "samples": 2, "resamples": 10, "timed": 1, "timed_together": 2}
     (tmp_path / "small-gate.yaml").write_text(yaml.safe_dump({"n": 120, "work": str(tmp_path / "work"), **settings}))
     command = ["bench", "--recipe", str(tmp_path / "small-gate.yaml"), "--n", "12", "--out", str(tmp_path / "out")]
     command += ["--set", f"gate.rater={trained / 'rater'}", "--json"]

@@ -84,7 +84,13 @@ def test_tables_say_what_was_run_and_no_more(tmp_path):
     assert "How they ended: gone 10, whole 90." in text
     assert "added p50" not in text
     schema.write_result(tmp_path / "gateway/times.json", make_run(load=None, resident_mib={}, latency=TIMES))
-    assert "| whole JSON answer | passed on | 1.00 | 2.50 | 1.50 | 4.00 |" in table.table_of(tmp_path / "gateway")
+    text = table.table_of(tmp_path / "gateway")
+    assert "| whole JSON answer | gateway, passed on | 1.00 | 2.50 | 1.50 | 4.00 |" in text
+    assert "nginx" not in text
+    beside = {"nginx": {"p50": 1.25, "p99": 2.0}, "added nginx": {"p50": 0.25, "p99": 0.5}}
+    proxied = {k: v | beside if isinstance(v, dict) else v for k, v in TIMES.items()}
+    schema.write_result(tmp_path / "gateway/times.json", make_run(load=None, resident_mib={}, latency=proxied))
+    assert "| whole JSON answer | nginx | 1.00 | 1.25 | 0.25 | 0.50 |" in table.table_of(tmp_path / "gateway")
     schema.write_result(tmp_path / "evals/a.json", make_eval())
     assert "| prp-small | 2 | 100 | 0.40 | 0.410 | 0.800 [0.700, 0.900] |" in table.table_of(tmp_path / "evals")
     dirty = dataclasses.replace(make_run(), run=dataclasses.replace(make_run().run, dirty=True))

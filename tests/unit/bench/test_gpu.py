@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mmroute import cost
-from mmroute.bench import engine, gpu, schema
+from mmroute.bench import engine_cases, engine_schema, gpu, schema
 
-SMALL = engine.Stack(layers=2, hidden=32, mlp=48, heads=4, vocab=700)
+SMALL = engine_cases.Stack(layers=2, hidden=32, mlp=48, heads=4, vocab=700)
 RUN = schema.run_here("test", "", True, "", 0.0)
 MACHINE = schema.machine_here("cpu", "float32", "sdpa")
 
@@ -25,7 +25,7 @@ def small(**changed: int) -> gpu.Case:
 
 def test_every_run_of_a_case_stores_and_generates_what_is_counted(tmp_path):
     case = small()
-    measured = gpu.measure(engine.build(SMALL, "cpu"), case, 60, "cpu")
+    measured = gpu.measure(engine_cases.build(SMALL, "cpu"), case, 60, "cpu")
     assert list(measured.runs) == ["stock", "one-call", "keep-1-1", "keep-4-7"]
     full, cut = gpu.results_of(case, measured, RUN, MACHINE)
     assert full.kv_bytes == full.kv_bytes_estimate == full.stock_kv_bytes == case.shape.layers * 128 * 2 * 2 * 2 * 8 * 4
@@ -35,11 +35,11 @@ def test_every_run_of_a_case_stores_and_generates_what_is_counted(tmp_path):
     assert 0.3 < cut.prefill_flop_ratio < 0.6
     assert cut.peak_memory_bytes is None
     schema.write_result(tmp_path / "case.json", cut)
-    assert schema.read_gpu(tmp_path / "case.json") == cut
+    assert engine_schema.read_gpu(tmp_path / "case.json") == cut
 
 
 def test_stock_and_routed_share_their_weights_and_only_one_is_routed():
-    model = engine.build(SMALL, "cpu")
+    model = engine_cases.build(SMALL, "cpu")
     runs = gpu.sessions(model, small(), "cpu")
     bases = [session.model.model for session in runs.values()]
     pointers = {tuple(p.data_ptr() for p in base.language_model.parameters()) for base in bases}
@@ -50,7 +50,7 @@ def test_stock_and_routed_share_their_weights_and_only_one_is_routed():
 
 def test_the_planned_flops_are_those_of_what_ran():
     case = small()
-    session = gpu.sessions(engine.build(SMALL, "cpu"), case, "cpu")["keep-4-7"]
+    session = gpu.sessions(engine_cases.build(SMALL, "cpu"), case, "cpu")["keep-4-7"]
     session()
     ran, planned = cost.estimate_flops(session.model.__dict__["_mmroute"].trace), case.flops(0.4, 0.7)
     assert (ran.prefill, ran.decode) == (planned.prefill, planned.decode)
@@ -59,7 +59,7 @@ def test_the_planned_flops_are_those_of_what_ran():
 def test_a_large_case_runs_the_main_keep_rate_and_says_what_it_left_out(monkeypatch):
     monkeypatch.setattr(gpu, "LARGE", 100)
     case = small()
-    measured = gpu.measure(engine.build(SMALL, "cpu"), case, 0, "cpu")
+    measured = gpu.measure(engine_cases.build(SMALL, "cpu"), case, 0, "cpu")
     (cut,) = gpu.results_of(case, measured, RUN, MACHINE)
     assert list(measured.runs) == ["stock", "keep-4-7"]
     assert cut.one_call_ratio is None
@@ -69,7 +69,7 @@ def test_a_large_case_runs_the_main_keep_rate_and_says_what_it_left_out(monkeypa
 def test_a_slow_round_counts_alone_and_says_so(monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_ROUNDS", 0)
     case = small(context=32, batch=1)
-    measured = gpu.measure(engine.build(SMALL, "cpu"), case, 0, "cpu")
+    measured = gpu.measure(engine_cases.build(SMALL, "cpu"), case, 0, "cpu")
     assert not measured.warmed
     assert "no warm-up" in gpu.results_of(case, measured, RUN, MACHINE)[0].notes[1]
 
@@ -116,7 +116,9 @@ def test_the_command_writes_a_file_per_case_and_ends_with_one_json_line(monkeypa
     _command(monkeypatch, tmp_path, quick=True, seconds=60, commit="abc")
     files = {path.stem for path in tmp_path.glob("*.json")}
     assert files == {f"3b-{n}-batch-1-{keep}" for n in (32, 128) for keep in gpu.KEEPS}
-    assert {schema.read_gpu(path).run.dirty for path in tmp_path.glob("*.json")} == {schema.commit_of_source()[1]}
+    assert {engine_schema.read_gpu(path).run.dirty for path in tmp_path.glob("*.json")} == {
+        schema.commit_of_source()[1]
+    }
     card, line = capsys.readouterr().out.rsplit("\n", 2)[:2]
     assert "of one call" in card
     assert set(json.loads(line)) == files
@@ -126,7 +128,7 @@ def test_the_command_writes_a_file_per_case_and_ends_with_one_json_line(monkeypa
 def test_a_copy_without_a_checkout_takes_the_commit_it_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(schema, "commit_of_source", lambda: ("", True))
     _command(monkeypatch, tmp_path, quick=True, seconds=60, commit="abc")
-    runs = [schema.read_gpu(path).run for path in tmp_path.glob("*.json")]
+    runs = [engine_schema.read_gpu(path).run for path in tmp_path.glob("*.json")]
     assert {(run.commit, run.dirty) for run in runs} == {("abc", False)}
 
 

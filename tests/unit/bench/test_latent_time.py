@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmroute.bench import latent_time
-from mmroute.bench.engine import Stack
+from mmroute.bench.engine_cases import Stack
 from mmroute.bench.latent_time import Latent, Stock
 
 SMALL = Stack(layers=2, hidden=32, mlp=48, heads=2, vocab=640)

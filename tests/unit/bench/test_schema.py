@@ -5,7 +5,7 @@ import json
 import pytest
 from result_samples import make_result
 
-from mmroute.bench import schema
+from mmroute.bench import engine_schema, schema
 from mmroute.config import resolved
 from mmroute.errors import ConfigError, InputError
 
@@ -68,7 +68,7 @@ def test_another_schema_and_broken_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="not a result file"):
         schema.read_result(path)
     with pytest.raises(InputError, match="absent"):
-        schema.read_engine(tmp_path / "absent.json")
+        engine_schema.read_engine(tmp_path / "absent.json")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

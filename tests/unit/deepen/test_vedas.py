@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmroute.deepen.random import Random
+from mmroute.deepen.uniform import Uniform
 from mmroute.deepen.vedas import Vedas
 from mmroute.errors import ConfigError
 from mmroute.tokens import Modality, Tokens
@@ -126,3 +127,18 @@ def test_routers_learn_only_once_the_vectors_have_left_zero():
         deepener.scale["1"] += 0.1
     call(deepener, states()).gain.sum().backward()
     assert deepener.router["1"].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("cls", [Random, Uniform])
+def test_a_row_chooses_at_random_alone_what_it_chooses_behind_padding(cls, seed):
+    options = {"deepen_tokens": 3, "seed": seed}
+    deepener = drawn(Random, **options) if cls is Random else Uniform(**options)
+    x = states()
+    padded = call(deepener, x)
+    nothing = torch.zeros(1, 7, dtype=torch.bool)
+    modality = torch.zeros(1, 7, dtype=torch.long)
+    modality[:, LATENT - 2] = int(Modality.LATENT)
+    alone = Tokens(modality, HOP[1:, 2:], VALID[1:, 2:], nothing, nothing, torch.arange(7)[None])
+    again = deepener.again(x[1:, 2:], alone, VALID[1:, 2:], [[4, 3]], [[0, 1]], 1, 1)
+    assert torch.equal(again.mask[0], padded.mask[1, 2:])

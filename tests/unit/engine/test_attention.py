@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmroute.engine import attention
-from mmroute.engine.rows import Rows
+from mmroute.rows import Rows
 
 H, K, E = 4, 2, 8
 

@@ -11,10 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from mmroute.engine import gated
 from mmroute.engine.attention import _attend, last_row
 from mmroute.engine.gated import Gate
-from mmroute.engine.rows import Rows
 from mmroute.engine.train import key_gate, update_gate
 from mmroute.errors import UnsupportedCall
 from mmroute.prune.base import Keep
+from mmroute.rows import Rows
 from mmroute.tokens import Tokens
 
 B, N, H, K, E = 2, 9, 4, 2, 8

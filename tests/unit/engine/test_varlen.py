@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
 from mmroute.engine import attention, varlen
-from mmroute.engine.rows import Rows
+from mmroute.rows import Rows
 
 H, K, E = 4, 2, 8
 PACKED, CHUNK = Rows([2, 3], [2, 3], packed=True), Rows([2, 2], [5, 5], packed=False)

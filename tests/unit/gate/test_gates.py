@@ -40,7 +40,7 @@ def made(n: int = 400, seed: int = 0) -> list[Evidence]:
         )
         stats = dict.fromkeys((*names, "lp_early_64", "conf_low"), sure) | {"ent_mean": -sure, "ent_max": -sure}
         labels = [("A" if right or rng.random() < 0.4 else "BCD"[int(rng.integers(3))]) for _ in range(8)]
-        answer = Continuation("answer: A", "A", stats, last=last[2] + 3 * right)
+        answer = Continuation("so it is red" if right else "maybe blue", "A", stats, last=last[2] + 3 * right)
         out.append(
             Evidence(
                 Query(f"q{i}", task="t", group=f"g{i // 2}", prompt_tokens=40 + 10 * hard, image_tokens=16,
@@ -49,7 +49,8 @@ def made(n: int = 400, seed: int = 0) -> list[Evidence]:
                 early=answer,
                 answer=answer,
                 samples=[Continuation(label=label) for label in labels],
-                replies={"p_true": 0.9 if right else 0.3} | dict.fromkeys(ASKED, 40 + 20 * right),
+                replies={"p_true": 0.9 if right else 0.3, "automix": 0.75 if right else 0.5}
+                | dict.fromkeys(ASKED, 40 + 20 * right),
                 outcome=Known(float(right), 0.9),
             )
         )  # fmt: skip
@@ -74,6 +75,9 @@ GATES = [
     ("hybrid", {}),
     ("hybrid", {"slack": "spread"}),
     ("knn", {}),
+    ("mf", {}),
+    ("frugal", {}),
+    ("automix", {}),
     ("length", {}),
     ("oracle", {}),
     ("oracle", {"by": "difficulty"}),
@@ -136,7 +140,7 @@ def test_always_is_one_model() -> None:
 
 @pytest.mark.parametrize(("name", "said"), [
     ("logprob", "no lp_mean"), ("early", "no lp_early_8"), ("self_consistency", "two samples"), ("p_true", "no reply"),
-    ("verbalised", "no reply"), ("oracle", "needs outcomes"),
+    ("verbalised", "no reply"), ("automix", "no reply"), ("oracle", "needs outcomes"),
 ])  # fmt: skip
 def test_missing_evidence_is_named(name: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
@@ -164,6 +168,45 @@ def test_logistic_regression_is_where_its_slope_is_zero() -> None:
         (objective(model.weight + h) - objective(model.weight - h)) / 2e-5 for h in 1e-5 * np.eye(4)
     ]  # differences of an objective of size 40 carry errors of 1e-9
     np.testing.assert_allclose(slope, 0, atol=1e-4)
+
+
+def test_the_factors_descend_along_the_slope_of_their_objective() -> None:
+    rng = np.random.default_rng(0)
+    gate = hub.load("gate", "mf", rank=2, ridge=3.0)
+    x, success = rng.normal(size=(20, 4)), rng.random((20, 2))
+    factors = {"v": rng.normal(size=(2, 2)), "w": rng.normal(size=(2, 4)), "b": rng.normal(size=2)}
+
+    def objective(factors: dict[str, np.ndarray]) -> float:
+        z = x @ factors["w"].T @ factors["v"].T + factors["b"]
+        squares = (factors["v"] ** 2).sum() + (factors["w"] ** 2).sum()
+        return float(((np.logaddexp(0, z) - success * z).sum() + 1.5 * squares) / 20)
+
+    for name, slope in gate._slopes(factors, x, success).items():
+        for at in np.ndindex(slope.shape):
+            moved = [{**factors, name: factors[name].copy()} for _ in range(2)]
+            moved[0][name][at] += 1e-5
+            moved[1][name][at] -= 1e-5
+            assert slope[at] == pytest.approx((objective(moved[0]) - objective(moved[1])) / 2e-5, abs=1e-6)
+
+
+def test_a_scorer_of_answers_reads_the_answer_and_falls_back_on_what_was_read_out_of_it() -> None:
+    gate = hub.load("gate", "frugal")
+    gate.fit(made(seed=1))
+    (one,) = made(1)
+    said = [
+        gate.rate([dataclasses.replace(one, answer=Continuation(text, label))]).score[0]
+        for text, label in (("so it is red", "A"), ("maybe blue", "A"), ("", "maybe blue"))
+    ]
+    assert said[0] + 0.3 < said[1] == said[2]
+    with pytest.raises(InputError, match="no answer of the draft"):
+        gate.rate([dataclasses.replace(one, answer=None)])
+
+
+def test_a_number_means_what_the_question_says_it_does() -> None:
+    evidence = [Evidence(Query("q"), replies={"verbalised_post": 6.0})]
+    assert hub.load("gate", "verbalised", certain=15).rate(evidence).draft == pytest.approx(0.4)
+    asked = hub.load("gate", "verbalised", text="k:", when="pre").questions[0]
+    assert (asked.name, asked.text, asked.after_answer) == ("verbalised_pre", "k:", False)
 
 
 def test_features_of_a_query_do_not_depend_on_its_company() -> None:

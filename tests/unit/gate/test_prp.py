@@ -13,6 +13,7 @@ from mmroute.backbones.images import prepare
 from mmroute.backbones.load import load
 from mmroute.engine.attach import attach
 from mmroute.errors import CheckpointMismatch, ConfigError
+from mmroute.gate._suffix import Suffix
 from mmroute.gate.base import Evidence, Query
 from mmroute.gate.prp import Prp, Seat, bucket_prob
 from mmroute.session import Session
@@ -20,7 +21,8 @@ from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.train.folder import write_folder
 from mmroute.train.prompts import Prompts, chats_of
-from mmroute.train.prp import PrpConfig, fit
+from mmroute.train.prp import fit
+from mmroute.train.prp_config import PrpConfig
 from mmroute.train.rollouts import roll_out
 from mmroute.train.small_model import Shape, build
 
@@ -47,10 +49,10 @@ def chats(draft: Any) -> list:
 @pytest.fixture
 def gate(draft: Any) -> Prp:
     made = Prp().bind(draft)
-    assert made.rater is not None
+    assert isinstance(made.reader, Suffix)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in made.rater.parameters():  # fresh weights rate everything alike
+        for p in made.reader.parameters():  # fresh weights rate everything alike
             p.add_(0.3 * torch.randn(p.shape, generator=draw))
     return made
 
@@ -101,6 +103,32 @@ def test_a_batch_of_ratings_is_its_singles_and_what_training_sees(draft: Any, ch
     np.testing.assert_allclose(probs[:, 1], batched.target_probs, atol=1e-5)
 
 
+@pytest.mark.parametrize("after", [1, 3, 40])
+def test_a_rating_after_some_tokens_is_the_same_alone_batched_and_in_training(
+    draft: Any, chats: list, gate: Prp, after: int
+) -> None:
+    late = Prp(decide_after=after).bind(draft)
+    late.reader = gate.reader
+    assert (late.needs, late.steps) == ("early", after)
+    with attach(draft) as routed:
+        plain, _ = roll_out(routed, chats, max_new_tokens=12)
+        batched, rated = roll_out(routed, chats, max_new_tokens=12, rater=late)
+        singles = [roll_out(routed, [chat], max_new_tokens=12, rater=late)[1] for chat in chats]
+    assert [r.ids for r in batched] == [r.ids for r in plain]
+    assert rated is not None
+    np.testing.assert_allclose(rated.draft, [one.draft[0] for one in singles], atol=1e-5)
+    if after < 12:  # else the answers are cut before: training reads on
+        probs = Prompts.of(late, chats, batch=5).probs(late, batch=7).numpy()
+        np.testing.assert_allclose(probs[:, 0], rated.draft_probs, atol=1e-5)
+    before = gate.ratings(Prompts.read(draft, chats).probs(gate), 20)
+    assert np.abs(before.draft - rated.draft).max() > 1e-3
+
+
+def test_words_are_written_before_the_first_thought() -> None:
+    with pytest.raises(ConfigError, match="decide_after is 0"):
+        Prp(form="tokens", decide_after=4)
+
+
 def test_evidence_is_rated_by_seat(draft: Any, chats: list, gate: Prp) -> None:
     with attach(draft) as routed:
         first, second = session(routed, chats[:3]), session(routed, chats[3:5])
@@ -117,8 +145,8 @@ def test_a_rating_costs_one_step_and_its_flops_are_those_counted(draft: Any, cha
         made = session(routed, chats[:1])
         rated = gate.rate_session(made)
     prompts = Prompts.read(draft, chats[:1])
-    assert gate.rater is not None
-    gate.rater.requires_grad_(False)  # the counter's hooks cannot bear parameters under no_grad
+    assert isinstance(gate.reader, Suffix)
+    gate.reader.requires_grad_(False)  # the counter's hooks cannot bear parameters under no_grad
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         prompts.rate(gate, torch.arange(1))
     # the counter sees no fused attention on the CPU: one query against 1 + N keys, twice, in every layer

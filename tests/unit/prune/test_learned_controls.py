@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from twins import CASES, LAYERS, TEXT, VISION, assert_same_sets, twin
+from twins import CASES, LAYERS, TEXT, VISION, assert_same_sets, members, plain, twin
 
 from mmroute import hub
 from mmroute.checks import Case, D, made_up, made_up_shape, walk
@@ -83,22 +83,21 @@ def test_an_untrained_mod_changes_no_update() -> None:
 def test_symmetric_ranks_text_and_vision_of_a_hop_together() -> None:
     pruner = made("symmetric", keep=0.6, first_layer=1)
     for case in CASES:
-        t = case.tokens
+        t = plain(case)
         with torch.no_grad():
             kept = walk(pruner, case, LAYERS)
         for layer in range(1, LAYERS):
             rate = pruner.rate(layer, LAYERS, 0, Modality.TEXT)
-            for b in range(t.shape[0]):
+            for b in range(len(t.valid)):
                 value, stay = logits(pruner, case, b, layer), set()
                 for hop in (0, 1):
-                    columns = [c for c in range(t.shape[1]) if t.valid[b, c] and t.hop[b, c] == hop]
-                    fixed = {c for c in columns if t.protected[b, c]}
+                    columns = [c for m in (TEXT, VISION) for c in members(case, b, hop, m)]
+                    fixed = {c for c in columns if t.protected[b][c]}
                     room = 0
                     for modality in (TEXT, VISION):
-                        mine = [c for c in columns if t.modality[b, c] == modality]
-                        room += keep_count(len(mine), rate, len(fixed.intersection(mine))) - len(
-                            fixed.intersection(mine)
-                        )
+                        mine = members(case, b, hop, modality)
+                        held = len(fixed.intersection(mine))
+                        room += keep_count(len(mine), rate, held) - held
                     free = sorted((c for c in columns if c not in fixed), key=lambda c, v=value: (-v[c], c))
                     stay |= fixed | set(free[:room])
                 assert set(kept[layer].mask[b].nonzero().flatten().tolist()) == stay, f"layer {layer}, row {b}"

@@ -6,7 +6,8 @@ import torch
 from mmroute import hub
 from mmroute.checks import made_up, walk
 from mmroute.errors import ConfigError
-from mmroute.prune._rank import hop_rank, lexicographic
+from mmroute.prune._rank import lexicographic
+from mmroute.select import hop_rank
 from mmroute.tokens import Modality
 
 

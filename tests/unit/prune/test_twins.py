@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from twins import CASES, LAYERS, TEXT, VISION, assert_same_sets, twin
+from twins import CASES, LAYERS, TEXT, VISION, assert_same_sets, plain, twin
 
 from mmroute import hub
 from mmroute.checks import Case, made_up, walk
@@ -33,7 +33,8 @@ def test_pyramiddrop_ranks_survivors_by_the_stage_layers_own_attention() -> None
             total = dict.fromkeys(range(case.tokens.shape[1]), 0.0)
             for head in range(q.shape[1]):
                 key = k[b, head // (q.shape[1] // k.shape[1])].double()
-                logits = {c: float(q[b, head, last].double() @ key[c]) / math.sqrt(q.shape[-1]) for c in alive}
+                products = (key[alive] @ q[b, head, last].double() / math.sqrt(q.shape[-1])).tolist()
+                logits = dict(zip(alive, products, strict=True))
                 most = max(logits.values())
                 norm = sum(math.exp(value - most) for value in logits.values())
                 for c in alive:
@@ -48,8 +49,8 @@ def test_knorm_keeps_the_shortest_keys_of_each_modality() -> None:
     for case in CASES:
 
         def score(b: int, layer: int, alive: list[int], case: Case = case) -> dict[int, float]:
-            keys = case.sources(layer)["keys"](layer)
-            return {c: -sum(math.hypot(*head) for head in keys[b, c].tolist()) for c in alive}
+            keys = case.sources(layer)["keys"](layer)[b].tolist()
+            return {c: -sum(math.hypot(*head) for head in keys[c]) for c in alive}
 
         assert_same_sets(pruner, case, twin(case, score, [{VISION: 0.4, TEXT: 0.7}] * LAYERS, "kv_only"))
 
@@ -62,10 +63,10 @@ def test_keydiff_keeps_the_keys_that_point_away_from_the_mean() -> None:
             keys = case.sources(layer)["keys"](layer)[b].double()
             out = dict.fromkeys(alive, 0.0)
             for head in range(keys.shape[1]):
-                unit = {c: keys[c, head] / keys[c, head].norm() for c in alive}
-                mean = torch.stack(list(unit.values())).mean(0)
-                for c in alive:
-                    out[c] -= float(unit[c] @ mean / mean.norm())
+                unit = keys[alive, head] / keys[alive, head].norm(dim=1, keepdim=True)
+                mean = unit.mean(0)
+                for c, cosine in zip(alive, (unit @ mean / mean.norm()).tolist(), strict=True):
+                    out[c] -= cosine
             return out
 
         assert_same_sets(pruner, case, twin(case, score, [{VISION: 0.4}] * LAYERS, "kv_only"))
@@ -84,11 +85,10 @@ def hash_of(seed: int, layer: int, hop: int, rank: int) -> float:
 def hashes(case: Case, seed: int, layer: int, b: int) -> dict[int, float]:
     """By column; ranks count from the hop's first valid position."""
     out, seen = {}, {}
-    for c in range(case.tokens.shape[1]):
-        hop = int(case.tokens.hop[b, c])
+    for c, (hop, real) in enumerate(zip(plain(case).hop[b], plain(case).valid[b], strict=True)):
         rank = seen.setdefault(hop, 0)
         out[c] = hash_of(seed, layer, hop, rank)
-        seen[hop] += int(case.tokens.valid[b, c])
+        seen[hop] += int(real)
     return out
 
 
@@ -127,8 +127,8 @@ def test_schedule_keeps_the_tables_share_at_each_layer(scorer: str, scope: str) 
             if scorer == "row":
                 return dict(enumerate(case.attention_row(layer)[b].tolist()))
             if scorer == "knorm":
-                k = case.sources(layer)["qk"](case.hidden(layer))[1][b]
-                return {c: -sum(math.hypot(*head[c]) for head in k.tolist()) for c in alive}
+                k = case.sources(layer)["qk"](case.hidden(layer))[1][b].tolist()
+                return {c: -sum(math.hypot(*head[c]) for head in k) for c in alive}
             chance = hashes(case, 0, 0 if scope == "drop" else layer, b)
             return chance if scorer == "random" else {c: float(case.relevance[b, c]) + chance[c] / 2 for c in alive}
 

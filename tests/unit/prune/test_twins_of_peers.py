@@ -5,22 +5,12 @@ import math
 
 import pytest
 import torch
-from twins import CASES, LAYERS, TEXT, VISION, assert_same_sets, twin
+from twins import CASES, LAYERS, TEXT, VISION, assert_same_sets, members, plain, twin
 
 from mmroute import hub
 from mmroute.checks import Case, made_up, walk
 from mmroute.prune import _rank
 from mmroute.prune.sparsevlm import _density_peaks, _split
-
-
-def members(case: Case, b: int, hop: int, modality: int, free: bool = False) -> list[int]:
-    """Columns of one group of one row; with `free` only those that are not protected."""
-    t = case.tokens
-    return [
-        c
-        for c in range(t.shape[1])
-        if t.valid[b, c] and t.hop[b, c] == hop and t.modality[b, c] == modality and not (free and t.protected[b, c])
-    ]
 
 
 def room(case: Case, b: int, hop: int, rate: float) -> int:
@@ -38,10 +28,11 @@ def spread(case: Case, b: int) -> dict[int, float]:
     out = dict.fromkeys(range(case.tokens.shape[1]), 0.0)
     for hop in range(3):
         free = members(case, b, hop, VISION, free=True)
-        unit = {c: case.x[b, c].double() / case.x[b, c].double().norm() for c in free}
+        unit = torch.nn.functional.normalize(case.x[b, free].double(), dim=-1)
+        cosine = {c: dict(zip(free, row, strict=True)) for c, row in zip(free, (unit @ unit.T).tolist(), strict=True)}
 
-        def apart(c: int, d: int, unit: dict[int, torch.Tensor] = unit) -> float:
-            return 1 - float(unit[c] @ unit[d])
+        def apart(c: int, d: int, cosine: dict[int, dict[int, float]] = cosine) -> float:
+            return 1 - cosine[c][d]
 
         taken: list[int] = []
         while len(taken) < len(free):
@@ -95,7 +86,7 @@ def test_streaming_keeps_sinks_and_the_most_recent_of_each_modality() -> None:
     for case in CASES:
 
         def score(b: int, layer: int, alive: list[int], case: Case = case) -> dict[int, float]:
-            first = [c for c in alive if case.tokens.hop[b, c] == 0][:3]
+            first = [c for c in alive if plain(case).hop[b][c] == 0][:3]
             return {c: c + 1000.0 * (c in first) for c in alive}
 
         assert_same_sets(pruner, case, twin(case, score, [{VISION: 0.4, TEXT: 0.6}] * LAYERS, "kv_only"))
@@ -110,7 +101,8 @@ def last_attention(case: Case, b: int, layer: int, alive: list[int]) -> dict[int
     total = dict.fromkeys(alive, 0.0)
     for head in range(q.shape[1]):
         key = k[b, head // (q.shape[1] // k.shape[1])].double()
-        logits = {c: float(q[b, head, max(alive)].double() @ key[c]) / math.sqrt(q.shape[-1]) for c in alive}
+        products = (key[alive] @ q[b, head, max(alive)].double() / math.sqrt(q.shape[-1])).tolist()
+        logits = dict(zip(alive, products, strict=True))
         norm = sum(math.exp(value) for value in logits.values())
         for c in alive:
             total[c] += math.exp(logits[c]) / norm
@@ -180,9 +172,7 @@ def test_snapkv_keeps_the_window_and_what_it_looks_at(pool: str) -> None:
 def picked(case: Case, b: int, hop: int, layer: int, number: int) -> set[int]:
     keys = case.sources(layer)["keys"](layer - 1)[b].double()
     state = case.sources(layer)["final_normed"](case.hidden(layer))[b].double()
-    norm = {
-        c: sum(math.hypot(float(h[i]), float(h[i + 4])) for h in keys[c] for i in range(4)) for c in range(len(keys))
-    }
+    norm = [sum(math.hypot(h[i], h[i + 4]) for h in heads for i in range(4)) for heads in keys.tolist()]
     free, image = members(case, b, hop, VISION, free=True), members(case, b, hop, VISION)
     vision = sorted(free, key=lambda c: (-norm[c], c))[: min(4, number)]
     text = sorted((c for c in members(case, b, hop, TEXT) if c > max(image)), key=lambda c: (-norm[c], c))[:4]
@@ -190,7 +180,8 @@ def picked(case: Case, b: int, hop: int, layer: int, number: int) -> set[int]:
     pivots = vision + text
     for turn, pivot in enumerate(pivots):
         quota = left // len(pivots) + (turn < left % len(pivots))
-        cosine = {c: float(state[c] @ state[pivot] / state[c].norm() / state[pivot].norm()) for c in free}
+        like = state[free] @ state[pivot] / state[free].norm(dim=1) / state[pivot].norm()
+        cosine = dict(zip(free, like.tolist(), strict=True))
         rest = sorted((c for c in free if c not in chosen), key=lambda c: (cosine[c], c))
         chosen |= set(rest[:quota])
     return chosen
@@ -218,17 +209,16 @@ def raters(case: Case, b: int, hop: int) -> list[int]:
     x, image = case.hidden(0)[b].double(), members(case, b, hop, VISION)
     behind = [t for t in members(case, b, hop, TEXT) if t > max(image)]
     g = dict.fromkeys(behind, 0.0)
-    for v in image:
-        match = {t: math.exp(float(x[v] @ x[t])) for t in behind}
-        for t in behind:
-            g[t] += match[t] / sum(match.values()) / len(image)
+    for match in (x[image] @ x[behind].T).exp().tolist():
+        for t, value in zip(behind, match, strict=True):
+            g[t] += value / sum(match) / len(image)
     return [t for t in behind if g[t] > sum(g.values()) / len(g)] or behind
 
 
 def naive_peaks(points: list[torch.Tensor], clusters: int) -> tuple[list[int], list[int]]:
     """Centres, and for each point the number of its cluster, by the formulas one by one."""
     number = range(len(points))
-    apart = [[float((p - q).norm()) / math.sqrt(len(p)) for q in points] for p in points]
+    apart = [((torch.stack(points) - p).norm(dim=1) / math.sqrt(len(p))).tolist() for p in points]
     density = []
     for i in number:
         near = sorted(apart[i][j] for j in number if j != i)[:clusters]
@@ -271,19 +261,21 @@ def test_sparsevlm_ranks_by_its_raters_and_merges_part_of_the_rest(version: str)
     for case in CASES:
         t = case.tokens
         kept = walk(pruner, case, LAYERS)
+        maps = [case.attention_map(layer).tolist() for layer in range(4)]
         for b in range(t.shape[0]):
-            stay = {c for c in range(t.shape[1]) if t.valid[b, c]}
+            stay = {c for c, real in enumerate(plain(case).valid[b]) if real}
             for layer in range(LAYERS):
                 for hop in (0, 1) if 1 <= layer <= 3 else ():
                     image = members(case, b, hop, VISION)
                     if not image:
                         continue
-                    attention = case.attention_map(layer)[b].double()
+                    attention = maps[layer][b]
                     rates = raters(case, b, hop)
-                    heads = sorted(range(4), key=lambda h: (-float(attention[h][rates][:, image].sum()), h))
+                    mass = [sum(look[r][i] for r in rates for i in image) for look in attention]
+                    heads = sorted(range(4), key=lambda h: (-mass[h], h))
                     heads = heads[:2] if version == "v2" else heads
                     alive = [c for c in members(case, b, hop, VISION, free=True) if c in stay]
-                    c_of = {i: sum(float(attention[h, r, i]) for h in heads for r in rates) for i in alive}
+                    c_of = {i: sum(attention[h][r][i] for h in heads for r in rates) for i in alive}
                     ranked = sorted(alive, key=lambda i: (-c_of[i], i))
                     size = min(room(case, b, hop, keeps[layer - 1]), len(alive))
                     best, clusters = _split(len(alive), size) if version == "v1" else (size, 0)

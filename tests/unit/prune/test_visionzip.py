@@ -3,7 +3,7 @@
 import families
 import pytest
 import torch
-from twins import CASES, LAYERS, VISION
+from twins import CASES, LAYERS, VISION, members, plain
 
 import mmroute
 from mmroute import hub
@@ -15,12 +15,10 @@ from mmroute.tokens import Modality
 
 def loop(case: Case, b: int, share: float, contextual: float) -> tuple[set[int], dict[int, torch.Tensor]]:
     """Columns that stay in a row, and the new states of targets."""
-    t, look, x = case.tokens, case.sources(0)["tower"](), case.x[b]
-    N = t.shape[1]
-    stay, states = {c for c in range(N) if t.valid[b, c]}, {}
+    look, x = case.sources(0)["tower"](), case.x[b]
+    stay, states = {c for c, real in enumerate(plain(case).valid[b]) if real}, {}
     for hop in range(3):
-        image = [c for c in range(N) if t.valid[b, c] and t.hop[b, c] == hop and t.modality[b, c] == VISION]
-        free = [c for c in image if not t.protected[b, c]]
+        image, free = members(case, b, hop, VISION), members(case, b, hop, VISION, free=True)
         room = max(-(-round(share * len(image) * 1e6) // 10**6) - (len(image) - len(free)), 0)
         if not 0 < room < len(free):
             stay -= set(free) if room <= 0 else set()
@@ -37,9 +35,9 @@ def loop(case: Case, b: int, share: float, contextual: float) -> tuple[set[int],
             key = look.keys[b, c].double()
             like = {d: float(torch.cosine_similarity(key, look.keys[b, d].double(), dim=0)) for d in targets}
             joined[max(targets, key=lambda d: like[d])].append(c)
-        for target, members in joined.items():
+        for target, others in joined.items():
             stay.add(target)
-            states[target] = x[target] + (torch.stack([x[c] for c in members]).mean(0) if members else 0)
+            states[target] = x[target] + (torch.stack([x[c] for c in others]).mean(0) if others else 0)
     return stay, states
 
 

@@ -1,13 +1,11 @@
 """Models of this process: the streamed answer is the library's own, the draft's prefill is kept, leaving stops it."""
 
 import asyncio
-import base64
-import io
 import json
 
 import numpy as np
 import pytest
-from gateways import QUICK, asking, serving
+from gateways import QUICK, as_openai, asking, serving
 from httpx2 import AsyncClient
 from PIL import Image
 
@@ -25,7 +23,7 @@ from mmroute.serve.upstreams import Fault
 class Fixed:
     """Rates as it is told, and counts the positions it has seen."""
 
-    artifact = "fixed"
+    artifact, after = "fixed", 0
 
     def __init__(self, draft, target):
         self.value, self.seen = Rating(target - draft, draft, target), []
@@ -42,20 +40,6 @@ class Fixed:
 def sample():
     task = hub.load("tasks", "maze")
     return task.messages(next(task.samples("test", 1)), "cot")
-
-
-def as_openai(messages):
-    def part(block):
-        if block["type"] == "text":
-            return block
-        data = io.BytesIO()
-        block["image"].save(data, "PNG")
-        return {
-            "type": "image_url",
-            "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"},
-        }
-
-    return [{"role": m["role"], "content": [part(b) for b in m["content"]]} for m in messages]
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +101,27 @@ def test_a_kept_draft_reads_its_prompt_once_and_answers_as_if_ungated(models, sa
         assert models["draft"].steps - before == chunks[-1]["usage"]["completion_tokens"] - 1
         assert reply.report["flops"] > reply.prefill_flops > 0
         assert reply.report["flops_target"] > reply.report["flops"]  # the draft is routed, the target is not
+
+    asyncio.run(run())
+
+
+def test_a_rating_after_some_tokens_comes_before_them_and_the_answer_stays(models, sample):
+    async def run():
+        draft = models["draft"]
+        before, rater = draft.rater, Fixed(1, 0)
+        plain, _ = await spoken(await draft.open({"messages": as_openai(sample)}, True, "plain"))
+        prompt = rater.after
+        for after in (3, 500):  # 500: the answer is over before
+            draft.rater, rater.after, rater.seen = rater, after, []
+            reply = draft.begin({"messages": as_openai(sample)}, "late", park=True)
+            assert await reply.rated() == Rating(-1, 1, 0)
+            written = rater.seen[0] - reply.prompt_tokens
+            assert written == 3 if after == 3 else 3 < written < 500
+            assert reply._job.out.empty()  # its text waits for the route
+            reply.resume()
+            text, _ = await spoken(reply)
+            assert text == plain
+        draft.rater, rater.after = before, prompt
 
     asyncio.run(run())
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -42,15 +43,27 @@ def test_a_rated_answer_is_the_text_behind_the_rating(answer, cuts, name):
 
 
 @settings(max_examples=200, deadline=None)
+@given(TEXTS, st.lists(st.integers(0, 40), max_size=3))
+def test_blanks_that_a_tokenizer_of_words_sets_go_with_the_rating(answer, cuts):
+    peek, text, _ = through(chunked("7 3 \n " + answer, cuts))
+    assert peek.state == "rated"
+    assert peek.rated == Rated(7 / 9, 3 / 9)
+    assert text == answer
+    assert peek.tokens == 3
+    one, text, _ = through(chunked("7 \n" + answer.lstrip(" "), cuts), 1)
+    assert (one.state, text) == ("rated", answer.lstrip(" "))
+
+
+@settings(max_examples=200, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 40), max_size=6), st.sampled_from([1, 2]))
 def test_a_head_that_is_no_rating_loses_only_what_began_like_one(answer, cuts, n):
     peek, text, _ = through(chunked(answer, cuts), n)
     head = answer[:1] if answer[:1].isspace() else ""
     body = answer[len(head) :]
-    is_rating = len(body) > n and body[:n].isdigit() and body[n] == "\n" and body[:n].isascii()
+    is_rating = re.match("[0-9]( ?)" + "[0-9]\\1" * (n - 1) + "\n", body) is not None
     assert (peek.state == "rated") == is_rating
     assert answer.endswith(text)
-    assert len(answer) - len(text) <= n + 2
+    assert len(answer) - len(text) <= 2 * n + 3  # a blank in front, digits and their blanks, newline and the next blank
 
 
 def test_nothing_is_given_away_before_it_is_certain():

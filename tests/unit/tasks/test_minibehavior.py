@@ -7,7 +7,7 @@ import pytest
 from worlds import specs
 
 from mmroute import hub
-from mmroute.tasks import minibehavior
+from mmroute.tasks import _errands, minibehavior
 from mmroute.tasks.base import Spec
 
 UP, LEFT, DOWN, RIGHT, PICK, DROP, TOGGLE = range(7)
@@ -41,13 +41,13 @@ WORLD = {
     ],
 )
 def test_errands_end_as_the_rules_say(actions, outcome, hops):
-    moments = minibehavior.run(WORLD, actions)
-    assert minibehavior._CLASSES[minibehavior.outcome(moments)] == outcome
+    moments = _errands.run(WORLD, actions)
+    assert _errands.CLASSES[_errands.outcome(moments)] == outcome
     assert len(moments) - 1 == hops
 
 
 def test_printer_and_table_block_until_the_printer_is_taken():
-    moments = minibehavior.run(WORLD, [RIGHT, RIGHT, PICK, RIGHT, DOWN, DOWN, LEFT])
+    moments = _errands.run(WORLD, [RIGHT, RIGHT, PICK, RIGHT, DOWN, DOWN, LEFT])
     assert [m.event for m in moments[1:]] == ["floor", "printer", "printer", "floor", "floor", "floor", "table"]
     assert [m.agent for m in moments[-2:]] == [(3, 3), (3, 3)]
 
@@ -85,15 +85,15 @@ def test_quads_swap_their_two_classes_between_two_rooms():
 def test_labels_of_many_lists_in_many_rooms_are_those_of_single_runs():
     task, rng = hub.load("tasks", "minibehavior"), np.random.default_rng(1)
     worlds = [world for world, _ in task._rooms(rng, 8, 8, "train")]
-    lists = minibehavior._lists(rng, worlds, 8, (0, 3))
-    found = minibehavior._labels(worlds, lists, 8)
+    lists = _errands.draw_lists(rng, worlds, 8, (0, 3))
+    found = _errands.classes_of(worlds, lists, 8)
     assert len(np.unique(found)) > 3
     for i, world in enumerate(worlds[:8]):
         for k, actions in enumerate(lists):
-            moments = minibehavior.run(world, actions)
+            moments = _errands.run(world, actions)
             ended = len(moments) - 1
             counts = abs(ended - 8) <= 2 and len(actions) - ended <= 2
-            assert found[i, k] == (minibehavior.outcome(moments) if counts else -1)
+            assert found[i, k] == (_errands.outcome(moments) if counts else -1)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9, 14])

@@ -12,7 +12,8 @@ from PIL.JpegImagePlugin import get_sampling
 
 from mmroute import hub
 from mmroute.errors import InputError
-from mmroute.tasks import _mvot
+from mmroute.tasks._mvot_export import to_mvot
+from mmroute.tasks._mvot_import import from_mvot
 from mmroute.tasks._mvot_rows import rows
 from mmroute.tasks._pictures import open_image
 from mmroute.tasks.base import Generated
@@ -92,7 +93,7 @@ def _files(root):
 
 
 def test_a_tree_that_is_read_and_written_is_the_same_tree(tree, tmp_path):
-    assert _mvot.to_mvot(_mvot.from_mvot(tree), tmp_path / "again") == 5
+    assert to_mvot(from_mvot(tree), tmp_path / "again") == 5
     one, two = _files(tree), _files(tmp_path / "again")
     assert one.keys() == two.keys()
     for name in one:
@@ -103,16 +104,16 @@ def test_a_tree_that_is_read_and_written_is_the_same_tree(tree, tmp_path):
 
 
 def test_what_is_written_and_read_is_the_same_sample(tree, tmp_path):
-    first = list(_mvot.from_mvot(tree))
-    _mvot.to_mvot(first, tmp_path / "again")
-    second = list(_mvot.from_mvot(tmp_path / "again"))
+    first = list(from_mvot(tree))
+    to_mvot(first, tmp_path / "again")
+    second = list(from_mvot(tmp_path / "again"))
     assert [dataclasses.replace(s, images=[]) for s in first] == [dataclasses.replace(s, images=[]) for s in second]
     for a, b in zip(first, second, strict=True):
         assert [p.read_bytes() for p in a.images] == [p.read_bytes() for p in b.images]
 
 
 def test_an_imported_trajectory_says_what_the_tree_says(tree):
-    maze, _, won, fell, safe = _mvot.from_mvot(tree)
+    maze, _, won, fell, safe = from_mvot(tree)
     assert (maze.task, maze.answer, [c.label for c in maze.choices]) == ("maze", "B", ["A", "B", "C", "D"])
     assert [h.text for h in maze.hops] == ["Go up.", "Go right.", "Go down."]
     assert [h.state for h in maze.hops] == ["r0c0", "r0c1", "r1c1"]
@@ -125,7 +126,7 @@ def test_an_imported_trajectory_says_what_the_tree_says(tree):
 
 
 def test_the_files_have_mvots_names_keys_and_types(tree, tmp_path):
-    _mvot.to_mvot(_mvot.from_mvot(tree), tmp_path / "out")
+    to_mvot(from_mvot(tree), tmp_path / "out")
     (entry, _) = json.loads((tmp_path / "out/maze/grid3.json").read_text())
     assert {k: type(v).__name__ for k, v in entry.items()} == {
         "path_id": "int",
@@ -145,9 +146,9 @@ def test_the_files_have_mvots_names_keys_and_types(tree, tmp_path):
 
 
 def test_samples_without_ids_of_a_tree_get_free_ones(tree, tmp_path):
-    items = list(_mvot.from_mvot(tree))
+    items = list(from_mvot(tree))
     anonymous = [dataclasses.replace(s, meta={k: v for k, v in s.meta.items() if k != "mvot"}) for s in items]
-    _mvot.to_mvot([*items, *anonymous, items[0]], tmp_path / "out")
+    to_mvot([*items, *anonymous, items[0]], tmp_path / "out")
     entries = json.loads((tmp_path / "out/maze/grid3.json").read_text())
     assert [e["path_id"] for e in entries] == [0, 5, 6, 7, 8], "an id that is taken is not given twice"
     level = json.loads((tmp_path / "out/frozenlake/level3/data.json").read_text())
@@ -155,11 +156,11 @@ def test_samples_without_ids_of_a_tree_get_free_ones(tree, tmp_path):
     assert len(ids) == len(set(ids)) == 6
     rewards = [r for env in level.values() for run in env["rewards"] for r in run]
     assert sum(rewards) == 2, "one at the goal, whether it came from a tree or from us"
-    assert len(list(_mvot.from_mvot(tmp_path / "out"))) == 11
+    assert len(list(from_mvot(tmp_path / "out"))) == 11
 
 
 def test_a_trajectory_of_t_moves_gives_2t_plus_1_rows(tree):
-    for item in _mvot.from_mvot(tree):
+    for item in from_mvot(tree):
         made = rows(item)
         assert len(made) == 2 * len(item.hops) + 1
         assert sum(r.kind == "single_step_visualization" for r in made) == len(item.hops)
@@ -169,7 +170,7 @@ def test_a_trajectory_of_t_moves_gives_2t_plus_1_rows(tree):
 
 
 def test_actions_accumulate_and_only_the_latest_thought_image_stays(tree):
-    first, *_ = _mvot.from_mvot(tree)
+    first, *_ = from_mvot(tree)
     made = rows(first)
     done = [r.source.split("Response: ")[1] for r in made]
     assert done == [
@@ -188,17 +189,17 @@ def test_actions_accumulate_and_only_the_latest_thought_image_stays(tree):
 
 
 def test_the_lake_names_its_options_and_says_stopped(tree):
-    won = list(_mvot.from_mvot(tree))[2]
+    won = list(from_mvot(tree))[2]
     last = rows(won)[-1]
     assert last.target == "Action sequence stopped. The answer is A."
     assert "Go right. Go right. Go left. Go up.\nInitial State: <image>\nResponse: " in last.source
-    safe = list(_mvot.from_mvot(tree))[4]
+    safe = list(from_mvot(tree))[4]
     assert "Action sequence: Go left. Go right. Go down.\n" in rows(safe)[0].source
     assert last.source.index("Options:") < last.source.index("Action sequence:")
 
 
 def test_rows_need_a_picture_for_every_hop(tree):
-    first, *_ = _mvot.from_mvot(tree)
+    first, *_ = from_mvot(tree)
     bare = dataclasses.replace(first, hops=[dataclasses.replace(h, image=-1) for h in first.hops])
     with pytest.raises(InputError, match=r"--set task.hop_images=observed"):
         rows(bare)
@@ -211,8 +212,8 @@ def test_what_our_worlds_make_comes_back_with_the_same_content(tmp_path, monkeyp
     monkeypatch.setattr(Generated, "_mvot", lambda self, spec, state: picture(state.step))
     task = hub.load("tasks", name, hop_text="action", **options)
     made = list(task.samples("val", 6))
-    _mvot.to_mvot(made, tmp_path / "tree")
-    back = list(_mvot.from_mvot(tmp_path / "tree"))
+    to_mvot(made, tmp_path / "tree")
+    back = list(from_mvot(tmp_path / "tree"))
 
     def content(item):
         return (item.question, item.choices, item.answer_index, [(h.text, h.state) for h in item.hops])
@@ -258,7 +259,7 @@ def _change_lake(tree, **changes):
 def test_a_maze_that_contradicts_itself_is_named(tree, changes, message):
     _change_maze(tree, **changes)
     with pytest.raises(InputError, match=message):
-        list(_mvot.from_mvot(tree))
+        list(from_mvot(tree))
 
 
 @pytest.mark.parametrize(
@@ -277,52 +278,52 @@ def test_a_maze_that_contradicts_itself_is_named(tree, changes, message):
 def test_a_lake_that_contradicts_itself_is_named(tree, changes, message):
     _change_lake(tree, **changes)
     with pytest.raises(InputError, match=message):
-        list(_mvot.from_mvot(tree))
+        list(from_mvot(tree))
 
 
 def test_an_outcome_the_board_contradicts_is_named(tree):
     _change_lake(tree, exec_states=["terminated", "terminated"])
     with pytest.raises(InputError, match=r"episode 0: .* ends in success, not terminated"):
-        list(_mvot.from_mvot(tree))
+        list(from_mvot(tree))
 
 
 def test_untrusted_trees_are_read_as_they_stand_and_flagged(tree, tmp_path):
     _change_maze(tree, path_locs=[[0, 2], [1, 1]], candidate_locs=[[1, 1], [2, 2], [0, 0], [0, 1]])
-    items = list(_mvot.from_mvot(tree, trusted=False))
+    items = list(from_mvot(tree, trusted=False))
     assert all(s.meta["untrusted_labels"] for s in items)
     assert items[1].hops[0].state == "r1c1"
-    _mvot.to_mvot(items, tmp_path / "again")
+    to_mvot(items, tmp_path / "again")
     assert json.loads((tmp_path / "again/maze/grid3.json").read_text())[1]["path_locs"] == [[0, 2], [1, 1]]
 
 
 def test_trees_that_are_none_say_so(tmp_path):
     with pytest.raises(InputError, match="is no MVoT tree"):
-        _mvot.from_mvot(tmp_path)
+        from_mvot(tmp_path)
     (tmp_path / "maze").mkdir()
     (tmp_path / "maze/grid3.json").write_text("{")
     with pytest.raises(InputError, match=r"grid3.json: not JSON"):
-        list(_mvot.from_mvot(tmp_path))
+        list(from_mvot(tmp_path))
     (tmp_path / "maze/grid3.json").write_text("{}")
     with pytest.raises(InputError, match="a JSON list is expected"):
-        list(_mvot.from_mvot(tmp_path))
+        list(from_mvot(tmp_path))
 
 
 def test_one_task_alone_is_a_tree_too(tree):
     shutil.rmtree(tree / "maze")
-    assert {s.task for s in _mvot.from_mvot(tree)} == {"frozenlake"}
+    assert {s.task for s in from_mvot(tree)} == {"frozenlake"}
 
 
 def test_samples_the_format_cannot_hold_are_refused(tmp_path):
     with pytest.raises(InputError, match="holds maze and frozenlake, this is arrows"):
-        _mvot.to_mvot([sample(task="arrows")], tmp_path / "x")
+        to_mvot([sample(task="arrows")], tmp_path / "x")
     with pytest.raises(InputError, match="meta has no spec"):
-        _mvot.to_mvot([sample()], tmp_path / "x")
+        to_mvot([sample()], tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_maze_pictures_become_jpeg_and_lake_pictures_png(tree, tmp_path):
-    items = [dataclasses.replace(s, images=[open_image(p) for p in s.images]) for s in _mvot.from_mvot(tree)]
-    _mvot.to_mvot(items, tmp_path / "out")
+    items = [dataclasses.replace(s, images=[open_image(p) for p in s.images]) for s in from_mvot(tree)]
+    to_mvot(items, tmp_path / "out")
     with Image.open(tmp_path / "out/maze/grid3/path_0_1.jpg") as maze:
         assert maze.format == "JPEG"
         assert get_sampling(maze) == 0, "thin coloured lines survive only without chroma subsampling"

@@ -6,10 +6,9 @@ Legend: B batch, N positions.
 from contextlib import contextmanager
 
 import families
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conversations import picture
 
 import mmroute
 from mmroute import hub, session
@@ -20,23 +19,6 @@ from mmroute.tokens import Modality
 from mmroute.trace import Trace
 
 STEPS = 5
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder):
-    models = {}
-
-    def get(name):
-        if name not in models:
-            models[name] = mmroute.load(tiny_folder(name))
-        return models[name]
-
-    return get
-
-
-def picture(seed=0, size=(40, 30)):
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(noise)
 
 
 def asked():

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from mmroute import hub
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError, MmrouteError
 from mmroute.tasks._texts import EOS, VOCABULARY
-from mmroute.train import loop
 from mmroute.train.backbone import Run
 from mmroute.train.decode import greedy, right
 from mmroute.train.examples import IGNORED, collate, item, on_canvas
@@ -101,7 +100,7 @@ def test_a_full_disk_leaves_the_last_state_and_one_message(recipe, tmp_path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     run = Run(recipe, out, resume=True)
-    monkeypatch.setattr(loop.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MmrouteError, match=r"disk is full.*--resume"):
         run.train()
     assert (out / "state.safetensors").read_bytes() == before

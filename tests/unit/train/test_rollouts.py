@@ -121,6 +121,14 @@ def test_a_question_besides_is_answered_by_the_options_probabilities_and_charged
         before = ask(routed, Question("p", "free wall", ("A", "B"), after_answer=False), chats[5:], ["start"])
         assert ask(routed, Question("p", "Is this right?", ("A", "B")), chats, ["start"] * 6) is None
         number = ask(routed, Question("n", "free wall"), chats[:2], ["start"] * 2)
+        drawn = ask(routed, Question("p", "free wall", ("A", "B"), draws=8), chats, ["start"] * 6, batch=4)
+        again = ask(routed, Question("p", "free wall", ("A", "B"), draws=8), chats[2:], ["start"] * 4)
+        many = ask(routed, Question("p", "free wall", ("A", "B"), draws=20_000), chats[5:], ["start"])
+    assert drawn is not None and again is not None and many is not None
+    assert drawn[2:] == again
+    assert all(8 * share == int(8 * share) for share, _ in drawn)
+    assert many[0][0] == pytest.approx(alone[0][0], abs=0.02)  # a standard error is .0035
+    assert drawn[5][1] == many[0][1] == alone[0][1]  # all of them from one reading
     assert said is not None and alone is not None and other is not None and before is not None and number is not None
     assert said[5] == pytest.approx(alone[0], abs=1e-5)
     assert alone[0][0] + other[0][0] == pytest.approx(1)

@@ -173,6 +173,22 @@ def test_the_closer_look_teaches_the_language_model_and_never_the_tower(model, t
         assert out.coherence.item() > 0
 
 
+def test_the_closer_look_weighs_the_same_on_a_tower_with_larger_tokens(model, tmp_path):
+    """With tower and word embeddings 50 times as large, tokens, copies and closer look are too."""
+    before, errors = {n: p.clone() for n, p in model.named_parameters()}, {}
+    last = [p for n, p in model.named_parameters() if "visual.merger.mlp.2" in n or "embed_tokens" in n]
+    assert len(last) == 3
+    for relative in (True, False):
+        for scale in (1, 50):
+            with torch.no_grad():
+                for n, p in model.named_parameters():
+                    p.copy_(before[n] * (scale if any(p is each for each in last) else 1))
+            with VedasRun(recipe(recon_weight=1.0, recon_relative=relative), model, tmp_path / f"{relative}") as run:
+                errors[relative, scale] = run.passes.work(lesson(run), "all").coherence.item()
+    assert errors[True, 50] == pytest.approx(errors[True, 1], rel=0.3)  # picks may differ
+    assert errors[False, 50] > 100 * errors[False, 1]
+
+
 def test_what_is_trained_is_listed_by_name(model, tmp_path):
     with VedasRun(recipe(deepen=DEPTH, backbone="frozen"), model, tmp_path / "a") as run:
         names = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -237,6 +253,28 @@ def test_what_was_trained_answers_as_the_trainer_saw_it(model, tmp_path):
             assert answer.latents == steps
             assert answer.ar_steps == steps + 1
     assert (labels != IGNORED).sum(1).tolist() == [3] * 6
+
+
+def test_replay_is_added_to_latents_that_an_earlier_run_taught(model, tmp_path):
+    plain = {"name": "coconut", "num_latents": 6, "stop": "head"}
+    folder = train_vedas(recipe(plain, DEPTH), model, tmp_path / "first")
+    stock = {n: p.clone() for n, p in model.named_parameters()}
+    with VedasRun(recipe(VEDAS, DEPTH, start=str(folder)), model, tmp_path / "second") as run:
+        saved, moved = load_file(folder / "mmroute.safetensors"), load_file(folder / "backbone.safetensors")
+        parts, now = run.routed.parts.state_dict(), dict(model.named_parameters())
+        assert saved and all(torch.equal(parts[n], value) for n, value in saved.items())
+        assert moved and all(torch.equal(now[n], value.float()) for n, value in moved.items())
+        run.train()
+        run.write({})
+    assert all(torch.equal(stock[n], p) for n, p in model.named_parameters())
+    for given, error, message in (
+        (recipe(VEDAS, DEPTH, start=str(folder), backbone="lora"), ConfigError, "full or frozen"),
+        (recipe(VEDAS, start=str(folder)), CheckpointMismatch, "deepen"),
+        (recipe(VEDAS, DEPTH, start="nowhere"), ConfigError, "no routers in 'nowhere'"),
+    ):
+        with pytest.raises(error, match=message):
+            VedasRun(given, model, tmp_path / "third")
+        assert all(torch.equal(stock[n], p) for n, p in model.named_parameters())
 
 
 def test_gates_end_a_stage_early_or_the_whole_run(model, tmp_path):

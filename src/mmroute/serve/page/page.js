@@ -138,6 +138,7 @@ const REASONS = {
   unrated: "The draft gave no rating that could be read.", rater_timeout: "The draft did not rate in time.",
   forced: "The request itself chose the model.", capability: "Only this model can serve such a request.",
   circuit_open: "The other model is being left alone after failures.", fallback: "The other model failed, this one took over.",
+  verify: "The draft's finished answer was looked at, and the target was asked after all.",
   budget_cap: "The target has no place left at the moment.", always: "The policy sends everything here.",
 };
 function decide(h) {
@@ -217,8 +218,20 @@ function plot(id, curves, top, dots = []) {
     const points = c.values.map((v, i) => (v === null ? null : `${x(i).toFixed(1)} ${y(v).toFixed(1)}`)).filter(Boolean);
     return shape("path", { class: c.kind, d: points.length ? `M${points.join("L")}` : "" });
   });
-  const marks = dots.map((d, i) => shape("ellipse", { class: d.kind, cx: x(i), cy: y(d.value), rx: 2.5, ry: 2.5 }));
+  const marks = dots.map((d, i) => shape("ellipse", { class: d.kind, cx: d.at === undefined ? x(i) : 4 + 292 * d.at, cy: y(d.value), rx: 2.5, ry: 2.5 }));
   svg.replaceChildren(...lines, ...paths, ...marks);
+}
+// The artifact's own curve, and where on it the gateway works.
+function worked(curve, share) {
+  $("curvecard").hidden = !curve;
+  if (!curve) return;
+  const at = share ?? 0, place = at * (curve.share.length - 1), low = Math.min(Math.floor(place), curve.share.length - 2);
+  const value = curve.accuracy[low] + (place - low) * (curve.accuracy[low + 1] - curve.accuracy[low]);
+  const ends = [curve.accuracy[0], curve.accuracy[curve.accuracy.length - 1]];
+  plot("curveplot", [{ kind: "a", values: curve.accuracy }, { kind: "b", values: curve.share.map(b => ends[0] + b * (ends[1] - ends[0])) }], 1,
+    share === null ? [] : [{ kind: "target", value, at }]);
+  $("curvetext").textContent = share === null ? "dashed: random" : `${percent(value)} right with ${percent(share)} on the target; dashed: random`;
+  $("curveplot").setAttribute("aria-label", $("curvetext").textContent);
 }
 function curves(s) {
   const recent = s.recent, asked = s.budget;
@@ -226,6 +239,7 @@ function curves(s) {
   plot("shareplot", [{ kind: "a", values: recent.map(r => r.share) }, ...(asked === null ? [] : [{ kind: "b", values: recent.map(() => asked) }])], 1);
   $("sharetext").textContent = recent.length ? `${percent(share)} of rated queries${asked === null ? "" : `, asked ${percent(asked)}`}` : "no query yet";
   $("shareplot").setAttribute("aria-label", $("sharetext").textContent);
+  worked(s.curve, share ?? asked);
   const costs = recent.map(r => r.cost), unit = s.cost.unit;
   plot("costplot", [{ kind: "a", values: costs.map(c => c.cost) }, { kind: "b", values: costs.map(c => c.always_target) }], Math.max(1e-12, s.cost.cost, s.cost.always_target));
   $("costtext").textContent = unit ? `${s.cost.cost.toPrecision(3)} ${unit}, ${percent(s.cost.cost / s.cost.always_target)} of always asking the target`

@@ -7,13 +7,15 @@ Legend: B batch, N positions of this call, M kept positions, D hidden.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmroute.engine.gated import Gate
-from mmroute.engine.select import first_true
+from mmroute.select import first_true
+
+if TYPE_CHECKING:
+    from mmroute.engine.gated import Gate
 
 __all__ = ["Pick", "Rows", "Ticket", "pick"]
 
@@ -34,7 +36,7 @@ class Rows:
     """Record the attention row of each row's last position."""
     drafts: int = 0
     """Positions at the end of each row that are drafts: the probe is the position before them, which sees none."""
-    gate: Gate | None = None
+    gate: "Gate | None" = None
     """What queries see in the dense training executor, in place of everything above."""
     last: Tensor | None = None
     """(B,) column of each row's last position, beside `gate`."""

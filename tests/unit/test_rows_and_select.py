@@ -4,8 +4,8 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 
-from mmroute.engine.rows import pick
-from mmroute.engine.select import first_true, group_positions, narrow, top
+from mmroute.rows import pick
+from mmroute.select import first_true, group_positions, narrow, top
 from mmroute.tokens import Tokens
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)

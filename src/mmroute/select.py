@@ -1,16 +1,26 @@
 """Static-count selection: which candidates stay is decided on the device, how many is known in Python.
 
+What is meant to be random is a hash: a row must choose alone what it chooses in a batch.
+
 Legend: B batch, N positions of this call, W candidates of a group.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmroute.tokens import NUM_MODALITIES, Modality, Tokens
 
-__all__ = ["Group", "first_true", "group_positions", "hashed", "narrow", "top"]
+__all__ = ["Group", "best", "first_true", "group_positions", "hashed", "hop_rank", "narrow", "top"]
+
+_MASK = 0xFFFFFFFF
+_ODD = 0x45D9F3B  # 27 bits: times a 32-bit number it stays inside int64
+_FRESH = 0x9E3779B1
+
+_Bits = TypeVar("_Bits", int, Tensor)
 
 
 @dataclass
@@ -127,13 +137,34 @@ def top(
     return mask[:, :N], ran
 
 
-def hashed(position: Tensor, seed: int, layer: int) -> Tensor:
-    """Scores in [0, 1) that depend on (seed, layer, position) only; a row scores alone as it scores in a batch.
+def best(score: Float[Tensor, "B N"], among: Bool[Tensor, "B N"], k: Int[Tensor, " B"]) -> Bool[Tensor, "B N"]:
+    """The k best of each row; the lower column first where scores are equal."""
+    order = score.masked_fill(~among, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    turn = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return among & (torch.empty_like(order).scatter_(1, order, turn) < k[:, None])
 
-    Args:
-        position: (B, N) integers.
+
+def hop_rank(tokens: Tokens) -> Int[Tensor, "B N"]:
+    """How many valid positions of the same hop stand before each position in this call.
+
+    Counted from the row's own first valid position, so that padding never moves it, and from the hop's start, so that
+    a hop that enters a cache alone counts as it does in one pass over all hops.
     """
-    mixed = position.long() * 2654435761 + (seed * 40503 + layer + 1) * 2246822519
-    for multiplier in (2146121005, 2221713035):
-        mixed = (mixed ^ ((mixed & 0xFFFFFFFF) >> 16)) * multiplier & 0xFFFFFFFF
-    return (mixed ^ (mixed >> 15)).float() / 2**32
+    before = tokens.valid.long().cumsum(1) - tokens.valid.long()
+    starts = torch.ones_like(tokens.valid)
+    starts[:, 1:] = tokens.hop[:, 1:] != tokens.hop[:, :-1]
+    return before - before.masked_fill(~starts, 0).cummax(1).values
+
+
+def hashed(tokens: Tokens, seed: int, layer: int) -> Float[Tensor, "B N"]:
+    """Uniform numbers in [0, 1) that depend on (seed, layer, hop, rank in the hop) alone: not on batch or device."""
+    key = _mix(_mix(_MASK & (seed * _FRESH + layer)) ^ (tokens.hop.long() * _ODD & _MASK))
+    # 24 bits are exact in fp32.
+    return (_mix(key ^ hop_rank(tokens)) >> 8).float() / (1 << 24)
+
+
+def _mix(x: _Bits) -> _Bits:
+    """32-bit integer avalanche; tensors are int64, so that every device computes the same numbers."""
+    x = ((x >> 16) ^ x) * _ODD & _MASK
+    x = ((x >> 16) ^ x) * _ODD & _MASK
+    return (x >> 16) ^ x
