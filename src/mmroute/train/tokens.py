@@ -86,8 +86,8 @@ def fit_tokens(
     assert isinstance(gate.reader, Digits)
     model, digits, R = gate.model, gate.reader, gate.config.num_ratings
     rank = gate.config.lora_rank
-    part: Any = "frozen" if config.backbone == "words" else config.backbone
-    tuning = Tuning(model, part, rank, 2 * rank, "qkvogud", config.seed, embeddings=True)
+    tuned: Any = "frozen" if config.backbone == "words" else config.backbone
+    tuning = Tuning(model, tuned, rank, 2 * rank, "qkvogud", config.seed, embeddings=True)
     handles = _words_alone(model, digits) if config.backbone == "words" else []
     learned = [p for p in model.parameters() if p.requires_grad]
     decay = 0.0 if handles else config.weight_decay  # rows without a gradient must not move

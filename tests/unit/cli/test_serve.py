@@ -74,7 +74,7 @@ def test_what_is_wrong_is_one_line_and_2(run, started, arguments, words):
 @pytest.mark.parametrize("name", ["image", "boxes", "latent"])
 @pytest.mark.parametrize("role", ["draft", "target"])
 def test_thoughts_that_are_not_words_alone_are_not_served(run, role, name):
-    code, out, err = run("serve", "--set", f"{role}.recipe={name}", "--port", "0")
+    code, out, err = run("serve", f"--{role}", "small-draft", "--set", f"{role}.recipe={name}", "--port", "0")
     assert (code, out) == (2, "")
     assert f"{role}.recipe: {name} thinks in pictures, boxes or latents" in err.splitlines()[-1]
     assert "give a recipe that thinks in text" in err

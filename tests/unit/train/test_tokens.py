@@ -125,6 +125,17 @@ def test_a_draft_learns_to_write_what_prompts_show(trained: tuple, chats: list) 
     assert gate.model.dtype == torch.float32
 
 
+def test_words_alone_move_the_rows_of_the_rating_and_nothing_else(folder: Path, chats: list) -> None:
+    before = {name: p.clone() for name, p in fresh(folder).named_parameters()}
+    gate, _, _ = taught(folder, chats[:40], backbone="words", max_epochs=1, lr_draft=0.02)
+    digits = gate.reader
+    own = sorted({*digits.prefix, *digits.levels, digits.newline})
+    moved = {name: p for name, p in gate.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all("embed_tokens" in name or "lm_head" in name for name in moved)
+    for name, p in moved.items():
+        assert (p != before[name]).any(1).nonzero()[:, 0].tolist() == own
+
+
 def test_its_answers_are_held_to_what_they_were(trained: tuple, folder: Path, chats: list) -> None:
     before, (loose, wrote, _) = fresh(folder), trained
     held, _, _ = taught(folder, chats, beta=5.0)
