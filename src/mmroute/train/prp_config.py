@@ -53,8 +53,8 @@ class PrpConfig:
     lr_reasoning: Annotated[float, Field(gt=0)] = 1e-5
     """With `train_reasoning`: of the draft's weights."""
     backbone: Literal["words", "lora", "full"] = "full"
-    """With form `tokens`, what of the draft learns: the embeddings of the rating's own words, which is slow and disturbs
-    nothing else, adapters of rank `gate.method.lora_rank` that are merged, or the text model."""
+    """With form `tokens`, what of the draft learns: the embeddings of the rating's own words (slow, disturbs
+    nothing else), adapters of rank `gate.method.lora_rank` that are merged, or the text model."""
     lr_draft: Annotated[float, Field(gt=0)] = 1e-3
     """With form `tokens`: of whichever of the two."""
     samples_draft: Annotated[int, Field(ge=1)] = 1

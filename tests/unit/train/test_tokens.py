@@ -214,13 +214,19 @@ def test_divergence_by_hand_over_real_tokens_alone() -> None:
 # ---------------------------------------------------------------------- from end to end
 
 
-@pytest.mark.parametrize("backbone", ["full", "lora"])
-def test_a_run_leaves_a_draft_that_any_server_can_load_and_its_artifact(
-    folder: Path, tmp_path: Path, backbone: str
-) -> None:
-    sets = ["gate.form=tokens", "train.max_epochs=20", "train.batch=8", "train.lr_draft=0.02", "train.warmup=2"]
+def test_adapters_are_merged_into_the_draft(folder: Path, chats: list) -> None:
+    before = {name: p.clone() for name, p in fresh(folder).named_parameters()}
+    gate, _, _ = taught(folder, chats[:40], backbone="lora", max_epochs=1, lr_draft=0.02)
+    after = dict(gate.model.named_parameters())
+    assert after.keys() == before.keys()
+    moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
+    assert moved and all("layers" in name and name.endswith("_proj.weight") for name in moved)
+
+
+def test_a_run_leaves_a_draft_that_any_server_can_load_and_its_artifact(folder: Path, tmp_path: Path) -> None:
+    sets = ["gate.form=tokens", "train.max_epochs=20", "train.batch=8", "train.lr_draft=0.003", "train.warmup=2"]
     sets += ["train.patience=20"]
-    recipe = recipes.read(str(write_recipe(folder)), [*sets, f"train.backbone={backbone}"])
+    recipe = recipes.read(str(write_recipe(folder)), sets)
     draft, target = fresh(folder), load(folder / "target", dtype="float32")
     train_prp(recipe, draft, target, tmp_path)
     back = load(tmp_path / "draft", dtype="float32")
