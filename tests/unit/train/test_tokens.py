@@ -125,6 +125,7 @@ def test_a_draft_learns_to_write_what_prompts_show(trained: tuple, chats: list) 
     assert gate.model.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_its_answers_are_held_to_what_they_were(trained: tuple, folder: Path, chats: list) -> None:
     before, (loose, wrote, _) = fresh(folder), trained
     held, _, _ = taught(folder, chats, beta=5.0)
@@ -203,7 +204,7 @@ def test_divergence_by_hand_over_real_tokens_alone() -> None:
 # ---------------------------------------------------------------------- from end to end
 
 
-@pytest.mark.parametrize("backbone", ["full", "lora"])
+@pytest.mark.parametrize("backbone", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_run_leaves_a_draft_that_any_server_can_load_and_its_artifact(
     folder: Path, tmp_path: Path, backbone: str
 ) -> None:
