@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Two workers; the tests of a file share what they make, so they go to one.
+TWO := -n 2 --dist loadfile
 .DELETE_ON_ERROR:
 .PHONY: demo check test test-all bench-engine gpu constraints
 
@@ -8,9 +10,9 @@ demo: .venv/core
 check: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(TWO)
 test-all: check .venv/ray
-	$(BIN)/python -m pytest -n 2 -m 'not gpu'
+	$(BIN)/python -m pytest $(TWO) -m 'not gpu'
 bench-engine: .venv/core
 	$(BIN)/python -m mmroute.bench.engine --out results/engine
 gpu: .venv/dev

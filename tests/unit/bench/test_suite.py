@@ -253,7 +253,9 @@ def test_trained_folders_are_methods_of_one_table_and_new_weights_are_new_runs(r
 
     train(1)
     named = {"recipe": "dare-lh", "router": str(tmp_path / "router"), "set": options}
-    methods = json.dumps({"none": {}, "mine": named, "append": {**named, "set": {**options, **APPEND}}})
+    methods = json.dumps(
+        {"none": {"set": {"think.max_new_tokens": 3}}, "mine": named, "append": {**named, "set": {**options, **APPEND}}}
+    )
     chosen = grid.read(str(recipe), [f"methods={methods}", "budget=own", "seeds=[0]"], ["none", "mine", "append"])
     plan = suite.Suite.plan(chosen, model, tmp_path / "ablate")
     suite.run(plan, model, "test")

@@ -12,7 +12,7 @@ from mmroute import calibrate, hub
 from mmroute import recipe as recipes
 from mmroute.prune._gates import Relaxation
 from mmroute.tokens import Modality
-from mmroute.train import box_model, picture_model
+from mmroute.train import box_model, dare_cliff, picture_model
 from mmroute.train.chains import Writer, worlds
 from mmroute.train.dare import DareRun, train_dare
 from mmroute.train.dare_cliff import cliff_of
@@ -144,11 +144,12 @@ def test_training_ends_in_routers_that_a_recipe_takes(way, model, tmp_path):
     assert ran[2][Modality.VISION] < 16
 
 
-def test_the_cliff_is_found_on_the_chains_that_it_writes(way, model):
+def test_the_cliff_is_found_on_the_chains_that_it_writes(way, model, monkeypatch):
+    monkeypatch.setattr(dare_cliff, "_ITEMS", 12)
     think = hub.load("think", way)
     tasks = worlds(WAYS[way]["tasks"], WAYS[way]["task"])
     cliff = cliff_of(model, think, tasks)
-    assert cliff.num_items == 64
+    assert cliff.num_items == 12
     assert len(cliff.nll) == 4
     assert 0 <= cliff.cutoff_layer <= 3
     layers = mmroute.backbones.of(model).text_model(model).layers

@@ -136,6 +136,7 @@ def test_words_alone_move_the_rows_of_the_rating_and_nothing_else(folder: Path, 
         assert (p != before[name]).any(1).nonzero()[:, 0].tolist() == own
 
 
+@pytest.mark.slow
 def test_its_answers_are_held_to_what_they_were(trained: tuple, folder: Path, chats: list) -> None:
     before, (loose, wrote, _) = fresh(folder), trained
     held, _, _ = taught(folder, chats, beta=5.0)
