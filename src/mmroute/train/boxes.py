@@ -104,8 +104,8 @@ def _chain(task: Generated, spec: Spec, think: LookingThinker) -> _Text:
 def _finds(task: Generated, spec: Spec) -> _Text:
     """Where each thing lies, in random order: looking, without a chain.
 
-    What lies where is left out: it is learned first, nothing here asks for it, and a model that had learned it went on to
-    find things by their shape alone (docs/log.md).
+    What lies where is left out: no chain asks for it, and a model that had learned it first went on to find things by
+    their shape alone (docs/log.md).
     """
     things = task._unique(spec)
     rest, learned = list[str](), list[bool]()
@@ -214,7 +214,7 @@ class Run(ScratchRun[Recipe]):
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:
-        """On held-out items, all before given: shares of right words, boxes, chains and answers, and of things found."""
+        """On held-out items, all before given: shares of right words, boxes, chains, answers, and of things found."""
         chain, probe = self._held
         hit, learned = self._right(chain)
         labels = chain.labels[:, 1:]
