@@ -132,12 +132,14 @@ def test_steps_lower_both_losses_and_reach_the_tower(tmp_path):
     assert not torch.equal(before, run.model.model.vision_tower.embeddings.patch_embedding.weight)
 
 
-def test_read_outs_learn_places_and_contents_alone(think, tmp_path):
+def test_read_outs_learn_places_alone(think, tmp_path):
     run = Run(recipe(probe=((0.0, 1.0),)), tmp_path)
     batch = collate(run.task, run.drawn(run.rng(0)), think, probe=True)
-    words = {WORDS[token] for token in batch.labels[batch.labels != IGNORED].tolist()}
-    assert {"empty", "r1c1", "<|im_end|>"} <= words
-    assert "</coor>" not in words
+    learned = batch.labels != IGNORED
+    spec = run.drawn(run.rng(0))[0]
+    places = {run.task.at(spec, (r, c)) for _, _, r, c in spec.world["objects"]}
+    assert {WORDS[token] for token in batch.labels[0][learned[0]].tolist()} == places
+    assert (batch.labels[learned] == batch.ids[learned]).all()
     assert (batch.source >= 0).sum(1).tolist() == [16, 16], "nothing enters behind the prompt"
     assert run.step(0)["loss"] > 0
 
