@@ -21,6 +21,13 @@ def demo(
 ) -> None:
     """Solve mazes and lakes with the bundled model, unrouted and routed, and show what was saved; then think in words
     and in latents; then let a draft decide who answers."""
+    from mmroute.bench.measure import one_thread
+
+    with one_thread():  # models this small gain nothing from a second one, and wait for it where the machine is busy
+        _run(n, out)
+
+
+def _run(n: int, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
