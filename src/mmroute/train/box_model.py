@@ -1,22 +1,20 @@
 """The small model that looks where its thoughts point: a stock LLaVA of about a million parameters, and its processor.
 
 A CLIP tower whose patch is one tile, a projector, a Mistral text model with plain positions. Its words are those of all
-small models, then the brackets and numbers of boxes.
+small models, then the brackets and numbers of boxes, then the names of things: colour and shape are one word here, as
+frequent pairs are in any learned vocabulary.
 
 As in `small_model.py` the start decides whether it learns to look. What is added here: attention starts by passing on
 what it looks at, so a word that looks at what resembles it learns from the first step where that lies (without this no
-look-up was learned in 370 steps, docs/log.md); the first heads look at the word before, since a name is two words; and
-the tower's place vectors start as a row part plus a column part of
+look-up was learned in 370 steps, docs/log.md); and the tower's place vectors start as a row part plus a column part of
 the size of what a tile shows, where stock ones start fifty times smaller.
 """
 
-import math
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -28,22 +26,25 @@ from transformers import (
 
 from mmroute.config import options
 from mmroute.errors import ConfigError
-from mmroute.tasks._texts import BOS, EOS, IMAGE, PAD, SPECIAL, VOCABULARY, coordinate
+from mmroute.tasks._texts import BOS, COLOURS, EOS, IMAGE, PAD, SHAPES, SPECIAL, VOCABULARY, coordinate
 from mmroute.train.folder import CHAT_TEMPLATE
 from mmroute.train.small_model import coordinate_words, look_alike, pass_on
 from mmroute.train.stories import BOX_END, BOX_START
 from mmroute.train.words import word_tokenizer
 
-__all__ = ["CANVASES", "TILE", "WORDS", "Shape", "build", "make_processor"]
+__all__ = ["CANVASES", "TILE", "WORDS", "Shape", "build", "make_processor", "merged"]
 
 TILE = 28
 """Pixels of one side of a tile, which is one patch of the tower."""
 _PARTS = 8
-_FAST, _LEAD = 0.05, 8.0
-"""Radians a place of the slowest rotary band that looks back, and by how much the word before then leads."""
 CANVASES = (4, 8)
 """Tiles of one side of pictures whose boxes the vocabulary can write."""
-WORDS: list[str] = [*VOCABULARY, BOX_START, BOX_END, *(f"{i / _PARTS:.3f}" for i in range(_PARTS + 1))]
+WORDS: list[str] = [
+    *VOCABULARY,
+    *(BOX_START, BOX_END),
+    *(f"{i / _PARTS:.3f}" for i in range(_PARTS + 1)),
+    *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
+]
 """Position = token id; a part of every checkpoint."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -129,31 +130,26 @@ def build(shape: Shape, canvas: int, seed: int) -> LlavaForConditionalGeneration
         layers = model.model.language_model.layers
         look_alike(layers[shape.alike_from :], shape.heads, shape.kv_heads)
         pass_on(layers[shape.alike_from :], shape.heads, shape.kv_heads)
-        common = torch.randn(shape.hidden)
-        words += shape.initializer_range * common
-        _look_back(layers[0].self_attn, common, shape)
         places = model.model.vision_tower.embeddings.position_embedding.weight
         named = [coordinate(row, column) for row in range(canvas) for column in range(canvas)]
         places[1:] = coordinate_words(places[1:], named, 1.0)  # the class token stands in front
     return model
 
 
-def _look_back(attention: Any, common: Float[Tensor, " D"], shape: Shape) -> None:
-    """Lets the first group of heads start by looking at the word before: a name is two words, colour and shape.
+def merged(words: Sequence[str]) -> list[str]:
+    """Words of texts as words of this vocabulary.
 
-    All words share a part, `common`. Queries turn it into a vector, keys into the same vector one place on, so that
-    their product is largest where the key stands one place before the query.
+    Example:
+        >>> merged(["nearest", "red", "circle", "."])
+        ['nearest', 'red circle', '.']
     """
-    size, half = shape.hidden // shape.heads, shape.hidden // shape.heads // 2
-    turns = shape.rope_theta ** (-torch.arange(half) / half)
-    bands = (turns > _FAST).float()
-    seen = common / (common.norm() * math.sqrt(shape.hidden / 2))  # of a normed word, about half is the common part
-    scale = math.sqrt(_LEAD * math.sqrt(size) / float(bands.sum()))
-    here = torch.cat([bands, torch.zeros(half)]) * scale
-    before = torch.cat([bands * turns.cos(), bands * turns.sin()]) * scale
-    for head in range(shape.heads // shape.kv_heads):
-        attention.q_proj.weight[head * size : (head + 1) * size] = here[:, None] * seen
-    attention.k_proj.weight[:size] = before[:, None] * seen
+    out: list[str] = []
+    for word in words:
+        if word in SHAPES and out and out[-1] in COLOURS:
+            out[-1] = f"{out[-1]} {word}"
+        else:
+            out.append(word)
+    return out
 
 
 def make_processor(canvas: int) -> LlavaProcessor:
@@ -161,7 +157,7 @@ def make_processor(canvas: int) -> LlavaProcessor:
     side = canvas * TILE
     return LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        word_tokenizer(WORDS, SPECIAL),
+        word_tokenizer(WORDS, SPECIAL, pairs=(COLOURS, SHAPES)),
         patch_size=TILE,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
