@@ -50,7 +50,7 @@ def test_compiled_layers_equal_stock_layers(case: Case, graphs: Graphs) -> None:
     assert out.past_key_values.lengths() == want.past_key_values.lengths()
 
 
-# Alone, and behind any file that was tried, these two hold; once, behind half of a whole run, there was a graph a layer.
+# Alone, and behind any file that was tried, these two hold; once, late in a whole run, there was a graph a layer.
 @pytest.mark.slow
 @grid(names=("qwen2_5_vl",), attn=("sdpa",), rows=("one",))
 def test_one_graph_serves_all_layers_and_lengths_and_one_more_single_positions(case: Case, graphs: Graphs) -> None:
