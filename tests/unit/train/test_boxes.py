@@ -13,7 +13,7 @@ from mmroute.config import parse, read_yaml
 from mmroute.errors import CheckpointMismatch, ConfigError
 from mmroute.tasks._texts import EOS, IMAGE
 from mmroute.train import boxes
-from mmroute.train.box_model import TILE, WORDS, Shape, build, make_processor
+from mmroute.train.box_model import TILE, WORDS, Shape, build, make_processor, merged
 from mmroute.train.boxes import Recipe, Run, collate, exam, story
 from mmroute.train.folder import write_stock
 from mmroute.train.naming import IGNORED
@@ -86,6 +86,16 @@ def test_training_sees_the_prompt_that_a_user_makes_and_the_pixels_that_the_proc
         assert loaded.processor.tokenizer.decode(rest).count("</coor>") == len(cells)
 
 
+def test_the_name_of_a_thing_is_one_word_and_comes_back_as_it_was(loaded):
+    text = "task: gridspatial red circle left_of blue square . <coor> 0.250 , 0.500 </coor> A green diamond red ."
+    tokenizer = loaded.processor.tokenizer
+    tokens = tokenizer.tokenize(text)
+    assert tokens == merged(text.split())
+    assert {"red circle", "green diamond", "red", "0.250"} <= set(tokens)
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+
+
 def test_words_are_learned_and_image_features_are_not(think):
     task = world()
     batch = collate(task, specs(task), think)
@@ -116,7 +126,7 @@ def test_a_training_pass_gives_the_logits_that_a_session_gives_word_by_word(load
             session = Session(routed)
             seen = [session.append(prompt)[0]]
             for piece in boxed(task, spec):
-                seen += [session.step(torch.tensor([WORDS.index(word)]), [1])[0] for word in piece.words]
+                seen += [session.step(torch.tensor([WORDS.index(word)]), [1])[0] for word in merged(piece.words)]
                 if piece.box is not None:
                     top, left, _, _ = think.window(piece.box, 4, 4)
                     seen[-1] = session.insert(grid[4 * top + left][None, None], torch.ones(1, 1).long(), [1])[0]
