@@ -88,22 +88,27 @@ def narrow(group: Group, scores: Tensor, take: list[int]) -> Group:
         scores: (B, N); larger stays.
         take: [row], at most `group.width`.
     """
-    most = max(take)
     if take == group.width:
         return group
-    ranked = scores.gather(1, group.free)
-    if min(group.width) < group.free.shape[1]:
-        width = torch.tensor(group.width, device=scores.device)
-        beyond = torch.arange(group.free.shape[1], device=scores.device) >= width[:, None]
-        ranked = ranked.masked_fill(beyond, float("-inf"))
-    order = ranked.argsort(dim=1, descending=True, stable=True)[:, :most]
-    if min(take) < most:  # rows with fewer: push what they do not take behind what they do, then sort by column
-        spare = torch.arange(most, device=scores.device) >= torch.tensor(take, device=scores.device)[:, None]
-        columns = group.free.gather(1, order).masked_fill(spare, scores.shape[1]).sort(dim=1).values
-        columns = columns.clamp(max=scores.shape[1] - 1)
-    else:
-        columns = group.free.gather(1, order).sort(dim=1).values
+    columns = _taken(group, scores, take).sort(dim=1).values.clamp(max=scores.shape[1] - 1)
     return Group(group.hop, group.modality, group.size, group.protected, list(take), columns, group.generated)
+
+
+def _taken(group: Group, scores: Tensor, take: list[int]) -> Tensor:
+    """(B, max take) columns of the best candidates, best first; N behind what a row takes."""
+    most = max(take)
+    columns = group.free
+    if take != group.width:
+        ranked = scores.gather(1, columns)
+        if min(group.width) < columns.shape[1]:
+            width = torch.tensor(group.width, device=scores.device)
+            beyond = torch.arange(columns.shape[1], device=scores.device) >= width[:, None]
+            ranked = ranked.masked_fill(beyond, float("-inf"))
+        columns = columns.gather(1, ranked.argsort(dim=1, descending=True, stable=True)[:, :most])
+    if min(take) < most:
+        spare = torch.arange(most, device=scores.device) >= torch.tensor(take, device=scores.device)[:, None]
+        columns = columns.masked_fill(spare, scores.shape[1])
+    return columns
 
 
 def top(
@@ -126,12 +131,7 @@ def top(
     for i, group in enumerate(groups):
         free = [k - p for k, p in zip(take[i], group.protected, strict=True)]
         if any(free):
-            chosen = narrow(group, scores, free)
-            columns = chosen.free
-            if min(free) < columns.shape[1]:
-                spare = torch.arange(columns.shape[1], device=scores.device)
-                columns = columns.masked_fill(spare >= torch.tensor(free, device=scores.device)[:, None], N)
-            mask.scatter_(1, columns, True)
+            mask.scatter_(1, _taken(group, scores, free), True)
         for b in range(B):
             ran[b][group.modality] += take[i][b]
     return mask[:, :N], ran
