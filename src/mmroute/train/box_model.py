@@ -4,9 +4,9 @@ A CLIP tower whose patch is one tile, a projector, a Mistral text model with pla
 small models, then the brackets and numbers of boxes, then the names of things: colour and shape are one word here, as
 frequent pairs are in any learned vocabulary.
 
-As in `small_model.py` the start decides whether it learns to look. What is added here: attention starts by passing on
-what it looks at, so a word that looks at what resembles it learns from the first step where that lies (without this no
-look-up was learned in 370 steps, docs/log.md); and the tower's place vectors start as a row part plus a column part of
+As in `small_model.py` the start decides whether it learns to look. Here half of the heads start by looking at what
+resembles a position and by passing it on, so that a word tells from the first step where its like lies (docs/log.md); the
+other half is left to what needs places, such as copying a name out of the question. And the tower's place vectors start as a row part plus a column part of
 the size of what a tile shows, where stock ones start fifty times smaller.
 """
 
@@ -28,7 +28,7 @@ from mmroute.config import options
 from mmroute.errors import ConfigError
 from mmroute.tasks._texts import BOS, COLOURS, EOS, IMAGE, PAD, SHAPES, SPECIAL, VOCABULARY, coordinate
 from mmroute.train.folder import CHAT_TEMPLATE
-from mmroute.train.small_model import coordinate_words, look_alike, pass_on
+from mmroute.train.small_model import coordinate_words, pass_on
 from mmroute.train.stories import BOX_END, BOX_START
 from mmroute.train.words import word_tokenizer
 
@@ -61,7 +61,7 @@ class Shape:
     mlp: PositiveInt = 320
     rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
     alike_from: Annotated[int, Field(ge=0)] = 0
-    """First layer, counted from 0, that starts by looking at what resembles a position and passing it on."""
+    """First layer, counted from 0, half of whose heads start by passing on what resembles a position."""
     vision_depth: PositiveInt = 1
     vision_hidden: PositiveInt = 64
     vision_heads: PositiveInt = 4
@@ -128,7 +128,6 @@ def build(shape: Shape, canvas: int, seed: int) -> LlavaForConditionalGeneration
         words = model.model.language_model.embed_tokens.weight
         words.copy_(coordinate_words(words, WORDS, shape.initializer_range))
         layers = model.model.language_model.layers
-        look_alike(layers[shape.alike_from :], shape.heads, shape.kv_heads)
         pass_on(layers[shape.alike_from :], shape.heads, shape.kv_heads)
         places = model.model.vision_tower.embeddings.position_embedding.weight
         named = [coordinate(row, column) for row in range(canvas) for column in range(canvas)]

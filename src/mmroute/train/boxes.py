@@ -56,7 +56,7 @@ class Recipe(ScratchRecipe):
     place_layer: Annotated[int, Field(ge=0)] = 0
     """Text layers after which vision tokens name themselves; 0 is as they enter, as words do, so that the first layer
     finds one in the other."""
-    probe: Ramp = ((0.0, 0.9), (0.4, 0.6), (0.6, 0.1))
+    probe: Ramp = ((0.0, 0.6), (0.4, 0.4), (0.6, 0.1))
     """Share of steps that learn where things lie, without a chain, by the share of the run that is over."""
 
 

@@ -146,10 +146,15 @@ def look_alike(layers: Iterable[Any], heads: int, kv_heads: int) -> None:
 
 @torch.no_grad()
 def pass_on(layers: Iterable[Any], heads: int, kv_heads: int) -> None:
-    """Lets attention of stock layers start by passing on what it looks at: outputs as the transposes of values."""
+    """Lets the first group of heads start by passing on what resembles a position: queries as keys, outputs as the
+    transposes of values. The other groups stay as they are, free to look by place."""
+    each = heads // kv_heads
     for layer in layers:
-        values = layer.self_attn.v_proj.weight.unflatten(0, (kv_heads, -1))
-        layer.self_attn.o_proj.weight.copy_(values.repeat_interleave(heads // kv_heads, 0).flatten(0, 1).T)
+        attention = layer.self_attn
+        width = attention.head_dim
+        queries = attention.k_proj.weight[:width].repeat(each, 1)
+        attention.q_proj.weight[: each * width] = queries
+        attention.o_proj.weight[:, : each * width] = attention.v_proj.weight[:width].repeat(each, 1).T
 
 
 def coordinate_words(start: Float[Tensor, "V D"], vocabulary: Sequence[str], spread: float) -> Float[Tensor, "V D"]:
