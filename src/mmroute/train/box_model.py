@@ -1,13 +1,14 @@
 """The small model that looks where its thoughts point: a stock LLaVA of about a million parameters, and its processor.
 
-A CLIP tower whose patch is one tile, a projector, a Mistral text model with plain positions. Its words are those of all
+A CLIP tower whose patch is one tile, a projector, a Llama text model with plain positions. Its words are those of all
 small models, then the brackets and numbers of boxes, then the names of things: colour and shape are one word here, as
 frequent pairs are in any learned vocabulary.
 
-As in `small_model.py` the start decides whether it learns to look. Here half of the heads start by looking at what
-resembles a position and by passing it on, so that a word tells from the first step where its like lies (docs/log.md); the
-other half is left to what needs places, such as copying a name out of the question. And the tower's place vectors start as a row part plus a column part of
-the size of what a tile shows, where stock ones start fifty times smaller.
+As in `small_model.py` the start decides whether it learns to look (docs/log.md). Half of the heads start by looking at
+what resembles a position and by passing it on, so that a word tells from the first step where its like lies. Queries
+and keys have biases: without them nothing but content decides where a head looks, and no name was ever copied out of
+the question. The tower's place vectors start as a row part plus a column part of the size of what a tile shows, where
+stock ones start fifty times smaller.
 """
 
 from collections.abc import Sequence
@@ -18,10 +19,10 @@ from pydantic import Field
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    MistralConfig,
 )
 
 from mmroute.config import options
@@ -91,7 +92,7 @@ def build(shape: Shape, canvas: int, seed: int) -> LlavaForConditionalGeneration
         )
     known = {word: i for i, word in enumerate(WORDS)}
     config = LlavaConfig(
-        text_config=MistralConfig(
+        text_config=LlamaConfig(
             vocab_size=len(WORDS),
             hidden_size=shape.hidden,
             intermediate_size=shape.mlp,
@@ -100,7 +101,7 @@ def build(shape: Shape, canvas: int, seed: int) -> LlavaForConditionalGeneration
             num_key_value_heads=shape.kv_heads,
             head_dim=shape.hidden // shape.heads,
             max_position_embeddings=4096,
-            sliding_window=None,
+            attention_bias=True,
             initializer_range=shape.initializer_range,
             rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
             bos_token_id=known[BOS],

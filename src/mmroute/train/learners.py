@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mmroute.train.coherence import TokenSR
 from mmroute.train.curriculum import Stage, TrainConfig
 from mmroute.train.loop import Optimisers, load_moments, moments
+from mmroute.train.ranks import Ranks
 
 __all__ = ["Learners"]
 
@@ -15,8 +16,10 @@ __all__ = ["Learners"]
 class Learners:
     """The backbone under Muon and AdamW, and what was added to it under an AdamW of its own."""
 
-    def __init__(self, model: nn.Module, parts: nn.Module, sr: TokenSR | None, config: TrainConfig) -> None:
-        self.model, self.parts, self.sr, self.config = model, parts, sr, config
+    def __init__(
+        self, model: nn.Module, parts: nn.Module, sr: TokenSR | None, config: TrainConfig, ranks: Ranks
+    ) -> None:
+        self.model, self.parts, self.sr, self.config, self.ranks = model, parts, sr, config, ranks
         self.reset()
 
     def reset(self) -> None:
@@ -35,6 +38,7 @@ class Learners:
         """One update at this share of the peak rates; clears the gradients. Returns the gradient's norm."""
         both = () if self.backbone is None else (self.backbone.muon, self.backbone.adamw)
         weights = [p for optimiser in both for group in optimiser.param_groups for p in group["params"]]
+        self.ranks.average([*weights, *self.new_parameters])
         norm = float(nn.utils.clip_grad_norm_([*weights, *self.new_parameters], self.config.clip))
         if self.backbone is not None:
             lora = self.config.backbone == "lora"

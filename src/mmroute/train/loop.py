@@ -80,10 +80,12 @@ def unwritable(path: Path, error: Exception) -> MmrouteError:
 class Journal:
     """An append-only JSONL file that can be cut back to where a checkpoint stands, and who else hears its lines."""
 
-    def __init__(self, path: Path, keep_bytes: int = 0, followers: Sequence[Follower] = ()) -> None:
-        """Drops what was written after `keep_bytes`."""
+    def __init__(self, path: Path | None, keep_bytes: int = 0, followers: Sequence[Follower] = ()) -> None:
+        """Drops what was written after `keep_bytes`. None writes nothing: another process of the run does."""
         self.path, self.followers = path, followers
         self.num_bytes = keep_bytes
+        if path is None:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
@@ -107,6 +109,8 @@ class Journal:
         Raises:
             MmrouteError: the disk is full.
         """
+        if self.path is None:
+            return
         line = json.dumps(entry).encode() + b"\n"
         try:
             with self.path.open("ab") as file:

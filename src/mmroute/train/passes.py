@@ -26,6 +26,7 @@ from mmroute.train.coherence import TokenSR, coherence_loss
 from mmroute.train.curriculum import TrainConfig
 from mmroute.train.examples import IGNORED
 from mmroute.train.lessons import Lesson
+from mmroute.train.ranks import Ranks
 
 __all__ = ["Passes", "Worked"]
 
@@ -48,15 +49,24 @@ class Worked:
 class Passes:
     """Runs lessons through one attached model; holds no state of a run."""
 
-    def __init__(self, routed: Routed, think: LatentThinker, config: TrainConfig, sr: TokenSR | None = None) -> None:
+    def __init__(
+        self,
+        routed: Routed,
+        think: LatentThinker,
+        config: TrainConfig,
+        sr: TokenSR | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         """
         Args:
             routed: an attached model with its processor.
             think: who takes the latent steps; attached with it.
             config: how gradients run, and the closer look.
             sr: the network of the closer look; None takes none.
+            ranks: processes that share each lesson; None is this one alone.
         """
         self.routed, self.think, self.config, self.sr = routed, think, config, sr
+        self.ranks = ranks or Ranks()
         self.model: Any = routed.model
 
     def work(self, lesson: Lesson, latents: int | Literal["all"], keep_last: bool = False) -> Worked:
@@ -80,7 +90,7 @@ class Passes:
             rollout, H, labels = self.chunks(lesson, counts, replaced, training)
         learned = labels != IGNORED
         logits = self.head(H[learned])
-        loss = F.cross_entropy(logits, labels[learned])
+        loss = self._mean(logits, labels[learned])
         right = learned.clone()
         right[learned] = logits.argmax(-1) == labels[learned]
         supervised, share = self._supervised(rollout, lesson, counts, replaced)
@@ -230,7 +240,7 @@ class Passes:
         with torch.enable_grad():
             _, H, labels = self.chunks(lesson, [0] * len(lesson.ids), [0] * len(lesson.ids), training=True)
         learned = labels != IGNORED
-        return F.cross_entropy(self.head(H[learned]), labels[learned])
+        return self._mean(self.head(H[learned]), labels[learned])
 
     def rest(self, lesson: Lesson, replaced: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(B, M) ids of what latents do not replace, and the same with `IGNORED` behind each row's end."""
@@ -249,7 +259,7 @@ class Passes:
     ) -> tuple[Tensor, float]:
         """Each latent against the last word of the group it ends; steps behind the last group repeat its word."""
         if not rollout.fed:
-            return self._nothing(lesson), 0.0
+            return self._mean(*self._nothing(lesson)), 0.0
         c = self.config.latents_per_group
         want = torch.full((len(counts), len(rollout.fed)), IGNORED)
         for b, (count, groups, n) in enumerate(zip(counts, lesson.groups, replaced, strict=True)):
@@ -259,13 +269,19 @@ class Passes:
         want = want.to(lesson.device)
         learned = want != IGNORED
         if not bool(learned.any()):
-            return self._nothing(lesson), 0.0
+            return self._mean(*self._nothing(lesson)), 0.0
         logits = self.head(torch.stack(rollout.fed, 1)[learned])
         right = (logits.argmax(-1) == want[learned]).float().mean()
-        return F.cross_entropy(logits, want[learned]), float(right)
+        return self._mean(logits, want[learned]), float(right)
 
-    def _nothing(self, lesson: Lesson) -> Tensor:
-        return torch.zeros((), device=lesson.device)
+    def _nothing(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        """No words, as logits and labels."""
+        return torch.zeros(0, 1, device=lesson.device), torch.zeros(0, dtype=torch.long, device=lesson.device)
+
+    def _mean(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy a word; in training over the words of all processes."""
+        each = F.cross_entropy(logits, labels, reduction="none")
+        return self.ranks.mean(each) if torch.is_grad_enabled() else Ranks().mean(each)
 
     def head(self, h: Float[Tensor, "n D"]) -> Tensor:
         return self.routed.family.head(self.model, h).float()

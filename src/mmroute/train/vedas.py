@@ -38,6 +38,7 @@ from mmroute.train.learners import Learners
 from mmroute.train.lessons import Teacher
 from mmroute.train.loop import Journal, Progress, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.passes import Passes
+from mmroute.train.ranks import Ranks
 from mmroute.train.recipe import at
 from mmroute.train.trained import write_trained
 from mmroute.train.tuning import Tuning
@@ -73,12 +74,13 @@ def train_vedas(
             **origin,
             "base": Path(model.name_or_path).name,
             "device": model.device.type,
+            "processes": run.ranks.world,
             "steps": run.progress.step,
             "cpu_s": run.progress.cpu_s,
             "held_out": "split val, answer and all that is written right, as inference thinks; by number of groups",
-            "tasks": run.look(4 * run.config.eval_items),
+            "tasks": run.ranks.told(lambda: run.look(4 * run.config.eval_items)),
         }
-        return run.write(results)
+        return run.write(results) if run.ranks.writes else run.folder
 
 
 class VedasRun:
@@ -99,7 +101,7 @@ class VedasRun:
                 f"recipe {recipe.name}: training latents needs think.name coconut, ivtlr, vedas or pause, and a "
                 "section `train`"
             )
-        self.recipe, self.out, self.think = recipe, out, think
+        self.recipe, self.out, self.think, self.ranks = recipe, out, think, Ranks.launched()
         self.config = c = parse(TrainConfig, recipe.train, "train")
         self.lengths = [c.length(stage) for stage in c.stages]
         self.state = out / "state.safetensors"
@@ -115,12 +117,13 @@ class VedasRun:
             self._stack.enter_context(begun_from(c.start, self.routed, c.backbone))
             hidden = self.routed.controller.shape.hidden
             self.sr = TokenSR(hidden, c.seed).to(model.device) if c.recon_weight else None
-            self.learners = Learners(model, self.routed.parts, self.sr, c)
-            self.passes = Passes(self.routed, think, c, self.sr)
+            self.learners = Learners(model, self.routed.parts, self.sr, c, self.ranks)
+            self.passes = Passes(self.routed, think, c, self.sr, self.ranks)
             self.teacher = Teacher(self.routed, think, c.steps, c.groups, c.splitter)
             fresh = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
             self.progress = go_on(self.state, model, self.learners, fresh)
-            self.journal = Journal(out / "log.jsonl", self.progress.log_bytes, followers)
+            log = out / "log.jsonl" if self.ranks.writes else None
+            self.journal = Journal(log, self.progress.log_bytes, followers if self.ranks.writes else ())
         except BaseException:
             self._stack.close()
             raise
@@ -131,6 +134,11 @@ class VedasRun:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+    @property
+    def folder(self) -> Path:
+        """Where the result is written."""
+        return self.out / "latent"
 
     # ------------------------------------------------------------------ the loop
 
@@ -158,7 +166,8 @@ class VedasRun:
             self._look_and_advance()
             if progress.step % c.save_every == 0 or progress.finished:
                 progress.log_bytes = self.journal.num_bytes
-                save_state(self.state, self.model, self.learners, progress)
+                if self.ranks.writes:
+                    save_state(self.state, self.model, self.learners, progress)
             if progress.step == stop_after:
                 break
         return progress
@@ -170,7 +179,7 @@ class VedasRun:
         over = progress.phase_step == length
         gate = stage.until is not None and (over or progress.phase_step % self.config.gate_every == 0)
         if gate or progress.step % self.config.eval_every == 0:
-            look = self.look(self.config.eval_items)
+            look = self.ranks.told(lambda: self.look(self.config.eval_items))
             self.journal.write(step=progress.step, look=look)
             logger.info("step %d, %s: %s", progress.step, stage.name, {k: v["accuracy"] for k, v in look.items()})
             passed = stage.until is not None and min(v["accuracy"] for v in look.values()) >= stage.until
@@ -194,21 +203,22 @@ class VedasRun:
         if stage.mix and rng.random() < stage.mix:
             most = 10**6 if latents == "all" else latents
             latents = int(rng.integers(min(most, max(self._count(drawn, "all"), 1))))
-        worked = self.passes.work(self.teacher.lesson(drawn, "latent"), latents, stage.keep_last)
+        mine = self.ranks.share(drawn)
+        worked = self.passes.work(self.teacher.lesson(mine, "latent"), latents, stage.keep_last)
         total = worked.answer + weight * worked.supervised
         if self.sr is not None:
             total = total + c.recon_weight * worked.coherence
         total.backward()
-        entry = {"loss": worked.answer.item()}
+        entry = {"loss": self.ranks.over_all(worked.answer)}
         if weight:
-            entry |= {"supervised": worked.supervised.item(), "states_right": worked.states_right}
+            entry |= {"supervised": self.ranks.over_all(worked.supervised), "states_right": worked.states_right}
         if self.sr is not None:
-            entry["coherence"] = worked.coherence.item()
+            entry["coherence"] = self.ranks.over_all(worked.coherence)
         rows = round(c.batch * stage.written)
         if rows:
-            written = self.passes.written(self.teacher.lesson(self._drawn(rng, rows), "cot"))
+            written = self.passes.written(self.teacher.lesson(self.ranks.share(self._drawn(rng, rows)), "cot"))
             (written * stage.written).backward()
-            entry["written"] = written.item()
+            entry["written"] = self.ranks.over_all(written)
         share = rate_at(progress.phase_step, self.lengths[progress.phase], stage.warmup, stage.floor)
         entry["norm"] = self.learners.step(share, stage)
         return {name: round(value, 5) for name, value in entry.items()} | {"latents": self._count(drawn, latents)}
@@ -263,4 +273,4 @@ class VedasRun:
     def write(self, results: Mapping[str, Any]) -> Path:
         """`out/latent`: what was added, the recipe, the figures, and the backbone's new weights if it learned."""
         self.model.eval()
-        return write_trained(self.out / "latent", self.routed, self.tuning, self.recipe, results)
+        return write_trained(self.folder, self.routed, self.tuning, self.recipe, results)
