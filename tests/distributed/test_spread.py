@@ -2,13 +2,12 @@
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ranks import launch
 
 from mmroute.backbones.load import load
 from mmroute.bench import run, spread
@@ -19,25 +18,15 @@ ASKED = ["--task", "frozenlake", "--recipe", "fastv", "--n", "7", "--batch", "2"
 TIMES = ("prefill_s", "decode_s_per_token")
 
 
-def _run(launch: list[str]) -> dict:
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, *launch, str(Path(__file__).parent / "mmroute_main.py"), "eval", *ASKED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
+def _run(processes: int) -> dict:
+    printed = [x for x in launch("mmroute_main.py", "eval", *ASKED, processes=processes).splitlines() if x[:1] == "{"]
     assert len(printed) == 1, "one rank speaks"
     return {key: value for key, value in json.loads(printed[0]).items() if key not in TIMES}
 
 
 @pytest.mark.slow
 def test_two_ranks_find_what_one_process_finds():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    two = _run(["-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", *address, "--"])
-    assert two == _run([])
+    assert _run(2) == _run(1)
 
 
 def on_cluster(test):

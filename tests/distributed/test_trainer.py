@@ -1,39 +1,18 @@
 """The stock Trainer on a routed model: one process, two under DDP and two sharded have the same losses."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as sharded
+from ranks import launch
 
-HERE = Path(__file__).parent
 NAME = "qwen2_5_vl"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _run(way: str, out: Path) -> dict:
-    environment = {
-        **os.environ,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
-    }
-    launch = ["-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    start = [] if way == "one" else [*launch, f"--master-port={_free_port()}"]
-    command = [sys.executable, *start, str(HERE / "worker.py"), way, str(out), NAME]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("worker.py", way, str(out), NAME, processes=1 if way == "one" else 2)
     return json.loads((out / f"{way}.json").read_text())
 
 

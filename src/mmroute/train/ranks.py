@@ -40,7 +40,7 @@ class Ranks:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
         try:
-            from accelerate import PartialState  # type: ignore[import-untyped]
+            from accelerate import PartialState
         except ImportError as error:
             raise MissingExtra("training on several processes", "accelerate", "train") from error
         state = PartialState(cpu=not torch.cuda.is_available())
