@@ -5,10 +5,10 @@ small models, then the brackets and numbers of boxes, then the names of things: 
 frequent pairs are in any learned vocabulary.
 
 As in `small_model.py` the start decides whether it learns to look (docs/log.md). Half of the heads start by looking at
-what resembles a position and by passing it on, so that a word tells from the first step where its like lies. Queries
-and keys have biases: without them nothing but content decides where a head looks, and no name was ever copied out of
-the question. The tower's place vectors start as a row part plus a column part of the size of what a tile shows, where
-stock ones start fifty times smaller.
+what resembles a position and by passing it on, so that a word tells from the first step where its like lies. In the
+first layer the others start by looking one and two words back, which is what biases of queries and keys are for: without
+it no name was ever copied out of the question. The tower's place vectors start as a row part plus a column part of the
+size of what a tile shows, where stock ones start fifty times smaller.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from mmroute.config import options
 from mmroute.errors import ConfigError
 from mmroute.tasks._texts import BOS, COLOURS, EOS, IMAGE, PAD, SHAPES, SPECIAL, VOCABULARY, coordinate
 from mmroute.train.folder import CHAT_TEMPLATE
-from mmroute.train.small_model import coordinate_words, pass_on
+from mmroute.train.small_model import coordinate_words, look_back, pass_on
 from mmroute.train.stories import BOX_END, BOX_START
 from mmroute.train.words import word_tokenizer
 
@@ -130,6 +130,7 @@ def build(shape: Shape, canvas: int, seed: int) -> LlavaForConditionalGeneration
         words.copy_(coordinate_words(words, WORDS, shape.initializer_range))
         layers = model.model.language_model.layers
         pass_on(layers[shape.alike_from :], shape.heads, shape.kv_heads)
+        look_back(layers[0], shape.heads, shape.kv_heads, shape.rope_theta)
         places = model.model.vision_tower.embeddings.position_embedding.weight
         named = [coordinate(row, column) for row in range(canvas) for column in range(canvas)]
         places[1:] = coordinate_words(places[1:], named, 1.0)  # the class token stands in front

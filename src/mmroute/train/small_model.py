@@ -23,7 +23,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from mmroute.config import options
 from mmroute.errors import ConfigError
 
-__all__ = ["MERGE", "PATCH", "Shape", "build", "coordinate_words", "look_alike", "pass_on"]
+__all__ = ["MERGE", "PATCH", "Shape", "build", "coordinate_words", "look_alike", "look_back", "pass_on"]
 
 PATCH = 14
 """Pixels along one side of a vision patch."""
@@ -31,6 +31,8 @@ MERGE = 2
 """Patches along one side of a vision token."""
 _COORDINATE = re.compile(r"r(\d+)c(\d+)$")
 _OCTAVES = 4
+_FAST_BANDS, _SURE = 3, 7.0
+"""Pairs that tell neighbours apart, and how large a bias in them: attention that starts at over nine tenths."""
 _SPECIAL = {
     "bos_token_id": "<|im_start|>",
     "eos_token_id": "<|im_end|>",
@@ -155,6 +157,24 @@ def pass_on(layers: Iterable[Any], heads: int, kv_heads: int) -> None:
         queries = attention.k_proj.weight[:width].repeat(each, 1)
         attention.q_proj.weight[: each * width] = queries
         attention.o_proj.weight[:, : each * width] = attention.v_proj.weight[:width].repeat(each, 1).T
+
+
+@torch.no_grad()
+def look_back(layer: Any, heads: int, kv_heads: int, rope_theta: float) -> None:
+    """Lets the last group of heads of a stock layer with biases start by looking one word back, two words, and so on.
+
+    Keys share a direction in the fastest turning pairs, and queries the same one turned by the distance: a bias is all
+    that can say where without saying what.
+    """
+    attention = layer.self_attn
+    half, each = attention.head_dim // 2, heads // kv_heads
+    keys = attention.k_proj.bias.view(kv_heads, 2, half)
+    queries = attention.q_proj.bias.view(kv_heads, each, 2, half)
+    for band in range(_FAST_BANDS):
+        keys[-1, 0, band] = _SURE
+        for head in range(each):
+            turn = torch.tensor((head + 1) * rope_theta ** (-band / half))
+            queries[-1, head, :, band] = _SURE * torch.stack([turn.cos(), -turn.sin()])
 
 
 def coordinate_words(start: Float[Tensor, "V D"], vocabulary: Sequence[str], spread: float) -> Float[Tensor, "V D"]:
