@@ -6,9 +6,9 @@ frequent pairs are in any learned vocabulary.
 
 As in `small_model.py` the start decides whether it learns to look (docs/log.md). Half of the heads start by looking at
 what resembles a position and by passing it on, so that a word tells from the first step where its like lies. In the
-first layer the others start by looking one and two words back, which is what biases of queries and keys are for: without
-it no name was ever copied out of the question. The tower's place vectors start as a row part plus a column part of the
-size of what a tile shows, where stock ones start fifty times smaller.
+first layer the others start by looking one and two words back, which is what biases of queries and keys are for:
+without it no name was ever copied out of the question. The tower's place vectors start as a row part plus a column part
+of the size of what a tile shows, where stock ones start fifty times smaller.
 """
 
 from collections.abc import Sequence

@@ -190,3 +190,14 @@ def test_pictures_whose_boxes_cannot_be_written_are_refused(tmp_path):
         Run(recipe(preset="small"), tmp_path)
     assert TILE == 28, "the tile size that tasks draw unless told otherwise"
     assert boxes.Run.tile_px == TILE
+
+
+def test_heads_of_the_first_layer_start_by_looking_back_whatever_stands_there():
+    model = build(Shape(), 4, 0).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.randint(len(WORDS), (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        maps = model.model.language_model(input_ids=ids, output_attentions=True).attentions
+    for back, head in ((1, 2), (2, 3)):
+        assert maps[0][:, head].diagonal(-back, 1, 2).mean() > 0.9
+        assert maps[1][:, head].diagonal(-back, 1, 2).mean() < 0.5, "only the first layer"
