@@ -72,10 +72,11 @@ def vedas(
     from mmroute.backbones.load import load
     from mmroute.train.curriculum import read_recipe
     from mmroute.train.follow import following
+    from mmroute.train.loop import device_named
     from mmroute.train.vedas import train_vedas
 
     settings = read_recipe(recipe, _chosen(changes, task, seed))
-    loaded, run = load(model).to(device), out or Path("runs") / settings.name
+    loaded, run = load(model).to(device_named(device)), out or Path("runs") / settings.name
     with following(tensorboard) as followers:
         folder = train_vedas(settings, loaded, run, resume, followers)
     typer.echo(str(folder))

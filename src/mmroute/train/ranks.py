@@ -1,6 +1,6 @@
 """Processes that train one model together, each on its share of every batch.
 
-    torchrun --nproc-per-node 8 -m mmroute train vedas --recipe latent --device cuda     # or accelerate launch
+    torchrun --nproc-per-node 8 --no-python -- mmroute train vedas --recipe latent --device cuda  # or accelerate launch
 
 Every process draws the whole batch, since what a step draws depends on the seed and the step alone, and works on its
 rows. Losses are means over all words of all processes and gradients are averaged before they are clipped, so the
