@@ -145,7 +145,9 @@ class Page:
     def key(self, name: str) -> None:
         """A key pressed and let go, where the focus is."""
         code = CODES.get(name, ord(name.upper()[0]))
-        typed = {"text": name} if len(name) == 1 else {}
+        # A button is pressed by the character that Enter types, not by the key.
+        text = "\r" if name == "Enter" else name if len(name) == 1 else ""
+        typed = {"text": text} if text else {}
         both = {"key": name, "code": name if len(name) > 1 else f"Key{name.upper()}", "windowsVirtualKeyCode": code}
         self.call("Input.dispatchKeyEvent", type="keyDown", **both, **typed)
         self.call("Input.dispatchKeyEvent", type="keyUp", **both)

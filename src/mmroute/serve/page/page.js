@@ -273,5 +273,6 @@ async function refresh() {
   } catch { $("models").textContent = "the gateway does not answer"; }
 }
 $("key").onchange = refresh;
+$("keybox").onsubmit = e => { e.preventDefault(); refresh(); };
 setInterval(() => { if (!document.hidden) refresh(); }, 2000);
 refresh();
