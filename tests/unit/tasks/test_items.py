@@ -85,9 +85,10 @@ def test_every_layout_hashes_into_its_split_and_no_layout_is_in_two(name: str) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WORLDS)
-def test_twenty_thousand_items_share_no_layout_between_splits(name: str) -> None:
+def test_many_thousand_items_share_no_layout_between_splits(name: str) -> None:
     task = hub.load("tasks", name)
-    seen = [{s.layout_hash for s in specs(task, split, 20_000)} for split in ("train", "val", "test")]
+    count = 1_000 if name == "minibehavior" else 20_000  # its rooms are searched for, two orders slower than the rest
+    seen = [{s.layout_hash for s in specs(task, split, count)} for split in ("train", "val", "test")]
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
 
 
