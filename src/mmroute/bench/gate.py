@@ -35,7 +35,7 @@ from mmroute.train.prompts import chats_of
 from mmroute.train.prp_config import GateConfig, sections
 from mmroute.train.recipe import merge
 
-__all__ = ["ATTAINABLE", "OURS", "GateBench", "Plan", "is_gate_bench", "read", "run"]
+__all__ = ["ATTAINABLE", "OURS", "VERIFIED", "GateBench", "Plan", "is_gate_bench", "read", "run"]
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from mmroute import recipe as recipes
 from mmroute.backbones.load import load
 from mmroute.bench import gate_time, schema
-from mmroute.bench.gate import ATTAINABLE
+from mmroute.bench.gate import ATTAINABLE, VERIFIED
 from mmroute.bench.gate_pair import evaluate, open_pair
 from mmroute.bench.gate_schema import read_gate, read_gate_eval
 from mmroute.bench.measure import Clock
@@ -153,7 +153,7 @@ def test_a_bench_runs_from_end_to_end_and_goes_on_where_it_was_killed(
     assert "min of CPU to go" in done.stderr
     found = read_gate(tmp_path / "out" / "small-gate" / "gate.json")
     gates = found.pooled.gates
-    assert set(gates) == {"prp", "prp by draft", "prp by target", "prp by joint", ATTAINABLE, *GATES}
+    assert set(gates) == {"prp", "prp by draft", "prp by target", "prp by joint", VERIFIED, ATTAINABLE, *GATES}
     # a closed vocabulary cannot be asked in English
     assert [title for title, each in gates.items() if each.skipped] == ["p_true"]
     assert gates["self_consistency"].curve["cost"][0] > gates["prp"].curve["cost"][0]
