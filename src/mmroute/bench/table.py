@@ -111,7 +111,7 @@ def engine_table(results: list[engine_schema.EngineResult]) -> str:
             f"{r.goal:.3f}",
             "yes" if r.reached else "**no**",
             "n/a" if r.realised_saving is None else f"{r.realised_saving:.2f}",
-            f"{r.kv_bytes / r.stock_kv_bytes:.3f}",
+            f"{r.kv_bytes / r.stock_kv_bytes:.3f}" if r.stock_kv_bytes else "n/a",  # training caches nothing
             _megabytes(r.peak_memory_bytes, r.stock_peak_memory_bytes),
         ]
         for r in results
