@@ -31,8 +31,11 @@ class Ranks:
         self.world, self.rank = world, rank
 
     @classmethod
-    def launched(cls) -> "Ranks":
+    def launched(cls, device: torch.device) -> "Ranks":
         """What `torchrun` or `accelerate launch` started; joins the others.
+
+        Args:
+            device: what this process computes on.
 
         Raises:
             MissingExtra: there are others, and accelerate is not installed.
@@ -43,7 +46,7 @@ class Ranks:
             from accelerate import PartialState
         except ImportError as error:
             raise MissingExtra("training on several processes", "accelerate", "train") from error
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=device.type == "cpu")
         return cls(state.num_processes, state.process_index)
 
     @property
@@ -80,15 +83,16 @@ class Ranks:
         """Replaces gradients by their mean over all processes; no gradient counts as zero where others have one."""
         if self.world == 1:
             return
-        for p in parameters:
-            has = torch.tensor(float(p.grad is not None), device=p.device)
-            torch.distributed.all_reduce(has)
-            if not has:
-                continue
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= self.world
+        learned = list(parameters)
+        has = torch.tensor([float(p.grad is not None) for p in learned], device=learned[0].device)
+        torch.distributed.all_reduce(
+            has
+        )  # once for all: who has one may differ, and every process must wait for as many
+        for p, somewhere in zip(learned, has.tolist(), strict=True):
+            if somewhere:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad)
+                p.grad /= self.world
 
     def over_all(self, value: Tensor) -> float:
         """The mean of a number over all processes, for the log."""

@@ -101,7 +101,7 @@ class VedasRun:
                 f"recipe {recipe.name}: training latents needs think.name coconut, ivtlr, vedas or pause, and a "
                 "section `train`"
             )
-        self.recipe, self.out, self.think, self.ranks = recipe, out, think, Ranks.launched()
+        self.recipe, self.out, self.think, self.ranks = recipe, out, think, Ranks.launched(model.device)
         self.config = c = parse(TrainConfig, recipe.train, "train")
         self.lengths = [c.length(stage) for stage in c.stages]
         self.state = out / "state.safetensors"
