@@ -86,7 +86,7 @@ class RaggedLayer(DynamicLayer):
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         B, most = len(rows.q), max(rows.k)
         if self.keys is None or most > self.keys.shape[2] or plan.score is not None:
-            self._grow(key_states, B, most, plan.room, plan.score is not None)
+            self._grow(key_states, rows.k, plan.room, plan.score is not None)
         keys, values, pos = self.keys, self.values, self.pos
         if not rows.packed and start.count(start[0]) == B:
             first, width = start[0], rows.q[0]
@@ -119,7 +119,8 @@ class RaggedLayer(DynamicLayer):
         self.n = rows.k
         return keys.narrow(2, 0, most), values.narrow(2, 0, most)
 
-    def _grow(self, like: Tensor, batch: int, need: int, room: int, scored: bool) -> None:
+    def _grow(self, like: Tensor, lengths: list[int], room: int, scored: bool) -> None:
+        batch, need = len(lengths), max(lengths)
         have = 0 if self.keys is None else self.keys.shape[2]
         if need > have:
             more = room if have == 0 or room else (have // 8 if like.is_cuda else BLOCK)
@@ -127,8 +128,11 @@ class RaggedLayer(DynamicLayer):
             _, K, _, E = like.shape
 
             def grown(old: Tensor | None) -> Tensor:
-                new = like.new_zeros(batch, K, size, E)
-                if old is not None:
+                if old is None:
+                    new = like.new_empty(batch, K, size, E)
+                    new[:, :, min(lengths) :] = 0  # the slots before it are about to be written
+                else:
+                    new = like.new_zeros(batch, K, size, E)
                     new[:, :, :have] = old
                 return new
 

@@ -93,16 +93,23 @@ class Pick:
             return x.index_select(1, self.index[0])
         return x.expand(B, -1, -1).gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
 
-    def put(self, x: Tensor, y: Tensor) -> Tensor:
-        """`x` (B, N, D) with the picked positions replaced by `y`; the rest is bit-identical."""
+    def put(self, x: Tensor, y: Tensor, in_place: bool = False) -> Tensor:
+        """`x` (B, N, D) with the picked positions replaced by `y`; the rest is bit-identical.
+
+        Args:
+            in_place: write into `x`, which is then contiguous and nobody else's.
+        """
         if self.index is None:
             return y
         B, N = self.shape
+        x = x if in_place else x.clone(memory_format=torch.contiguous_format)
         if self.packed:
-            return x.reshape(B * N, -1).index_copy(0, self.index, y[0]).view(B, N, -1)
-        if B == 1:
-            return x.index_copy(1, self.index[0], y)
-        return x.scatter(1, self.index[..., None].expand(-1, -1, x.shape[-1]), y)
+            x.view(B * N, -1).index_copy_(0, self.index, y[0])
+        elif B == 1:
+            x.index_copy_(1, self.index[0], y)
+        else:
+            x.scatter_(1, self.index[..., None].expand(-1, -1, x.shape[-1]), y)
+        return x
 
     def columns(self, position: Tensor) -> Tensor:
         """Logical columns of what runs: (B, M), or (sum M,) when packed."""

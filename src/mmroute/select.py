@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmroute.tokens import NUM_MODALITIES, Modality, Tokens
 
-__all__ = ["Group", "best", "first_true", "group_positions", "hashed", "hop_rank", "narrow", "top"]
+__all__ = ["Group", "best", "first_true", "group_positions", "hashed", "narrow", "top"]
 
 _MASK = 0xFFFFFFFF
 _ODD = 0x45D9F3B  # 27 bits: times a 32-bit number it stays inside int64
@@ -144,23 +144,11 @@ def best(score: Float[Tensor, "B N"], among: Bool[Tensor, "B N"], k: Int[Tensor,
     return among & (torch.empty_like(order).scatter_(1, order, turn) < k[:, None])
 
 
-def hop_rank(tokens: Tokens) -> Int[Tensor, "B N"]:
-    """How many valid positions of the same hop stand before each position in this call.
-
-    Counted from the row's own first valid position, so that padding never moves it, and from the hop's start, so that
-    a hop that enters a cache alone counts as it does in one pass over all hops.
-    """
-    before = tokens.valid.long().cumsum(1) - tokens.valid.long()
-    starts = torch.ones_like(tokens.valid)
-    starts[:, 1:] = tokens.hop[:, 1:] != tokens.hop[:, :-1]
-    return before - before.masked_fill(~starts, 0).cummax(1).values
-
-
 def hashed(tokens: Tokens, seed: int, layer: int) -> Float[Tensor, "B N"]:
     """Uniform numbers in [0, 1) that depend on (seed, layer, hop, rank in the hop) alone: not on batch or device."""
     key = _mix(_mix(_MASK & (seed * _FRESH + layer)) ^ (tokens.hop.long() * _ODD & _MASK))
     # 24 bits are exact in fp32.
-    return (_mix(key ^ hop_rank(tokens)) >> 8).float() / (1 << 24)
+    return (_mix(key ^ tokens.rank) >> 8).float() / (1 << 24)
 
 
 def _mix(x: _Bits) -> _Bits:

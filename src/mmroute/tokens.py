@@ -5,7 +5,9 @@ Legend: B batch, N positions of this call.
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -46,3 +48,15 @@ class Tokens:
     @property
     def shape(self) -> tuple[int, int]:
         return self.modality.shape[0], self.modality.shape[1]
+
+    @cached_property
+    def rank(self) -> Int[Tensor, "B N"]:
+        """How many valid positions of the same hop stand before each position in this call.
+
+        Counted from the row's own first valid position, so that padding never moves it, and from the hop's start, so
+        that a hop that enters a cache alone counts as it does in one pass over all hops.
+        """
+        before = self.valid.long().cumsum(1) - self.valid.long()
+        starts = torch.ones_like(self.valid)
+        starts[:, 1:] = self.hop[:, 1:] != self.hop[:, :-1]
+        return before - before.masked_fill(~starts, 0).cummax(1).values

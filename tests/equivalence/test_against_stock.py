@@ -95,3 +95,21 @@ def test_hidden_states_and_attentions_keep_their_shape_of_stock(case: Case, deep
     # Of kept positions only, first passes only; rows that run packed have no common map to return.
     assert len(out.attentions) == (LAYERS if case.rows == "one" else 0)
     assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, again.hidden_states, strict=True))
+
+
+@grid(attn=("sdpa",), rows=("one", "padded"))
+def test_a_stream_that_somebody_may_keep_is_not_written_again(case: Case) -> None:
+    """Kept rows are written back in place only while nobody can hold what a layer returned."""
+    batch = case.prompt
+    with case.attached(routing.Constant()) as routed:
+        unseen = routed.model(**batch).logits
+        entered: list[torch.Tensor] = []
+        for layer in routed.family.text_model(routed.model).layers:
+            layer.register_forward_pre_hook(lambda _, args, kwargs: entered.append(args[0]), with_kwargs=True)
+        seen = routed.model(**batch).logits
+        with torch.enable_grad():  # a graph holds what it is made of, so here nothing is ever written in place
+            routed.model(**batch)
+    ours, want = entered[:LAYERS], entered[LAYERS:]
+    assert torch.equal(seen, unseen)
+    assert all(distance(a, b) < 1e-5 for a, b in zip(ours, want, strict=True))
+    assert distance(ours[1], ours[2]) > 1e-3  # they would be one tensor

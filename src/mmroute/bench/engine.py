@@ -1,13 +1,14 @@
 """What the engine realises of the saving that the arithmetic promises: `python -m mmroute.bench.engine --out DIR`.
 
 Stock and routed model interleaved in one process, case by case (`engine_cases.py`). Selection is random, so what is
-timed is the engine. Rounds of several fresh processes are pooled, because how a process happens to lie in memory moves
-the ratio by a tenth; every ratio is of two runs of one process. Peak memory has a fresh process per configuration.
-Writes one `engine/1` file per case; ends with a card for people and one JSON line.
+timed is the engine. Rounds of several fresh processes on large pages are pooled, because how a process happens to lie
+in memory moves the ratio by a tenth; every ratio is of two runs of one process. Peak memory has a fresh process per
+configuration. Writes one `engine/1` file per case; ends with a card for people and one JSON line.
 """
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -198,7 +199,9 @@ def measure_peak(case: Case, side: Literal["routed", "stock"], device: str = "cp
 def _apart(*options: str) -> str:
     """The last line that this file, run in a fresh process, prints."""
     command = [sys.executable, "-m", "mmroute.bench.engine", *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    # Torch then asks for large pages. With small ones the ratio is a matter of where tensors happen to lie.
+    env = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return done.stdout.splitlines()[-1]
 
 

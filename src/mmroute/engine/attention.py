@@ -7,7 +7,7 @@ in both of Transformers' registries: an attention name without a mask function w
 | rows | sdpa in half precision on CUDA | sdpa elsewhere, eager | flash_attention_2, _3 |
 |---|---|---|---|
 | none: not routed | the backend itself | the same | the same |
-| equal, nothing cached, or one position each | one call, no mask | the same (eager: masked) | one call |
+| equal, nothing cached, or one position each | one call, no mask | the same (CPU: `triangle.py`), masked | one call |
 | one position each, unequal keys | one call, lengths as a mask | the same | the same |
 | packed | one call by lengths (`varlen.py`) | row by row, masked if keys are cached | one call by lengths |
 | chunks behind cached keys | one call by lengths | one masked call | one call |
@@ -28,7 +28,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmroute.engine import gated, varlen
+from mmroute.engine import gated, triangle, varlen
 from mmroute.errors import UnsupportedCall
 from mmroute.rows import Rows, Ticket
 
@@ -97,7 +97,10 @@ def _attend(
     # It reads a mask as left padding of the queries too, and rows of a cache are filled from the left.
     if flash and (rows.packed or (query.shape[2] > 1 and len(set(rows.k)) > 1)):
         return _flash_by_lengths(call, varlen.pack(query, key, value, rows), query.shape), None
+    banded = base == "sdpa"
     if not rows.packed:
+        if banded and rows.equal and triangle.serves(query, rows.fresh, kwargs):
+            return triangle.attend(query, key, value, scaling), None
         out, weights = call(query, key, value, _mask(base, query, key, rows.k, rows.fresh))
         return out, None if rows.again else weights
     parts, start = [], 0
@@ -107,8 +110,11 @@ def _attend(
             here = slice(start, start + width)
             k, v = (key[:, :, here], value[:, :, here]) if shared else (key[b : b + 1], value[b : b + 1])
             k, v = k[:, :, : rows.k[b]], v[:, :, : rows.k[b]]
-            q = query[:, :, here]
-            parts.append(call(q, k, v, _mask(base, q, k, [rows.k[b]], width == rows.k[b]))[0])
+            q, fresh = query[:, :, here], width == rows.k[b]
+            if banded and triangle.serves(q, fresh, kwargs):
+                parts.append(triangle.attend(q, k, v, scaling))
+            else:
+                parts.append(call(q, k, v, _mask(base, q, k, [rows.k[b]], fresh))[0])
         start += width
     return torch.cat(parts, dim=1), None  # packed rows have no common map
 

@@ -45,6 +45,9 @@ def routed_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
 class Step(Choice):
     """One forward call, layer by layer."""
 
+    _stream: Tensor | None = None
+    """What the last layer that ran returned."""
+
     @cached_property
     def plain(self) -> bool:
         """Whether this is a decode step at which the pruner has no say."""
@@ -106,7 +109,7 @@ class Step(Choice):
         if gate is not None:
             x = chosen.take(h)
             y = x + chosen.take(gate[..., None]).to(y.dtype) * (y - x)
-        entered, h = h, chosen.put(h, y.to(h.device))
+        entered, h = h, chosen.put(h, y.to(h.device), in_place=self._owns(h) and not self._evicts(index))
         record.stored = list(rows.k) if stored is not None else [0] * len(counts)
         if rows.row is not None:
             self._rows[index] = rows.row, self._slot_columns(stored, chosen, rows)
@@ -120,7 +123,19 @@ class Step(Choice):
             self._evict(index, layer, entered, stored, record, rotary)
         if self.deepener is not None and self.deepener.acts(index, self.num_layers) and not self.single:
             h = self._second(index, h, chosen, rotary, stock, record)
+        self._stream = h
         return (h, *rest) if self.family.tuple_out else h
+
+    @cached_property
+    def _alone(self) -> bool:
+        """Whether nobody is told of what enters and leaves the layers, so that nobody may keep it."""
+        hooked = (layer._forward_hooks or layer._forward_pre_hooks for layer in self.text.layers)
+        everywhere = torch.nn.modules.module
+        return not (everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or any(hooked))
+
+    def _owns(self, h: Tensor) -> bool:
+        """Whether a stream is the one that the layer before made in this call, and no longer of use to anybody."""
+        return h is self._stream and self._alone and not torch.is_grad_enabled()
 
     def _decode(self, layer: Any, index: int, h: Tensor, rotary: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Any:
         """A decode step at which every row runs: nothing to choose, to gather or to scatter."""

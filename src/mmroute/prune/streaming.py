@@ -18,7 +18,6 @@ from torch import Tensor
 from mmroute.config import options
 from mmroute.prune._cache_only import CacheOnly
 from mmroute.prune.base import Site
-from mmroute.select import hop_rank
 from mmroute.tokens import Tokens
 
 __all__ = ["Streaming"]
@@ -40,5 +39,5 @@ class Streaming(CacheOnly):
 
     def scores(self, x: Float[Tensor, "B N D"], tokens: Tokens, site: Site) -> Float[Tensor, "B N"]:
         recent = torch.arange(tokens.shape[1], device=x.device).expand(tokens.shape).float()
-        sink = (tokens.hop == 0) & (hop_rank(tokens) < self.config.sinks)
+        sink = (tokens.hop == 0) & (tokens.rank < self.config.sinks)
         return torch.where(sink, recent + tokens.shape[1], recent)

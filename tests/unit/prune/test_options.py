@@ -7,7 +7,6 @@ from mmroute import hub
 from mmroute.checks import made_up, walk
 from mmroute.errors import ConfigError
 from mmroute.prune._rank import lexicographic
-from mmroute.select import hop_rank
 from mmroute.tokens import Modality
 
 
@@ -79,7 +78,7 @@ def test_a_pruner_that_asks_for_what_it_does_not_need_is_told_so() -> None:
 
 def test_rank_in_the_hop_ignores_padding_and_restarts_at_each_hop() -> None:
     case = made_up([[(0, Modality.TEXT, 3), (1, Modality.TEXT, 4)], [(0, Modality.TEXT, 2), (1, Modality.TEXT, 2)]])
-    ranks = hop_rank(case.tokens)
+    ranks = case.tokens.rank
     assert ranks[0].tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert ranks[1, 3:].tolist() == [0, 1, 0, 1]
 
