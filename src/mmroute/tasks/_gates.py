@@ -73,7 +73,7 @@ def _gates(task: Generated, specs: Sequence[Spec]) -> list[Gate]:
         limit = _chance_limit(num_choices, num)
         if kind == "image":
             limit = _QUAD_LIMIT.get(task.name, limit)
-            if task.name in ("frozenlake", "minibehavior") and quads:
+            if task.name == "frozenlake" and quads:
                 gates.append(_within_quad(scores, [s for s, held in zip(specs, test, strict=True) if held]))
         gates.append(Gate(f"blind_{kind}", _accuracy(scores, answers[test]), limit, num))
     if task.name == "maze":

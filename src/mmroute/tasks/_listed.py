@@ -1,16 +1,8 @@
-"""Worlds in which a list of actions is given and carried out in the head: what their texts, lengths and quads share.
-
-Legend: W worlds, K lists of actions.
-"""
+"""Worlds in which a list of actions is given and carried out in the head: what their texts and lengths share."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
-
-import numpy as np
-from jaxtyping import Int
 
 from mmroute.tasks._generated import Generated
 from mmroute.tasks._grid import Cell
@@ -58,45 +50,6 @@ class Listed(Generated):
             own = self._step_words(spec, hop, before.cell, state)
             steps.append([f"s{first + hop - 1}", moves[hop - 1], *own])
         return steps
-
-    def _crossed(
-        self,
-        rng: np.random.Generator,
-        preset: Preset,
-        size: int,
-        worlds: Sequence[tuple[dict[str, Any], str]],
-        lists: Sequence[list[int]],
-        label: Int[np.ndarray, "W K"],
-        pair: tuple[int, int],
-    ) -> list[Spec] | None:
-        """Two worlds x two lists with classes [[x, y], [y, x]], in any order; None where the table holds no such four.
-
-        Neither the world nor the list tells anything then.
-
-        Args:
-            worlds: what may be crossed, each with the hash of its layout.
-            lists: of actions.
-            label: [world, list]: the class; -1 where the two do not go together.
-            pair: x and y.
-        """
-        x, y = pair
-        is_x, is_y = label == x, label == y
-        both = (is_x.astype(int) @ is_y.T.astype(int)) > 0  # [i, j]: some list has x in world i and y in world j
-        found = np.argwhere(both & both.T)
-        if not len(found):
-            return None
-        i, j = (int(v) for v in found[int(rng.integers(len(found)))])
-        k = int(rng.choice(np.flatnonzero(is_x[i] & is_y[j])))
-        m = int(rng.choice(np.flatnonzero(is_y[i] & is_x[j])))
-        specs = []
-        for which, answers in ((i, (x, y)), (j, (y, x))):
-            world, key = worlds[which]
-            base = self._finish(rng, preset, size, world, 0, key)
-            specs += [
-                replace(base, world=world | {"actions": lists[listed]}, answer=answer)
-                for listed, answer in zip((k, m), answers, strict=True)
-            ]
-        return [specs[int(p)] for p in rng.permutation(4)]
 
     def _step_words(self, spec: Spec, hop: int, here: Cell, state: State) -> list[str]:
         """What a step meets, behind its number and its action."""

@@ -7,7 +7,8 @@ cell may have no coordinate word.
 Source: the task of MVoT (arXiv 2501.07542) and of gymnasium's FrozenLake; quads, class stream and texts are ours.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -127,6 +128,43 @@ class FrozenLake(Listed):
             specs = self._crossed(rng, preset, size, maps, actions, label, pair)
             if specs is not None:
                 return specs
+
+    def _crossed(
+        self,
+        rng: np.random.Generator,
+        preset: Preset,
+        size: int,
+        maps: Sequence[tuple[dict[str, Any], str]],
+        lists: Sequence[list[int]],
+        label: Int[np.ndarray, "maps lists"],
+        pair: tuple[int, int],
+    ) -> list[Spec] | None:
+        """Two maps x two lists with classes [[x, y], [y, x]], in any order; None where the table holds no such four.
+
+        Args:
+            maps: what may be crossed, each with the hash of its layout.
+            lists: of actions.
+            label: [map, list]: the class; -1 where the two do not go together.
+            pair: x and y.
+        """
+        x, y = pair
+        is_x, is_y = label == x, label == y
+        both = (is_x.astype(int) @ is_y.T.astype(int)) > 0  # [i, j]: some list has x on map i and y on map j
+        found = np.argwhere(both & both.T)
+        if not len(found):
+            return None
+        i, j = (int(v) for v in found[int(rng.integers(len(found)))])
+        k = int(rng.choice(np.flatnonzero(is_x[i] & is_y[j])))
+        m = int(rng.choice(np.flatnonzero(is_y[i] & is_x[j])))
+        specs = []
+        for which, answers in ((i, (x, y)), (j, (y, x))):
+            world, key = maps[which]
+            base = self._finish(rng, preset, size, world, 0, key)
+            specs += [
+                replace(base, world=world | {"actions": lists[listed]}, answer=answer)
+                for listed, answer in zip((k, m), answers, strict=True)
+            ]
+        return [specs[int(p)] for p in rng.permutation(4)]
 
     # ------------------------------------------------------------------ what happens
 

@@ -2,15 +2,18 @@
 
 Rules: a room with walls around it and some inside. A move into a wall, the table or the printer stays. `pick` takes the
 printer from one of the four neighbouring cells, `drop` puts it on the table in one of them, `toggle` beside the table
-switches it on. A pick or a drop that cannot be done is an error and ends the run; so does success; up to two listed
-actions after that are not executed. Whatever ends without an error and without a printer that is on lacks a step.
-Held-out items are quads as in FrozenLake: two rooms x two lists with the answers [[x, y], [y, x]].
+switches it on. A pick or a drop that cannot be done is an error and ends the run; so does success; what is listed after
+that is not executed. Whatever ends without an error and without a printer that is on lacks a step.
+Held-out items come in eights: four rooms x two lists, each list with every answer once, each room with two answers.
+Quads as in FrozenLake would not do: which two of the four answers a list can have is plain from what it does.
 
 Source: the task of MVoT (arXiv 2501.07542), after Mini-BEHAVIOR's printer; rooms, quads and texts are ours.
 Deviates: MVoT's loader and the wording of its options are not released; option D and where a drop is allowed are ours.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import permutations
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,8 +43,8 @@ from mmroute.tasks.base import Card, Choice, Spec, State
 __all__ = ["MiniBehavior"]
 
 _FLOOR, _WALL, _PRINTER, _TABLE, _LOADED, _ON, _AGENT, _CARRIER, _LEFT = range(_skins.ROOM, _skins.ROOM + 9)
-_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
-_POOL, _PRINTERS, _TABLES, _TRIES = 24, 6, 14, 24
+_POOL, _PRINTERS, _TABLES, _TRIES = 48, 12, 24, 24
+_DERANGED = tuple(p for p in permutations(range(len(CLASSES))) if all(i != j for i, j in enumerate(p)))
 _LEAST_SIDE, _MOST_SIDE, _MOST_HOPS = 7, 10, 14
 
 
@@ -50,6 +53,8 @@ class MiniBehavior(Listed):
 
     name = "minibehavior"
     task_id = 5
+    version = 2
+    unit_size = 8
     action_names = (*MOVES, "pick", "drop", "toggle")
     card: ClassVar[Card] = Card((), {"val": 2000, "test": 5000}, "CC0-1.0", "generate", "accuracy", 0.25)
 
@@ -62,7 +67,7 @@ class MiniBehavior(Listed):
 
     def _pairs(self, preset: Preset, streams: bool) -> list[tuple[int, int]]:
         sides = range(_LEAST_SIDE, min(_MOST_SIDE, preset.canvas) + 1)
-        least = 3 if streams else 4  # three actions are too few for two rooms in which both lists go both ways
+        least = 3 if streams else 4  # three actions are too few for lists that have every answer
         return [(n, h) for n in sides for h in range(max(least, preset.hops[0]), min(_MOST_HOPS, preset.hops[1]) + 1)]
 
     def layout_key(self, world: dict[str, Any]) -> str:
@@ -97,28 +102,58 @@ class MiniBehavior(Listed):
     def _held_out(
         self, rng: np.random.Generator, preset: Preset, size: int, length: int, split: Split, unit: int
     ) -> list[Spec]:
-        pair = _PAIRS[unit % len(_PAIRS)]
         while True:
             rooms = self._rooms(rng, size, length, split)
-            if len(rooms) < 2:
-                continue
             worlds = [world for world, _ in rooms]
-            lists = draw_lists(rng, worlds, length, pair)
-            specs = self._crossed(rng, preset, size, rooms, lists, classes_of(worlds, lists, length), pair)
-            if specs is not None:
-                return specs
+            lists = draw_lists(rng, worlds, length) if len(worlds) >= len(CLASSES) else []
+            crossed = self._crossed_fourfold(rng, classes_of(worlds, lists, length)) if lists else None
+            if crossed is not None:
+                break
+        specs = []
+        for which, answers in crossed:
+            world, key = rooms[which]
+            base = self._finish(rng, preset, size, world, 0, key)
+            specs += [replace(base, world=world | {"actions": lists[k]}, answer=a) for k, a in answers.items()]
+        return [specs[int(p)] for p in rng.permutation(self.unit_size)]
+
+    def _crossed_fourfold(
+        self, rng: np.random.Generator, label: Int[np.ndarray, "rooms lists"]
+    ) -> list[tuple[int, dict[int, int]]] | None:
+        """Four rooms x two lists: each list has every class once, and no room has one class twice.
+
+        Args:
+            label: [room, list]: the class; -1 where the two do not go together.
+
+        Returns:
+            Of each room its number and {list: class}; None where the table holds no such eight.
+        """
+        is_class = label == np.arange(len(CLASSES))[:, None, None]
+        able = np.flatnonzero(is_class.any(1).all(0))  # lists with every class in some room
+        counted = is_class[..., able].astype(int)
+        together = np.einsum("cwk,dwm->cdkm", counted, counted) > 0  # some room has c of list k and d of list m
+        found = [
+            (k, m, swap)
+            for swap in _DERANGED
+            for k, m in np.argwhere(np.logical_and.reduce([together[c, d] for c, d in enumerate(swap)]))
+        ]
+        if not found:
+            return None
+        k, m, swap = found[int(rng.integers(len(found)))]
+        k, m = int(able[k]), int(able[m])
+        rooms = [np.flatnonzero(is_class[c, :, k] & is_class[d, :, m]) for c, d in enumerate(swap)]
+        return [(int(rng.choice(fitting)), {k: c, m: swap[c]}) for c, fitting in enumerate(rooms)]
 
     def _rooms(self, rng: np.random.Generator, n: int, length: int, split: Split) -> list[tuple[dict[str, Any], str]]:
         """Rooms of the split with the same walls and start, whose printers and tables stand close to each other.
 
-        Close, because a list has to do something in two rooms.
+        Close, because a list has to do something in four rooms.
         """
         walls, start = draw_room(rng, n)
         cells = within(walls, start, length)
         if not cells:
             return []
-        printers = around(cells, cells[int(rng.integers(len(cells)))])[:_PRINTERS]
-        tables = around(cells, cells[int(rng.integers(len(cells)))])[:_TABLES]
+        centre = cells[int(rng.integers(len(cells)))]
+        printers, tables = around(cells, centre)[:_PRINTERS], around(cells, centre)[:_TABLES]
         pairs = [(p, t) for p in printers for t in tables if p != t]
         rooms = []
         for i in rng.permutation(len(pairs)):

@@ -1,4 +1,4 @@
-"""Minibehavior: what pick, drop and toggle do, and quads in which neither room nor list tells the answer."""
+"""Minibehavior: what pick, drop and toggle do, and eights in which neither room nor list tells the answer."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from worlds import specs
 
 from mmroute import hub
-from mmroute.tasks import _errands, minibehavior
+from mmroute.tasks import _errands
 from mmroute.tasks.base import Spec
 
 UP, LEFT, DOWN, RIGHT, PICK, DROP, TOGGLE = range(7)
@@ -66,34 +66,32 @@ def test_a_chain_reads_what_it_looks_at_and_where_it_stays():
     assert told[5].endswith("switches the printer on. Carrying objects: None.")
 
 
-def test_quads_swap_their_two_classes_between_two_rooms():
+def test_of_an_eight_a_list_has_every_answer_and_a_room_two():
     task = hub.load("tasks", "minibehavior", variant="quad")
-    pairs = []
     for unit in range(6):
-        quad = specs(task, "train", 4, 4 * unit)
-        table: dict[str, dict[str, int]] = {}
-        for s in quad:
+        eight = specs(task, "train", 8, 8 * unit)
+        by_room: dict[str, list[int]] = {}
+        by_list: dict[str, list[int]] = {}
+        for s in eight:
             room = json.dumps([s.world[k] for k in ("walls", "start", "printer", "table")])
-            table.setdefault(room, {})[json.dumps(s.world["actions"])] = s.answer
-        first, second = table.values()
-        assert set(first) == set(second)
-        assert all(first[k] != second[k] for k in first)
-        pairs.append(tuple(sorted(set(first.values()))))
-    assert sorted(pairs) == sorted(minibehavior._PAIRS)
+            by_room.setdefault(room, []).append(s.answer)
+            by_list.setdefault(json.dumps(s.world["actions"]), []).append(s.answer)
+        assert [sorted(answers) for answers in by_list.values()] == [[0, 1, 2, 3]] * 2
+        assert [len(set(answers)) for answers in by_room.values()] == [2] * 4
+        assert len({s.group for s in eight}) == 1
 
 
 def test_labels_of_many_lists_in_many_rooms_are_those_of_single_runs():
     task, rng = hub.load("tasks", "minibehavior"), np.random.default_rng(1)
     worlds = [world for world, _ in task._rooms(rng, 8, 8, "train")]
-    lists = _errands.draw_lists(rng, worlds, 8, (0, 3))
+    lists = _errands.draw_lists(rng, worlds, 8)
     found = _errands.classes_of(worlds, lists, 8)
     assert len(np.unique(found)) > 3
     for i, world in enumerate(worlds[:8]):
         for k, actions in enumerate(lists):
             moments = _errands.run(world, actions)
             ended = len(moments) - 1
-            counts = abs(ended - 8) <= 2 and len(actions) - ended <= 2
-            assert found[i, k] == (_errands.outcome(moments) if counts else -1)
+            assert found[i, k] == (_errands.outcome(moments) if abs(ended - 8) <= 2 else -1)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9, 14])
