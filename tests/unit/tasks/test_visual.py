@@ -16,7 +16,7 @@ def item(name):
     """An item whose every hop changes the picture: a blocked move would leave a copy of the last one right."""
     task = hub.load("tasks", name)
     for i in range(200):
-        spec = task.spec("val", i)
+        spec = task.spec("train", i)
         states = task.trace(spec)
         moved = all((task._codes(spec, a) != task._codes(spec, b)).any() for a, b in pairwise(states))
         if len(states) >= 3 and moved:
