@@ -92,6 +92,9 @@ def test_hidden_states_and_attentions_keep_their_shape_of_stock(case: Case, deep
         again = routed.model(**batch, output_hidden_states=True, use_cache=False)
     assert [h.shape for h in out.hidden_states] == [h.shape for h in stock.hidden_states]
     assert torch.equal(out.hidden_states[0], stock.hidden_states[0])
+    assert (
+        distance(out.hidden_states[1], out.hidden_states[2]) > 1e-3
+    )  # the second layer did not write into the first's
     # Of kept positions only, first passes only; rows that run packed have no common map to return.
     assert len(out.attentions) == (LAYERS if case.rows == "one" else 0)
     assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, again.hidden_states, strict=True))

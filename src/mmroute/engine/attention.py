@@ -97,11 +97,15 @@ def _attend(
     # It reads a mask as left padding of the queries too, and rows of a cache are filled from the left.
     if flash and (rows.packed or (query.shape[2] > 1 and len(set(rows.k)) > 1)):
         return _flash_by_lengths(call, varlen.pack(query, key, value, rows), query.shape), None
-    banded = base == "sdpa"
+
+    def rectangle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], fresh: bool) -> tuple[Tensor, Tensor | None]:
+        """Rows that bring as many positions each."""
+        if base == "sdpa" and triangle.serves(q, fresh, kwargs):
+            return triangle.attend(q, k, v, scaling), None
+        return call(q, k, v, _mask(base, q, k, lengths, fresh))
+
     if not rows.packed:
-        if banded and rows.equal and triangle.serves(query, rows.fresh, kwargs):
-            return triangle.attend(query, key, value, scaling), None
-        out, weights = call(query, key, value, _mask(base, query, key, rows.k, rows.fresh))
+        out, weights = rectangle(query, key, value, rows.k, rows.fresh)
         return out, None if rows.again else weights
     parts, start = [], 0
     shared = key.shape[0] == 1 and len(rows.q) > 1  # no cache: the keys are packed as the queries are
@@ -110,11 +114,7 @@ def _attend(
             here = slice(start, start + width)
             k, v = (key[:, :, here], value[:, :, here]) if shared else (key[b : b + 1], value[b : b + 1])
             k, v = k[:, :, : rows.k[b]], v[:, :, : rows.k[b]]
-            q, fresh = query[:, :, here], width == rows.k[b]
-            if banded and triangle.serves(q, fresh, kwargs):
-                parts.append(triangle.attend(q, k, v, scaling))
-            else:
-                parts.append(call(q, k, v, _mask(base, q, k, [rows.k[b]], fresh))[0])
+            parts.append(rectangle(query[:, :, here], k, v, [rows.k[b]], width == rows.k[b])[0])
         start += width
     return torch.cat(parts, dim=1), None  # packed rows have no common map
 

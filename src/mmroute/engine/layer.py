@@ -128,7 +128,10 @@ class Step(Choice):
 
     @cached_property
     def _alone(self) -> bool:
-        """Whether nobody is told of what enters and leaves the layers, so that nobody may keep it."""
+        """Whether nobody is told of what enters and leaves the layers, so that nobody may keep it.
+
+        Transformers' own `output_hidden_states` listens through such hooks.
+        """
         hooked = (layer._forward_hooks or layer._forward_pre_hooks for layer in self.text.layers)
         everywhere = torch.nn.modules.module
         return not (everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or any(hooked))

@@ -128,7 +128,8 @@ class Site:
     groups: list[Group]
     """The (hop, modality) groups of this call with their sizes per row, and who may still compete."""
     memo: dict[Any, Any]
-    """Lives for this forward call: a set found at one stage and reused until the next."""
+    """Lives for this forward call: a set found at one stage and reused until the next. Nothing that shares memory with
+    the hidden states, which the next layer may write into."""
     shape: Shape
     _sources: dict[str, Callable[..., Any]]
 

@@ -3,6 +3,7 @@
 A world is a dict of `walls` (n rows of 0 and 1), `start`, `printer` and `table`, each a cell as [row, column].
 """
 
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ __all__ = [
     "Moment",
     "around",
     "classes_of",
+    "crossed",
     "draw_errand",
     "draw_lists",
     "draw_room",
@@ -36,6 +38,7 @@ _ERRANDS = {
 }
 """Action -> where the printer has to be, where it is then, the word for it, and the word for a failure."""
 _LISTS, _COPIES, _SLACK = 60, 4, 2
+_DERANGED = tuple(p for p in permutations(range(len(CLASSES))) if all(i != j for i, j in enumerate(p)))
 
 
 class Moment(NamedTuple):
@@ -261,3 +264,29 @@ def classes_of(worlds: list[dict[str, Any]], lists: list[list[int]], length: int
                 label = np.where(acts & ~does, {PICK: 2, DROP: 1}[which], label)
                 going = going & ~(acts & ~does)
     return np.where(abs(ended - length) <= _SLACK, label, -1)
+
+
+def crossed(rng: np.random.Generator, label: Int[np.ndarray, "rooms lists"]) -> list[tuple[int, dict[int, int]]] | None:
+    """Four rooms x two lists: each list has every class once, and no room has one class twice.
+
+    Args:
+        label: [room, list]: the class; -1 where the two do not go together.
+
+    Returns:
+        Of each room its number and {list: class}; None where the table holds no such eight.
+    """
+    is_class = label == np.arange(len(CLASSES))[:, None, None]
+    able = np.flatnonzero(is_class.any(1).all(0))  # lists with every class in some room
+    counted = is_class[..., able].astype(int)
+    together = np.einsum("cwk,dwm->cdkm", counted, counted) > 0  # some room has c of list k and d of list m
+    found = [
+        (k, m, swap)
+        for swap in _DERANGED
+        for k, m in np.argwhere(np.logical_and.reduce([together[c, d] for c, d in enumerate(swap)]))
+    ]
+    if not found:
+        return None
+    k, m, swap = found[int(rng.integers(len(found)))]
+    k, m = int(able[k]), int(able[m])
+    rooms = [np.flatnonzero(is_class[c, :, k] & is_class[d, :, m]) for c, d in enumerate(swap)]
+    return [(int(rng.choice(fitting)), {k: c, m: swap[c]}) for c, fitting in enumerate(rooms)]

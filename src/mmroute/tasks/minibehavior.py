@@ -7,13 +7,12 @@ that is not executed. Whatever ends without an error and without a printer that 
 Held-out items come in eights: four rooms x two lists, each list with every answer once, each room with two answers.
 Quads as in FrozenLake would not do: which two of the four answers a list can have is plain from what it does.
 
-Source: the task of MVoT (arXiv 2501.07542), after Mini-BEHAVIOR's printer; rooms, quads and texts are ours.
+Source: the task of MVoT (arXiv 2501.07542), after Mini-BEHAVIOR's printer; rooms, eights and texts are ours.
 Deviates: MVoT's loader and the wording of its options are not released; option D and where a drop is allowed are ours.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import permutations
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +24,7 @@ from mmroute.tasks._errands import (
     PICK,
     around,
     classes_of,
+    crossed,
     draw_errand,
     draw_lists,
     draw_room,
@@ -44,7 +44,6 @@ __all__ = ["MiniBehavior"]
 
 _FLOOR, _WALL, _PRINTER, _TABLE, _LOADED, _ON, _AGENT, _CARRIER, _LEFT = range(_skins.ROOM, _skins.ROOM + 9)
 _POOL, _PRINTERS, _TABLES, _TRIES = 48, 12, 24, 24
-_DERANGED = tuple(p for p in permutations(range(len(CLASSES))) if all(i != j for i, j in enumerate(p)))
 _LEAST_SIDE, _MOST_SIDE, _MOST_HOPS = 7, 10, 14
 
 
@@ -106,42 +105,15 @@ class MiniBehavior(Listed):
             rooms = self._rooms(rng, size, length, split)
             worlds = [world for world, _ in rooms]
             lists = draw_lists(rng, worlds, length) if len(worlds) >= len(CLASSES) else []
-            crossed = self._crossed_fourfold(rng, classes_of(worlds, lists, length)) if lists else None
-            if crossed is not None:
+            eight = crossed(rng, classes_of(worlds, lists, length)) if lists else None
+            if eight is not None:
                 break
         specs = []
-        for which, answers in crossed:
+        for which, answers in eight:
             world, key = rooms[which]
             base = self._finish(rng, preset, size, world, 0, key)
             specs += [replace(base, world=world | {"actions": lists[k]}, answer=a) for k, a in answers.items()]
         return [specs[int(p)] for p in rng.permutation(self.unit_size)]
-
-    def _crossed_fourfold(
-        self, rng: np.random.Generator, label: Int[np.ndarray, "rooms lists"]
-    ) -> list[tuple[int, dict[int, int]]] | None:
-        """Four rooms x two lists: each list has every class once, and no room has one class twice.
-
-        Args:
-            label: [room, list]: the class; -1 where the two do not go together.
-
-        Returns:
-            Of each room its number and {list: class}; None where the table holds no such eight.
-        """
-        is_class = label == np.arange(len(CLASSES))[:, None, None]
-        able = np.flatnonzero(is_class.any(1).all(0))  # lists with every class in some room
-        counted = is_class[..., able].astype(int)
-        together = np.einsum("cwk,dwm->cdkm", counted, counted) > 0  # some room has c of list k and d of list m
-        found = [
-            (k, m, swap)
-            for swap in _DERANGED
-            for k, m in np.argwhere(np.logical_and.reduce([together[c, d] for c, d in enumerate(swap)]))
-        ]
-        if not found:
-            return None
-        k, m, swap = found[int(rng.integers(len(found)))]
-        k, m = int(able[k]), int(able[m])
-        rooms = [np.flatnonzero(is_class[c, :, k] & is_class[d, :, m]) for c, d in enumerate(swap)]
-        return [(int(rng.choice(fitting)), {k: c, m: swap[c]}) for c, fitting in enumerate(rooms)]
 
     def _rooms(self, rng: np.random.Generator, n: int, length: int, split: Split) -> list[tuple[dict[str, Any], str]]:
         """Rooms of the split with the same walls and start, whose printers and tables stand close to each other.

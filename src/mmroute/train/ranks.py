@@ -85,9 +85,8 @@ class Ranks:
             return
         learned = list(parameters)
         has = torch.tensor([float(p.grad is not None) for p in learned], device=learned[0].device)
-        torch.distributed.all_reduce(
-            has
-        )  # once for all: who has one may differ, and every process must wait for as many
+        # Once for all: who has a gradient may differ, and every process must wait for as many.
+        torch.distributed.all_reduce(has)
         for p, somewhere in zip(learned, has.tolist(), strict=True):
             if somewhere:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -15,7 +15,7 @@ from mmroute.tasks._texts import IMAGE
 @pytest.mark.parametrize(("name", "preset"), existing(["nano", "tiny", "small", "wide", "ood-size", "ood-hops"]))
 def test_a_solver_that_reads_tiles_agrees_with_the_simulator(name: str, preset: str) -> None:
     task = hub.load("tasks", name, preset=preset)
-    # Held-out lists of minibehavior are searched for; four quads and sixty of its stream show as much.
+    # Held-out lists of minibehavior are searched for; two eights and sixty of its stream show as much.
     made = [*specs(task, "train", 60), *specs(task, "test", 16 if name == "minibehavior" else 40)]
     right = [solve(name, task.question_words(s), task.codes(s)) == task._answer_word(s) for s in made]
     assert all(right)
