@@ -43,7 +43,7 @@ from mmroute.tasks.base import Card, Choice, Spec, State
 __all__ = ["MiniBehavior"]
 
 _FLOOR, _WALL, _PRINTER, _TABLE, _LOADED, _ON, _AGENT, _CARRIER, _LEFT = range(_skins.ROOM, _skins.ROOM + 9)
-_POOL, _PRINTERS, _TABLES, _TRIES = 48, 12, 24, 24
+_POOL, _PRINTERS, _TABLES, _TRIES = 48, 8, 16, 24
 _LEAST_SIDE, _MOST_SIDE, _MOST_HOPS = 7, 10, 14
 
 

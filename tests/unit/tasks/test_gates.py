@@ -35,7 +35,7 @@ def test_no_shortcut_solves_the_counterbalanced_items(name: str) -> None:
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("name", ["maze", "frozenlake", "arrows", "gridspatial", "minibehavior", "needle"])
 def test_no_shortcut_solves_thousands_of_held_out_items(name: str, split: str) -> None:
-    # An eight of minibehavior is searched for, for a second each where only a tenth of all rooms are allowed.
+    # An eight of minibehavior is searched for, for most of a second where only a tenth of all rooms are allowed.
     task, specs = made(name, 2000 if name == "minibehavior" else 6000, split)
     assert [g for g in _gates.run(task, specs) if not g.passed] == []
 
