@@ -93,9 +93,10 @@ def test_the_ray_example_builds_the_application():
     text = (EXAMPLES / "ray_serve.py").read_text()
     scope = {"__name__": "example"}
     exec(compile(ast.parse(text), "ray_serve.py", "exec"), scope)
-    app = scope["application"]("http://127.0.0.1:1/v1#a", "http://127.0.0.1:2/v1#b", 0.3)
+    app = scope["application"]("http://127.0.0.1:1/v1#a", "http://127.0.0.1:2/v1#b", 0.3, 2)
     assert app.state.gateway.served == ["a", "b"]
     assert app.state.gateway.live.decider.budget == 0.3
+    assert app.state.gateway.settings.replicas == 2
 
 
 def test_the_balancers_configuration_is_valid(tmp_path):
