@@ -50,7 +50,10 @@ def serve(
             "--target for a pair that differs",
             err=True,
         )
-    run(settings, read, [path for path in (config, settings.api_keys_file) if path is not None])
+    watched = [path for path in (config, settings.api_keys_file) if path is not None]
+    if settings.rater is not None:
+        watched += [settings.rater / "rater.json", settings.rater / "rater.safetensors"]
+    run(settings, read, watched)
 
 
 def replay(
