@@ -125,9 +125,11 @@ class Router:
         return True
 
     def _is_full(self) -> bool:
-        """Whether the target has as many requests as this replica may give it."""
-        most = self.settings.own_target_in_flight
-        return most is not None and len(self.gateway.at_target) >= most
+        """Whether the target has as many requests, or has cost as much, as this replica may give it."""
+        most, usd = self.settings.own_target_in_flight, self.settings.own_target_usd_per_hour
+        if most is not None and len(self.gateway.at_target) >= most:
+            return True
+        return usd is not None and self.gateway.book.on_target.last_hour >= usd
 
     def chosen(self, route: Route, reason: str) -> Route:
         self.turn.route, self.turn.reason = route, reason

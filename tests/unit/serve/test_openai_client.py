@@ -292,6 +292,22 @@ def test_a_replica_keeps_to_its_part_of_the_cap_however_many_come_at_once(policy
     asyncio.run(run())
 
 
+def test_a_replica_stops_paying_when_its_part_of_the_hour_is_spent():
+    async def run():
+        prices = {"target": {"price_in": 0.0, "price_out": 1e6 / 8}}  # a dollar an answer of 8 tokens
+        async with rig(SEND, of=prices, target_usd_per_hour=4.0, replicas=2) as r:
+            got = []
+            for i in range(4):
+                reply = await r.http.post("/v1/chat/completions", json=asking(f"q{i}"))
+                got.append((reply.headers["x-mmroute-route"], reply.headers["x-mmroute-reason"]))
+            assert got == [("target", "rating")] * 2 + [("draft", "budget_cap")] * 2
+            named = await r.http.post("/v1/chat/completions", json=asking("?", model="target"))
+            assert named.headers["x-mmroute-route"] == "target"  # who names it is let through, and counted
+            assert r.gateway.book.on_target.last_hour == 3.0
+
+    asyncio.run(run())
+
+
 def test_a_draft_that_has_failed_is_not_asked_again_because_the_target_is_full():
     async def run():
         async with rig(SEND, Script(first_s=1), target_in_flight=1) as r:
