@@ -16,7 +16,7 @@ from transformers.utils import is_torchvision_available
 
 from mmroute.backbones.load import image_only
 
-__all__ = ["byte_tokenizer", "write", "write_volcano"]
+__all__ = ["byte_tokenizer", "write", "write_as_released", "write_volcano"]
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -32,10 +32,10 @@ PLAIN_TEMPLATE = (
 )
 
 
-def write(name: str, folder: Path, layers: int = 3) -> Path:
-    """Writes the folder and returns its path."""
+def write(name: str, folder: Path, layers: int = 3, shard: str = "1GB", **text_options: Any) -> Path:
+    """Writes the folder and returns its path; `shard` is the size of a weight file, options as in `families.config`."""
     processor, ids = {"chameleon": _chameleon, "llava": _llava, "llava_next": _llava_next}.get(name, _qwen)(name)
-    config = families.config(name, layers)
+    config = families.config(name, layers, **text_options)
     for key, value in ids.items():
         setattr(config, key, value)
     text = config.get_text_config(decoder=True)
@@ -44,8 +44,25 @@ def write(name: str, folder: Path, layers: int = 3) -> Path:
     text.bos_token_id = tokenizer.bos_token_id
     text.eos_token_id = tokenizer.eos_token_id
     text.pad_token_id = tokenizer.pad_token_id
-    families.build(config).save_pretrained(folder)
+    families.build(config).save_pretrained(folder, max_shard_size=shard)
     processor.save_pretrained(folder)
+    return folder
+
+
+def write_as_released(name: str, folder: Path, **text_options: Any) -> Path:
+    """A LLaVA or LLaVA-NeXT folder as those on the Hub are: shards with an index, the tower's last layer but one, and
+    image processor, processor and chat template in files of their own."""
+    write(name, folder, shard="100KB", **text_options)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_feature_layer": -2}))
+    file = folder / "processor_config.json"
+    parts = json.loads(file.read_text())
+    images = parts.pop("image_processor")
+    (folder / "preprocessor_config.json").write_text(json.dumps(images | {"processor_class": parts["processor_class"]}))
+    file.write_text(json.dumps(parts))
+    template = folder / "chat_template.jinja"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
     return folder
 
 

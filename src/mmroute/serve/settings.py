@@ -125,9 +125,9 @@ class Settings(BaseSettings):
     """That part."""
     target_in_flight: int | None = Field(default=None, ge=1)
     """Most requests the target works on; beyond them the draft answers, reason `budget_cap`."""
-    rater: Path | None = None
-    """Folder that `mmroute train prp` wrote. Without one a local draft's first token rates, untrained, and what a
-    draft behind HTTP writes is taken as it is."""
+    rater: str | Path | None = None
+    """Folder that `mmroute train prp` wrote, bundled name, or Hub id. Without one a local draft's first token rates,
+    untrained, and what a draft behind HTTP writes is taken as it is."""
     num_ratings: Literal[1, 2] = 2
     """Digits the draft writes: its own chance, and the target's."""
     peek_logprobs: bool = True
