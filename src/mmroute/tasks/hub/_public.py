@@ -1,7 +1,8 @@
 """What every public benchmark shares: where its rows are found, how a prompt is laid out, what is scored and averaged.
 
 A benchmark's own file says where its data is (`sources`), what a row means (`sample`), how it is asked (`prompts`) and
-which averages are usual (`metrics`). Sizes in cards are those published; they are never asserted, since ids drift.
+which averages are usual (`metrics`). Sizes in cards are those published; another number of rows is a warning and never
+an error, since data sets drift.
 
 | option | meaning |
 |---|---|
@@ -9,6 +10,7 @@ which averages are usual (`metrics`). Sizes in cards are those published; they a
 | `prompt` | which of the benchmark's prompts; the first by default |
 """
 
+import logging
 import re
 from abc import abstractmethod
 from collections import defaultdict
@@ -29,6 +31,8 @@ __all__ = ["LETTER_PROMPT", "WORD_PROMPT", "YES_NO_PROMPT", "Public", "by", "let
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 YES_NO_PROMPT = "Answer the question using yes or no."
 WORD_PROMPT = "Answer the question using a single word or phrase."
+log = logging.getLogger(__name__)
+
 _TAG = re.compile(r"<image(?: (\d))?>")
 
 Prompt = Callable[[Sample], str]
@@ -96,13 +100,25 @@ class Public(Task):
         return Path(self.config.data_root) / self.name
 
     def samples_in(self, folder: Path, split: str) -> Iterator[Sample]:
-        """All samples of a split whose files lie in this folder."""
-        for number, row in enumerate(self.rows(folder, split)):
+        """All samples of a split whose files lie in this folder; a warning where its rows are not as many as published.
+
+        A row is read ahead, so that whoever takes just as many samples as are published hears of more or fewer.
+        """
+        size, rows = self.card.splits[split], self.rows(folder, split)
+        after, number = next(rows, None), -1
+        while (row := after) is not None:
+            after, number = next(rows, None), number + 1
+            if after is None and number + 1 < size:
+                log.warning("%s %s: %d rows, %d are published", self.name, split, number + 1, size)
+            elif after is not None and number + 1 == size:
+                log.warning("%s %s: more rows than the %d that are published", self.name, split, size)
             try:
                 made = self.expand(row, split, number)
             except InputError as error:
                 raise InputError(f"{self.name} {split}, row {number}: {error}") from None
             yield from made
+        if number < 0:
+            log.warning("%s %s: no rows, %d are published", self.name, split, size)
 
     def rows(self, root: Path, split: str) -> Iterator[Row]:
         """Rows of the first source that is in the folder; else of the Hub.
@@ -114,10 +130,14 @@ class Public(Task):
             if source.found(root, split):
                 return source.rows(root, split)
         online = next((s for s in self.sources if isinstance(s, HubRows)), None)
-        wanted = "; or ".join(source.wants(root, split) for source in self.sources)
+        wanted = self.wants(root, split)
         if online is None:
             raise InputError(f"{self.name} {split}: no data. Put there: {wanted}")
         return _or_explain(online.rows(root, split), f"{self.name} {split}: no data in {root}. Put there: {wanted}")
+
+    def wants(self, root: Path, split: str) -> str:
+        """What to fetch for a split, and where to put it."""
+        return "; or ".join(source.wants(root, split) for source in self.sources if source.holds(split))
 
     def expand(self, row: Row, split: str, number: int) -> list[Sample]:
         """The samples of one row: one, unless a benchmark asks several questions of a row."""

@@ -1,7 +1,8 @@
 """Rows of a public benchmark from the files people have: the Hub's Parquet or Arrow, VLMEvalKit's TSV, JSONL + images.
 
 A reader is asked for a folder and a split. It says whether its files are there, gives rows as plain dictionaries, and
-says what to fetch when they are not. Pictures come out as Pillow images (embedded) or paths (apart): never as bytes,
+says what to fetch when they are not. A file that holds only some of a benchmark's splits says which (`splits`), and one
+that holds several in one table by which column they are told apart (`by`): no file answers for a split it does not hold. Pictures come out as Pillow images (embedded) or paths (apart): never as bytes,
 base64 or structs, so that a benchmark's own file need not know which source a row came from.
 """
 
@@ -13,7 +14,7 @@ import json
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from PIL import Image
 
 from mmroute.errors import InputError, MissingExtra
 
-__all__ = ["HubRows", "JsonlWithImages", "Row", "Source", "Tsv"]
+__all__ = ["HubRows", "JsonlWithImages", "Row", "Source", "SplitColumn", "Tsv"]
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ Row = dict[str, Any]
 
 class Source(ABC):
     """One place that a benchmark's rows may be in."""
+
+    def holds(self, split: str) -> bool:
+        """Whether this place has the split at all."""
+        return True
 
     @abstractmethod
     def found(self, root: Path, split: str) -> bool:
@@ -50,17 +55,58 @@ class Source(ABC):
 
 
 @dataclass(frozen=True)
-class Tsv(Source):
+class SplitColumn:
+    """What tells the splits of one file apart: a row is of the split whose values its column has."""
+
+    name: str
+    values: Mapping[str, Collection[str]]
+    """Our name of a split to what stands in the column."""
+
+    def has(self, row: Row, split: str, where: str) -> bool:
+        """Whether a row is of the split.
+
+        Raises:
+            InputError: the file has no such column, so that its rows cannot be told apart.
+        """
+        if self.name not in row:
+            raise InputError(f"{where}: no column {self.name!r}, which tells {', '.join(self.values)} apart")
+        return str(row[self.name]).strip() in self.values[split]
+
+
+class _OneFile(Source):
+    """Rows of one file, of which a benchmark's splits may be named, counted out, or told apart by a column."""
+
+    splits: Collection[str]
+    by: SplitColumn | None
+
+    @abstractmethod
+    def _file(self, root: Path, split: str) -> Path:
+        """Where it is."""
+
+    def holds(self, split: str) -> bool:
+        known = self.by.values if self.by is not None else self.splits
+        return not known or split in known
+
+    def found(self, root: Path, split: str) -> bool:
+        return self.holds(split) and self._file(root, split).is_file()
+
+    def _of(self, row: Row, split: str, where: str) -> bool:
+        return self.by is None or self.by.has(row, split, where)
+
+
+@dataclass(frozen=True)
+class Tsv(_OneFile):
     """VLMEvalKit's table: one line per question, pictures as base64 in `image`."""
 
     name: str
     """Of the file, without `.tsv`; `{split}` is replaced."""
+    splits: Collection[str] = ()
+    """Which splits it holds; none named is every split, for a name with `{split}` or a benchmark with one."""
+    by: SplitColumn | None = None
+    """What tells them apart where it holds several."""
 
     def _file(self, root: Path, split: str) -> Path:
         return root / f"{self.name.format(split=split)}.tsv"
-
-    def found(self, root: Path, split: str) -> bool:
-        return self._file(root, split).is_file()
 
     def wants(self, root: Path, split: str) -> str:
         return f"VLMEvalKit's {self._file(root, split).name} in {root}"
@@ -78,11 +124,12 @@ class Tsv(Source):
                 shown[index] = image
                 # A short value is the index of the row that holds the picture.
                 image = shown.get(image, image) if len(image) <= 64 else image
-                yield {**row, "image": _from_base64(image, where)}
+                if self._of(row, split, where):
+                    yield {**row, "image": _from_base64(image, where)}
 
 
 @dataclass(frozen=True)
-class JsonlWithImages(Source):
+class JsonlWithImages(_OneFile):
     """A JSON list or JSON lines, and a folder with the pictures they name."""
 
     file: str
@@ -95,12 +142,12 @@ class JsonlWithImages(Source):
     """Where the pictures are to be had."""
     encoded: bool = False
     """Pictures stand in the lines as base64 instead."""
+    splits: Collection[str] = ()
+    """As of a `Tsv`."""
+    by: SplitColumn | None = None
 
     def _file(self, root: Path, split: str) -> Path:
         return root / self.file.format(split=split)
-
-    def found(self, root: Path, split: str) -> bool:
-        return self._file(root, split).is_file()
 
     def wants(self, root: Path, split: str) -> str:
         pictures = "" if self.encoded else f", with pictures in {root / self.images}"
@@ -112,6 +159,8 @@ class JsonlWithImages(Source):
             where = f"{path}:{number}"
             if not isinstance(row, dict):
                 raise InputError(f"{where}: a JSON object is expected, given {type(row).__name__}")
+            if not self._of(row, split, where):
+                continue
             named = {key: row[key] for key in self.columns if row.get(key)}
             if self.encoded:
                 yield {**row, **{key: _from_base64(value, where) for key, value in named.items()}}
