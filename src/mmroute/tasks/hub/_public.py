@@ -15,6 +15,7 @@ import re
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from typing import Any, ClassVar
 from mmroute.config import options, parse
 from mmroute.errors import ConfigError, InputError
 from mmroute.tasks import _parse
-from mmroute.tasks.base import Card, Choice, Sample, Score, Task
+from mmroute.tasks.base import Card, Choice, Origin, Sample, Score, Task
 from mmroute.tasks.hub._fields import answer_index, choices
 from mmroute.tasks.hub._readers import HubRows, Row, Source
 
@@ -105,6 +106,7 @@ class Public(Task):
         A row is read ahead, so that whoever takes just as many samples as are published hears of more or fewer.
         """
         size, rows = self.card.splits[split], self.rows(folder, split)
+        labels = self._labels(self._source(folder, split))
         after, number = next(rows, None), -1
         while (row := after) is not None:
             after, number = next(rows, None), number + 1
@@ -116,7 +118,7 @@ class Public(Task):
                 made = self.expand(row, split, number)
             except InputError as error:
                 raise InputError(f"{self.name} {split}, row {number}: {error}") from None
-            yield from made
+            yield from (replace(s, meta=s.meta | {"labels": labels}) for s in made)
         if number < 0:
             log.warning("%s %s: no rows, %d are published", self.name, split, size)
 
@@ -126,14 +128,25 @@ class Public(Task):
         Raises:
             InputError: nothing is there; the message says what to fetch.
         """
-        for source in self.sources:
-            if source.found(root, split):
-                return source.rows(root, split)
-        online = next((s for s in self.sources if isinstance(s, HubRows)), None)
-        wanted = self.wants(root, split)
-        if online is None:
+        source, wanted = self._source(root, split), self.wants(root, split)
+        if source is None:
             raise InputError(f"{self.name} {split}: no data. Put there: {wanted}")
-        return _or_explain(online.rows(root, split), f"{self.name} {split}: no data in {root}. Put there: {wanted}")
+        if source.found(root, split):
+            return source.rows(root, split)
+        return _or_explain(source.rows(root, split), f"{self.name} {split}: no data in {root}. Put there: {wanted}")
+
+    def origin(self, split: str) -> Origin | None:
+        """The file or data set that the split is read from; None where there is none."""
+        source = self._source(self.folder, split)
+        return None if source is None else replace(source.origin(self.folder, split), labels=self._labels(source))
+
+    def _source(self, root: Path, split: str) -> Source | None:
+        """The first that is in the folder, else the Hub."""
+        here = (s for s in self.sources if s.found(root, split))
+        return next(here, None) or next((s for s in self.sources if isinstance(s, HubRows)), None)
+
+    def _labels(self, source: Source | None) -> str:
+        return (source.labels if source is not None else "") or self.label_version
 
     def wants(self, root: Path, split: str) -> str:
         """What to fetch for a split, and where to put it."""
@@ -213,7 +226,7 @@ class Public(Task):
             answer_index=index,
             answer_text=f"The answer is {label}." if label else "",
             difficulty={},
-            meta={**meta, "source": self.card.ids[0], "license": self.card.license, "labels": self.label_version},
+            meta={**meta, "source": self.card.ids[0], "license": self.card.license},
         )
 
     # ------------------------------------------------------------------ prompts and scores
@@ -243,7 +256,8 @@ class Public(Task):
         name = scorer or ("default" if "default" in self.scorers else "strict")
         if name in self.scorers:
             verdict = self.scorers[name](sample, completion)
-            correct = None if verdict.correct is None else float(verdict.correct)
+            known_answer = verdict.correct is not None and sample.answer  # some splits hide theirs
+            correct = float(verdict.correct or 0) if known_answer else None
             known = next(k for k, rule in self.scorers.items() if rule is self.scorers[name] and k != "default")
             return Score(correct, verdict.prediction, verdict.prediction is not None, known)
         if name not in _parse.SCORERS:

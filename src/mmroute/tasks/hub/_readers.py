@@ -1,14 +1,17 @@
 """Rows of a public benchmark from the files people have: the Hub's Parquet or Arrow, VLMEvalKit's TSV, JSONL + images.
 
 A reader is asked for a folder and a split. It says whether its files are there, gives rows as plain dictionaries, and
-says what to fetch when they are not. A file that holds only some of a benchmark's splits says which (`splits`), and one
-that holds several in one table by which column they are told apart (`by`): no file answers for a split it does not hold. Pictures come out as Pillow images (embedded) or paths (apart): never as bytes,
+says what to fetch when they are not. Pictures come out as Pillow images (embedded) or paths (apart): never as bytes,
 base64 or structs, so that a benchmark's own file need not know which source a row came from.
+
+No file answers for a split that it does not hold: one of some splits names them (`splits`), and one that holds several
+names the column by which their rows are told apart (`by`).
 """
 
 import base64
 import binascii
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -16,12 +19,14 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mmroute.errors import InputError, MissingExtra
+from mmroute.tasks.base import Origin
 
 __all__ = ["HubRows", "JsonlWithImages", "Row", "Source", "SplitColumn", "Tsv"]
 
@@ -32,6 +37,9 @@ Row = dict[str, Any]
 
 class Source(ABC):
     """One place that a benchmark's rows may be in."""
+
+    labels: str = ""
+    """Which labels its rows have, where several are about; empty is the benchmark's own."""
 
     def holds(self, split: str) -> bool:
         """Whether this place has the split at all."""
@@ -52,6 +60,10 @@ class Source(ABC):
     @abstractmethod
     def wants(self, root: Path, split: str) -> str:
         """What to fetch, and where to put it."""
+
+    @abstractmethod
+    def origin(self, root: Path, split: str) -> Origin:
+        """What these rows are, as results name it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,10 @@ class _OneFile(Source):
 
     def found(self, root: Path, split: str) -> bool:
         return self.holds(split) and self._file(root, split).is_file()
+
+    def origin(self, root: Path, split: str) -> Origin:
+        path = self._file(root, split)
+        return Origin(path.name, _revision([path]))
 
     def _of(self, row: Row, split: str, where: str) -> bool:
         return self.by is None or self.by.has(row, split, where)
@@ -188,6 +204,7 @@ class HubRows(Source):
     """Our name of a split to theirs, where they differ."""
     join: tuple[str, str, str] | None = None
     """(config of the pictures, column here, column there): questions and pictures are kept apart."""
+    labels: str = ""
 
     def found(self, root: Path, split: str) -> bool:
         return any(self._parts(root, split))
@@ -195,6 +212,19 @@ class HubRows(Source):
     def wants(self, root: Path, split: str) -> str:
         theirs = self.splits.get(split, split)
         return f"the Parquet files of {self.id} ({theirs}) in {root}, or access to the Hub"
+
+    def origin(self, root: Path, split: str) -> Origin:
+        files = list(self._parts(root, split))
+        return Origin(self.id, _revision(files) if files else self._commit(), self.labels)
+
+    def _commit(self) -> str:
+        """The Hub's commit that is read; empty where the Hub does not tell."""
+        try:
+            import datasets
+
+            return str(datasets.load_dataset_builder(self.id, next(iter(self.configs), None)).hash or "")
+        except (ImportError, OSError, ValueError):
+            return ""
 
     def rows(self, root: Path, split: str) -> Iterator[Row]:
         pictures: dict[Any, Any] = {}
@@ -248,6 +278,22 @@ class HubRows(Source):
             raise InputError(f"{self.id} ({theirs}) cannot be read from the Hub: {error}") from None
         for row in loaded:
             yield dict(row)
+
+
+def _revision(files: Sequence[Path]) -> str:
+    """What files hold, whatever they are called."""
+    digest = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        digest.update(_digest(path, stat.st_size, stat.st_mtime_ns))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, changed_ns: int) -> bytes:
+    """Of one file; both sides of a comparison ask for it, and it may have gigabytes."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
 
 
 def _arrow_rows(path: Path) -> Iterator[Row]:
