@@ -93,3 +93,13 @@ def test_a_generated_task_has_neither(ask):
     assert "dataset" not in line
     assert "data " not in card
     assert (result.task.dataset, result.quality.metrics) == (None, {})
+
+
+def test_clevr4_is_answered_by_likelihood_as_its_card_says(ask, tmp_path):
+    place(tmp_path, "clevr4", 0)
+    n = len(CASES["clevr4"].sources[0][0].rows)
+    card, line, result = ask("clevr4", n, against="cut")
+    assert (result.task.protocol, result.task.scorer) == ("likelihood", "likelihood")
+    assert "scorer likelihood, protocol likelihood\n" in card
+    assert line["ar_steps"] == 1.0
+    assert line["ratio"]["flops"] < 1.1

@@ -8,6 +8,7 @@ an error, since data sets drift.
 |---|---|
 | `data_root` | folder with one folder per benchmark: `data/vsr/..`; what is not there is looked for on the Hub |
 | `prompt` | which of the benchmark's prompts; the first by default |
+| `protocol` | `generate`: the model writes; `likelihood`: the option it finds most likely; the card's by default |
 """
 
 import logging
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from mmroute.config import options, parse
 from mmroute.errors import ConfigError, InputError
@@ -69,6 +70,8 @@ class Public(Task):
         """Folder that holds a folder per benchmark."""
         prompt: str = ""
         """Name of the prompt; empty is the first."""
+        protocol: Literal["", "generate", "likelihood"] = ""
+        """How items are answered; empty is the card's way."""
 
     card: ClassVar[Card]
     sources: ClassVar[tuple[Source, ...]]
@@ -86,6 +89,10 @@ class Public(Task):
         self.prompt = self.config.prompt or next(iter(self.prompts))
         if self.prompt not in self.prompts:
             raise ConfigError(f"tasks.{self.name}.prompt: one of {', '.join(self.prompts)} (given {self.prompt!r})")
+
+    @property
+    def protocol(self) -> str:
+        return self.config.protocol or self.card.protocol
 
     # ------------------------------------------------------------------ data
 
@@ -237,8 +244,13 @@ class Public(Task):
         Args:
             sample: one of ours.
             style: name of a prompt; the ways to think have none of their own here and get the configured one.
+                `question` is what is asked, with no options and no instruction.
         """
-        text = self.prompts[style if style in self.prompts else self.prompt](sample)
+        if style == "question":
+            told = [str(sample.meta.get(key) or "") for key in ("context", "hint")]
+            text = "\n".join(part for part in (*told, sample.question) if part)
+        else:
+            text = self.prompts[style if style in self.prompts else self.prompt](sample)
         images = [{"type": "image", "image": sample.images[i]} for i in sample.prompt_images]
         content: list[dict[str, Any]] = []
         end, used = 0, set[int]()
