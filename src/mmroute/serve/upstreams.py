@@ -69,7 +69,6 @@ class Upstream(ABC):
 
     def __init__(self, role: str, settings: UpstreamSettings, breaker: Breaker) -> None:
         self.role, self.settings, self.breaker = role, settings, breaker
-        self.in_flight = 0
 
     @property
     def name(self) -> str:
