@@ -23,12 +23,13 @@ from mmroute.bench.stats import wilson
 from mmroute.config import options, parse, read_yaml, resolved
 from mmroute.engine.attach import attach
 from mmroute.origin import origin_here
+from mmroute.processes import device_named
 from mmroute.reason import Answer
 from mmroute.tasks.base import Generated, Sample, Spec
 from mmroute.think.base import Thinker
 from mmroute.train.folder import copy_weights, write_stock
 from mmroute.train.follow import Follower
-from mmroute.train.loop import Journal, Optimisers, Progress, device_named, go_on, rate_at, refuse_old_run, save_state
+from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.recipe import as_yaml, find_recipe, merge
 
 __all__ = ["DECODING", "ScratchRecipe", "ScratchRun", "accuracy", "answered", "family_of", "train_scratch"]
@@ -100,7 +101,7 @@ class ScratchRun(ABC, Generic[R]):
         Args:
             recipe: what to train; its seed too.
             out: folder of the run; made if missing.
-            device: `cpu` or `cuda`.
+            device: `cpu`, `cuda` or `auto`.
             resume: go on from the folder's state; without a state it starts at the beginning.
             followers: who hears each line of the log.
 
@@ -225,7 +226,7 @@ def train_scratch(
         name: of a shipped recipe, or a path.
         changes: laid over it.
         out: folder of the run.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda` or `auto`.
         resume: go on from the state in `out`.
         followers: who hears each line of the log.
 
