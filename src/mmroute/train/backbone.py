@@ -71,7 +71,7 @@ def train_backbone(
     progress = run.train()
     results = {
         **origin,
-        "device": device,
+        "device": run.device.type,
         "steps": progress.step,
         "cpu_s": progress.cpu_s,
         "parameters": sum(p.numel() for p in run.model.parameters()),

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from mmroute import hub
 from mmroute.backbones.load import load
+from mmroute.bench.items import Prompts, relevance
 from mmroute.bench.stats import wilson
 from mmroute.config import options, parse, read_yaml, resolved
-from mmroute.engine.attach import attach
 from mmroute.origin import origin_here
 from mmroute.processes import device_named
 from mmroute.reason import Answer
+from mmroute.recipe import Recipe, equip
 from mmroute.tasks.base import Generated, Sample, Spec
-from mmroute.think.base import Thinker
 from mmroute.train.folder import copy_weights, write_stock
 from mmroute.train.follow import Follower
 from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
@@ -243,7 +243,7 @@ def train_scratch(
     progress = run.train()
     results: dict[str, Any] = {
         **origin,
-        "device": device,
+        "device": run.device.type,
         "steps": progress.step,
         "cpu_s": progress.cpu_s,
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -259,23 +259,25 @@ def train_scratch(
 
 
 def answered(
-    folder: Path, task: Generated, think: Thinker, items: int, longest: int
+    folder: Path, task: Generated, routing: Recipe, items: int, longest: int
 ) -> Iterator[tuple[Sample, Answer]]:
     """Items of the split test with what a checkpoint answers by itself, in fp32.
 
     Args:
         folder: the checkpoint.
         task: asks.
-        think: how it thinks.
+        routing: how it is routed and thinks.
         items: how many.
         longest: tokens after which an answer is cut.
     """
     samples = list(task.samples("test", items))
-    with attach(load(folder, dtype=torch.float32)) as routed:
-        for start in range(0, items, _BATCH):
-            part = samples[start : start + _BATCH]
-            chats = [task.messages(sample, think.style) for sample in part]
-            yield from zip(part, routed.answer_many(chats, think=think, max_new_tokens=longest), strict=True)
+    with equip(load(folder, dtype=torch.float32), routing) as (routed, think):
+        for asked in Prompts(samples, _BATCH).batches(routed, task, think):
+            known = relevance(routed, asked.samples, asked.batch)
+            answers = routed.answer_many(
+                asked.chats, think=think, max_new_tokens=longest, relevance=known, prepared=asked.batch
+            )
+            yield from zip(asked.samples, answers, strict=True)
 
 
 def accuracy(task: Generated, found: Sequence[tuple[Sample, Answer]]) -> dict[str, Any]:
