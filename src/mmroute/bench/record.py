@@ -17,20 +17,33 @@ from mmroute.config import resolved
 from mmroute.recipe import Recipe
 from mmroute.tasks.base import Sample, Task
 from mmroute.trace import Trace
+from mmroute.train.delta import fingerprint
 
-__all__ = ["group_sizes", "result_of"]
+__all__ = ["group_sizes", "hash_weights", "result_of"]
 
+_HASHED_PARAMETERS = 200_000_000
+"""Larger models are told apart by their name alone: hashing them takes longer than a run."""
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
+def hash_weights(model: Any) -> str:
+    """SHA-256 of a model's own weights, without what a recipe's training changed; empty for models too large to hash
+    at every start."""
+    tensors = dict(model.named_parameters())
+    if sum(tensor.numel() for tensor in tensors.values()) > _HASHED_PARAMETERS:
+        return ""
+    return fingerprint(tensors)
+
+
 def result_of(
-    model: Any, name: str, task: Task, plan: Plan, outcome: Outcome, origin: schema.Run, **more: Any
+    model: Any, name: str, weights: str, task: Task, plan: Plan, outcome: Outcome, origin: schema.Run, **more: Any
 ) -> schema.Result:
     """The content of a result file, without seconds and comparisons.
 
     Args:
         model: what answered.
         name: what it is called in results.
+        weights: what `hash_weights` gives for it.
         task: what was asked.
         plan: which items.
         outcome: what came of them.
@@ -44,7 +57,13 @@ def result_of(
         machine=schema.machine_here(
             model.device.type, str(model.dtype).removeprefix("torch."), text._attn_implementation
         ),
-        model=schema.Model(id=name, family=model.config.model_type, layers=text.num_hidden_layers),
+        model=schema.Model(
+            id=name,
+            family=model.config.model_type,
+            layers=text.num_hidden_layers,
+            weights_sha256=weights,
+            trained=outcome.recipe.trained or "none",
+        ),
         method=_method(outcome.recipe),
         task=schema.Task(
             name=f"{task.name}-v{task.version}",

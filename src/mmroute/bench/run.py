@@ -12,7 +12,7 @@ from mmroute.bench import schema, stats
 from mmroute.bench.answers import Outcome, Progress, answer_items
 from mmroute.bench.items import Plan, draw, load_task
 from mmroute.bench.measure import WALL, Timings, realised_saving
-from mmroute.bench.record import result_of
+from mmroute.bench.record import hash_weights, result_of
 from mmroute.bench.timing import measure_recipes
 from mmroute.recipe import Recipe
 
@@ -60,8 +60,9 @@ def evaluate(
         outcomes = [answer_items(model, side, task, samples, plan.batch, progress) for side in sides]
     timings = measure_recipes(model, sides, task, samples[: plan.timed_items], plan)
     origin = schema.run_here(command, commit, dirty, began, WALL.read() - start)
+    weights = hash_weights(model)
     results = [
-        result_of(model, name, task, plan, outcome, origin, time=_time(timings, side, plan))
+        result_of(model, name, weights, task, plan, outcome, origin, time=_time(timings, side, plan))
         for side, outcome in enumerate(outcomes)
     ]
     ours = results[0]

@@ -56,7 +56,7 @@ class Model:
     layers: int
     weights_sha256: str = ""
     trained: str = "none"
-    """`none`, or the recipe and commit of its routers' training."""
+    """`none`, or the recipe's `trained`: bundled name or folder of its routers and new weights."""
 
 
 @options
