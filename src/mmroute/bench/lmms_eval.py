@@ -18,19 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
-from lmms_eval.api.model import lmms
 
 from mmroute import cost, hub
 from mmroute import recipe as recipes
 from mmroute.backbones.images import prepare
 from mmroute.backbones.load import load
 from mmroute.bench import items
-from mmroute.errors import ConfigError
+from mmroute.errors import ConfigError, MissingExtra
 from mmroute.tasks import _parse
 from mmroute.tasks._export import lmms_sample
 from mmroute.tasks._rows import SCHEMA
 from mmroute.tasks.base import Generated
+
+try:
+    from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+    from lmms_eval.api.model import lmms
+except ModuleNotFoundError:
+    raise MissingExtra(
+        "mmroute as a model of lmms-eval",
+        "lmms-eval",
+        extra="",
+        remedy="it lives in an environment of its own: make .venv-lmms",
+    ) from None
 
 __all__ = ["Routed"]
 
