@@ -16,7 +16,7 @@ from transformers.utils import is_torchvision_available
 
 from mmroute.backbones.load import image_only
 
-__all__ = ["byte_tokenizer", "write", "write_volcano"]
+__all__ = ["as_older_releases", "byte_tokenizer", "write", "write_volcano"]
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -32,8 +32,8 @@ PLAIN_TEMPLATE = (
 )
 
 
-def write(name: str, folder: Path, layers: int = 3) -> Path:
-    """Writes the folder and returns its path."""
+def write(name: str, folder: Path, layers: int = 3, shard: str = "5GB") -> Path:
+    """Writes the folder, in files of weights of at most `shard`, and returns its path."""
     processor, ids = {"chameleon": _chameleon, "llava": _llava, "llava_next": _llava_next}.get(name, _qwen)(name)
     config = families.config(name, layers)
     for key, value in ids.items():
@@ -44,9 +44,25 @@ def write(name: str, folder: Path, layers: int = 3) -> Path:
     text.bos_token_id = tokenizer.bos_token_id
     text.eos_token_id = tokenizer.eos_token_id
     text.pad_token_id = tokenizer.pad_token_id
-    families.build(config).save_pretrained(folder)
+    families.build(config).save_pretrained(folder, max_shard_size=shard)
     processor.save_pretrained(folder)
     return folder
+
+
+def as_older_releases(folder: Path) -> None:
+    """Lays a folder out as most of the Hub has it: image processor and chat template in JSON files of their own."""
+    saved = json.loads((folder / "processor_config.json").read_text())
+    images = saved.pop("image_processor")
+    images["image_processor_type"] = images["image_processor_type"].removesuffix("Pil")
+    images["processor_class"] = saved["processor_class"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    if saved["processor_class"].startswith("Qwen"):  # has nothing else to say, so there never was such a file
+        (folder / "processor_config.json").unlink()
+    else:
+        (folder / "processor_config.json").write_text(json.dumps(saved))
+    template = folder / "chat_template.jinja"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
 
 
 def byte_tokenizer(named: dict[str, str], extra: list[str]) -> Any:
