@@ -88,8 +88,8 @@ class LocalUpstream(SessionUpstream):
     def first_threshold(self, budget: float) -> float | None:
         return None if self.rater is None else self.rater.start(budget)
 
-    def load_rater(self, folder: Path | None) -> None:
-        self.rater = FirstToken() if folder is None else TrainedRater(folder, self.routed.model)
+    def load_rater(self, name: str | Path | None) -> None:
+        self.rater = FirstToken() if name is None else TrainedRater(name, self.routed.model)
 
     async def ready(self) -> bool:
         return self._thread is not None and self._thread.is_alive()

@@ -132,9 +132,9 @@ class Settings(BaseSettings):
     replicas: int = Field(default=1, ge=1)
     """Gateways behind one balancer, this one included: each keeps to its part of the caps on the target. Shares are
     not divided: where each replica sends a share b of its own traffic, all of them together send b of the sum."""
-    rater: Path | None = None
-    """Folder that `mmroute train prp` wrote. Without one a local draft's first token rates, untrained, and what a
-    draft behind HTTP writes is taken as it is."""
+    rater: str | Path | None = None
+    """Folder that `mmroute train prp` wrote, bundled name, or Hub id. Without one a local draft's first token rates,
+    untrained, and what a draft behind HTTP writes is taken as it is."""
     num_ratings: Literal[1, 2] = 2
     """Digits the draft writes: its own chance, and the target's."""
     peek_logprobs: bool = True

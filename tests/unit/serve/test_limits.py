@@ -117,10 +117,10 @@ def test_bad_input_gets_its_status_and_an_openai_envelope_and_reaches_no_model()
 
 ODD = ("x", 5, -1, 1.5, True, [1], [None], {}, {"a": 1}, [{}], None)
 READ = (
-    "n", "stop", "chat_template_kwargs", "stream_options", "stream", "tools", "functions", "response_format",
-    "logprobs", "top_logprobs", "tool_choice", "logit_bias", "presence_penalty", "echo", "max_tokens",
-    "max_completion_tokens", "min_tokens", "seed", "temperature", "top_p", "mmroute",
-)  # fmt: skip
+    *("n", "stop", "chat_template_kwargs", "stream_options", "stream", "tools", "functions", "response_format"),
+    *("logprobs", "top_logprobs", "tool_choice", "logit_bias", "presence_penalty", "echo", "max_tokens"),
+    *("max_completion_tokens", "min_tokens", "seed", "temperature", "top_p", "mmroute"),
+)
 
 
 def test_an_option_of_an_odd_kind_is_passed_on_or_refused_and_never_the_gateways_failure():
