@@ -73,7 +73,7 @@ class Router:
         if len(open_) == 1:
             return self.chosen(open_[0], self.turn.reason), None
         decider = self.live.decider
-        if decider.is_constant:
+        if decider.is_constant and not self.turn.own:
             route = decider.policy.on_unrated
             if route == "target" and self._is_full():
                 return self.chosen("draft", "budget_cap"), None
@@ -88,7 +88,7 @@ class Router:
                 decision = capped(decision)
             self.turn.decision = decision
             self.chosen(decision.route, decision.reason)
-            self.looks_again = decision.route == "draft" and self._can_look_again(rated, decision)
+            self.looks_again = decision.route == "draft" and self._can_look_again(rated, decision, asked)
             if decision.route == "draft":
                 if running is not None and isinstance(running.reply, SessionReply):
                     running.reply.resume()
@@ -102,8 +102,10 @@ class Router:
                 await running.aclose()
             raise
 
-    def _can_look_again(self, rated: Rating | None, decision: Decision) -> bool:
-        return rated is not None and decision.reason == "rating" and self.live.decider.looks is not None
+    def _can_look_again(self, rated: Rating | None, decision: Decision, asked: Asked) -> bool:
+        if rated is None or decision.reason != "rating" or asked.over.weight is not None:
+            return False  # a request with a price of its own keeps no budget that a second look could share
+        return self.live.decider.looks is not None
 
     def look_again(self, running: Running, asked: Asked) -> bool:
         """Whether the target answers after all; the draft's answer has been read to its end."""

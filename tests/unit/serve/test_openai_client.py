@@ -215,6 +215,32 @@ def test_a_models_name_can_say_how_to_route():
     asyncio.run(run())
 
 
+def test_a_models_name_can_say_what_success_must_be_worth():
+    async def run():
+        for prices, weight, route in (({}, 0.5, "target"), ({}, 0.99, "draft"), ({"price_out": 0.9}, 0.99, "target")):
+            of = {"draft": {"price_in": 0, **prices}, "target": {"price_in": 0, "price_out": 1}} if prices else {}
+            async with rig(SEND, of=of, policy={"name": "threshold", "threshold": 9}) as r:
+                answer = (await r.http.post("/v1/route", json={**asking("?"), "model": f"auto-l{weight}"})).json()
+                gap = 1 - prices.get("price_out", 0.0)  # in units of the target's price
+                assert (answer["route"], answer["reason"]) == (route, "rating")
+                assert answer["threshold"] == pytest.approx(weight * gap)
+
+    asyncio.run(run())
+
+
+def test_a_request_routes_itself_even_where_the_policy_never_asks():
+    async def run():
+        async with rig(SEND, policy={"name": "always", "route": "draft"}) as r:
+            for model, route, reason in (("auto", "draft", "always"), ("auto-t0.1", "target", "rating")):
+                answer = (await r.http.post("/v1/route", json={**asking("?"), "model": model})).json()
+                assert (answer["route"], answer["reason"]) == (route, reason)
+            asks = [r.http.post("/v1/route", json={**asking(f"q{i}"), "model": "auto-b0.5"}) for i in range(60)]
+            routes = [reply.json()["route"] for reply in await asyncio.gather(*asks)]
+            assert 10 < routes.count("target") < 50
+
+    asyncio.run(run())
+
+
 def test_headers_set_what_the_body_leaves_open():
     async def run():
         async with rig(KEEP) as r:
