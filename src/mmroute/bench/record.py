@@ -2,8 +2,10 @@
 
 import hashlib
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import fmean as mean
 from typing import Any
 
@@ -49,7 +51,7 @@ def result_of(
         more: further fields of the result.
     """
     text = model.config.get_text_config(decoder=True)
-    options = getattr(task, "config", None)
+    options, data = getattr(task, "config", None), task.origin(plan.split)
     return schema.Result(
         run=origin,
         machine=schema.machine_here(
@@ -75,8 +77,10 @@ def result_of(
             context=plan.context,
             min_hops=plan.min_hops,
             groups=group_sizes(outcome.samples),
+            protocol=task.protocol,
+            dataset=None if data is None else schema.Dataset(**asdict(data)),
         ),
-        quality=_quality(outcome),
+        quality=_quality(outcome, task),
         cost=_cost(outcome),
         **more,
     )
@@ -103,7 +107,7 @@ def _method(recipe: Recipe) -> schema.Method:
     )
 
 
-def _quality(outcome: Outcome) -> schema.Quality:
+def _quality(outcome: Outcome, task: Task) -> schema.Quality:
     by_level: dict[str, list[int]] = defaultdict(list)
     for sample, right in zip(outcome.samples, outcome.correct, strict=True):
         by_level[str(sample.difficulty.get("level", ""))].append(right)
@@ -117,7 +121,13 @@ def _quality(outcome: Outcome) -> schema.Quality:
         predicted=_predicted(outcome),
         exact="".join(map(str, outcome.exact or [])),
         forced="".join(map(str, outcome.forced or [])),
+        metrics=_metrics(task.metrics(outcome.samples, outcome.scores)),
     )
+
+
+def _metrics(found: Mapping[str, float]) -> dict[str, float]:
+    """What stands beside accuracy; a figure without items, as of groups that are all cut, is none."""
+    return {k: v for k, v in found.items() if k not in ("accuracy", "parsed") and not math.isnan(v)}
 
 
 def _predicted(outcome: Outcome) -> str:

@@ -39,6 +39,12 @@ def table_of(folder: Path, allow_dirty: bool = False) -> str:
         return engine_table(engine)
     if kinds == {"result/1"}:
         return result_table(_read_results(paths, allow_dirty))
+    if kinds == {"lmms/2"}:
+        from mmroute.bench import lmms_schema  # it writes its table with this module
+
+        runs = [lmms_schema.read_lmms(path) for path in paths]
+        _refuse_dirty(paths, runs, allow_dirty)
+        return lmms_schema.lmms_table(runs)
     if kinds in ({"gate/1"}, {"gate-eval/1"}, {"gateway/1"}):
         return _sections(paths, kinds.pop(), allow_dirty)
     raise InputError(f"{folder}: files of {' and '.join(sorted(kinds))}; keep one kind in a folder")

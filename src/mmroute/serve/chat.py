@@ -57,6 +57,7 @@ class Chat:
             await race(work, receive)
         finally:
             gateway.tasks.discard(work)
+            gateway.at_target.discard(turn)
             client.stop()
             if not self.decides_only:
                 gateway.book.close(turn)

@@ -36,6 +36,7 @@ from mmroute.serve.decide import Decider
 from mmroute.serve.limits import Fetcher
 from mmroute.serve.schema import ApiError
 from mmroute.serve.settings import Keys, Settings
+from mmroute.serve.turn import Turn
 from mmroute.serve.upstreams import HttpUpstream, SessionUpstream, Upstream
 
 __all__ = ["Gateway", "build_app"]
@@ -85,6 +86,9 @@ class Gateway:
         self.retry_budget = RetryBudget(settings.retries.share)
         self.live = self._build(settings, None)
         self.tasks: set[asyncio.Task[None]] = set()
+        self.at_target: set[Turn] = set()
+        """Requests that the target was chosen for and that have not ended: what caps on it count. A call counts
+        itself only once it is made, and between a decision and its call others decide."""
         self.draining = False
         """Nothing new is taken."""
         self.leaving = False

@@ -74,14 +74,17 @@ class Router:
             return self.chosen(open_[0], self.turn.reason), None
         decider = self.live.decider
         if decider.is_constant:
-            return self.chosen(decider.policy.on_unrated, "always"), None
+            route = decider.policy.on_unrated
+            if route == "target" and self._is_full():
+                return self.chosen("draft", "budget_cap"), None
+            return self.chosen(route, "always"), None
         rated, running, reason = await self._rate(asked)
         try:
             self.turn.rated, self.turn.rating_s = rated, self.turn.elapsed
             decision = await decider.decide(rated, self.turn.request_id, asked.over)
             if reason is not None:
                 decision = Decision("target" if reason == "fallback" else decision.route, reason)
-            if decision.route == "target" and self._is_full():
+            if decision.route == "target" and decision.reason != "fallback" and self._is_full():
                 decision = capped(decision)
             self.turn.decision = decision
             self.chosen(decision.route, decision.reason)
@@ -122,13 +125,14 @@ class Router:
         return True
 
     def _is_full(self) -> bool:
-        """Whether the target works on as many requests as it may."""
-        most = self.settings.target_in_flight
-        return most is not None and self.gateway.upstreams["target"].in_flight >= most
+        """Whether the target has as many requests as this replica may give it."""
+        most = self.settings.own_target_in_flight
+        return most is not None and len(self.gateway.at_target) >= most
 
     def chosen(self, route: Route, reason: str) -> Route:
         self.turn.route, self.turn.reason = route, reason
         self.turn.model = self.gateway.upstreams[route].name
+        (self.gateway.at_target.add if route == "target" else self.gateway.at_target.discard)(self.turn)
         self.gateway.book.decided(self.turn)
         return route
 
@@ -172,7 +176,6 @@ class Router:
         reply = draft.begin(body, self.turn.request_id, park=True, trace=asked.over.debug)
         running = Running(draft, reply)
         running.hide_logprobs = not asked.body.get("logprobs")
-        draft.in_flight += 1
         opened.append(running)
         return await reply.rated(), running
 

@@ -124,10 +124,14 @@ class Settings(BaseSettings):
     verify_share: float = Field(default=0.25, ge=0, le=1)
     """That part."""
     target_in_flight: int | None = Field(default=None, ge=1)
-    """Most requests the target works on; beyond them the draft answers, reason `budget_cap`."""
-    rater: Path | None = None
-    """Folder that `mmroute train prp` wrote. Without one a local draft's first token rates, untrained, and what a
-    draft behind HTTP writes is taken as it is."""
+    """Most requests that are sent to the target at a time, by all replicas together; beyond them the draft answers,
+    reason `budget_cap`. Who names the target is counted and let through."""
+    replicas: int = Field(default=1, ge=1)
+    """Gateways behind one balancer, this one included: each keeps to its part of the caps on the target. Shares are
+    not divided: where each replica sends a share b of its own traffic, all of them together send b of the sum."""
+    rater: str | Path | None = None
+    """Folder that `mmroute train prp` wrote, bundled name, or Hub id. Without one a local draft's first token rates,
+    untrained, and what a draft behind HTTP writes is taken as it is."""
     num_ratings: Literal[1, 2] = 2
     """Digits the draft writes: its own chance, and the target's."""
     peek_logprobs: bool = True
@@ -185,9 +189,19 @@ class Settings(BaseSettings):
             raise ValueError(f"mode {self.mode} asks a server; a local draft is rated inprocess")
         if self.verify != "none" and (self.policy.get("name") != "budget" or self.policy.get("shadow")):
             raise ValueError(f"verify shares a budget, and policy {self.policy} keeps none; give policy.name budget")
+        if self.target_in_flight is not None and self.target_in_flight < self.replicas:
+            raise ValueError(
+                f"target_in_flight {self.target_in_flight} leaves some of {self.replicas} replicas no request at all; "
+                "give at least one for each, or run fewer replicas"
+            )
         if self.draft.name == self.target.name:
             raise ValueError(f"draft and target are both served as {self.draft.name!r}; give one a `served` name")
         return self
+
+    @property
+    def own_target_in_flight(self) -> int | None:
+        """This replica's part of `target_in_flight`, rounded down, so that all parts together stay within it."""
+        return None if self.target_in_flight is None else self.target_in_flight // self.replicas
 
     @property
     def rates_by(self) -> Literal["inprocess", "stream_peek", "rate_call"]:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+from collections import Counter
 
 import httpx2
 import openai
@@ -270,6 +271,38 @@ def test_the_target_takes_no_more_than_it_is_allowed():
             raw = await r.client.chat.completions.with_raw_response.create(**asking("two"))
             assert (raw.headers["x-mmroute-route"], raw.headers["x-mmroute-reason"]) == ("draft", "budget_cap")
             assert (await first).choices[0].message.content == expected_answer("target", "one")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("policy", [{"name": "threshold", "threshold": 0.0}, {"name": "always", "route": "target"}])
+def test_a_replica_keeps_to_its_part_of_the_cap_however_many_come_at_once(policy):
+    async def run():
+        async with rig(SEND, Script(first_s=2), target_in_flight=7, replicas=2, policy=policy) as r:
+            asks = [r.http.post("/v1/chat/completions", json=asking(f"q{i}")) for i in range(12)]
+            replies = await asyncio.gather(*asks)
+            why = Counter((reply.headers["x-mmroute-route"], reply.headers["x-mmroute-reason"]) for reply in replies)
+            assert why.pop(("draft", "budget_cap")) == 9
+            assert [route for route, _ in why] == ["target"]
+            assert r.target.counts.started == 3
+            again = await r.http.post("/v1/route", json=asking("later"))  # ended requests have left their places
+            assert again.json()["route"] == "target"
+            assert not r.gateway.at_target
+
+    asyncio.run(run())
+
+
+def test_a_draft_that_has_failed_is_not_asked_again_because_the_target_is_full():
+    async def run():
+        async with rig(SEND, Script(first_s=1), target_in_flight=1) as r:
+            first = asyncio.create_task(r.http.post("/v1/chat/completions", json=asking("one")))
+            while not r.target.counts.running:
+                await asyncio.sleep(0.005)
+            down = asking("two", script={"draft": {"fail": 500}})
+            reply = await r.http.post("/v1/chat/completions", json=down)
+            assert (reply.headers["x-mmroute-route"], reply.headers["x-mmroute-reason"]) == ("target", "fallback")
+            assert r.draft.counts.failed == 1
+            await first
 
     asyncio.run(run())
 

@@ -126,12 +126,22 @@ def test_later_sources_win(tmp_path, monkeypatch):
         ({"mode": "stream_peek"}, "asks a server"),
         ({"mode": "inprocess", "draft": {"model": "x", "url": "http://x"}}, "local draft"),
         ({"draft": {"model": "tiny"}}, "both served as 'tiny'"),
+        ({"replicas": 0}, "serve.replicas"),
+        ({"replicas": 3, "target_in_flight": 2}, "at least one for each"),
     ],
     ids=str,
 )
 def test_a_wrong_setting_is_named(given_, words):
     with pytest.raises(ConfigError, match=words):
         read(None, given_)
+
+
+@pytest.mark.parametrize("cap", [3, 4, 7, 64])
+def test_the_parts_of_a_cap_are_never_more_than_the_cap_nor_nothing(cap):
+    part = read(None, {"replicas": 3, "target_in_flight": cap}).own_target_in_flight
+    assert part >= 1
+    assert 3 * part <= cap < 3 * (part + 1)
+    assert read(None, {"replicas": 3}).own_target_in_flight is None
 
 
 def test_an_upstream_is_an_address_with_a_name_or_a_local_model(tmp_path):
