@@ -25,8 +25,18 @@ from mmroute.errors import InputError
 __all__ = ["summary"]
 
 _PACKAGES = ("lmms_eval", "torch", "transformers", "datasets", "numpy")
-_ARGUMENTS = ("model", "model_args", "include_path", "tasks", "num_fewshot", "batch_size", "limit", "gen_kwargs")
-_ARGUMENTS += ("seed", "output_path")
+_ARGUMENTS = (
+    "model",
+    "model_args",
+    "include_path",
+    "tasks",
+    "num_fewshot",
+    "batch_size",
+    "limit",
+    "gen_kwargs",
+    "seed",
+    "output_path",
+)
 _MEANS = ("prompt_tokens", "output_tokens", "reasoning_tokens", "flops", "kv_bytes")
 
 
