@@ -73,7 +73,7 @@ class Router:
         if len(open_) == 1:
             return self.chosen(open_[0], self.turn.reason), None
         decider = self.live.decider
-        if decider.is_constant:
+        if decider.is_constant and not self.turn.own:
             route = decider.policy.on_unrated
             if route == "target" and self._is_full():
                 return self.chosen("draft", "budget_cap"), None
@@ -88,7 +88,7 @@ class Router:
                 decision = capped(decision)
             self.turn.decision = decision
             self.chosen(decision.route, decision.reason)
-            self.looks_again = decision.route == "draft" and self._can_look_again(rated, decision)
+            self.looks_again = decision.route == "draft" and self._can_look_again(rated, decision, asked)
             if decision.route == "draft":
                 if running is not None and isinstance(running.reply, SessionReply):
                     running.reply.resume()
@@ -102,8 +102,10 @@ class Router:
                 await running.aclose()
             raise
 
-    def _can_look_again(self, rated: Rating | None, decision: Decision) -> bool:
-        return rated is not None and decision.reason == "rating" and self.live.decider.looks is not None
+    def _can_look_again(self, rated: Rating | None, decision: Decision, asked: Asked) -> bool:
+        if rated is None or decision.reason != "rating" or asked.over.weight is not None:
+            return False  # a request with a price of its own keeps no budget that a second look could share
+        return self.live.decider.looks is not None
 
     def look_again(self, running: Running, asked: Asked) -> bool:
         """Whether the target answers after all; the draft's answer has been read to its end."""
@@ -125,9 +127,11 @@ class Router:
         return True
 
     def _is_full(self) -> bool:
-        """Whether the target has as many requests as this replica may give it."""
-        most = self.settings.own_target_in_flight
-        return most is not None and len(self.gateway.at_target) >= most
+        """Whether the target has as many requests, or has cost as much, as this replica may give it."""
+        most, usd = self.settings.own_target_in_flight, self.settings.own_target_usd_per_hour
+        if most is not None and len(self.gateway.at_target) >= most:
+            return True
+        return usd is not None and self.gateway.book.on_target.last_hour >= usd
 
     def chosen(self, route: Route, reason: str) -> Route:
         self.turn.route, self.turn.reason = route, reason

@@ -18,8 +18,9 @@ __all__ = ["DONE", "ApiError", "Asked", "Overrides", "assemble", "error_body", "
 DONE = b"[DONE]"
 Route = Literal["draft", "target"]
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_DIALS = {"b": "budget", "t": "threshold", "l": "weight", "": "threshold"}
 _AUTO = re.compile(r"auto|prp")
-_DIAL = re.compile(r"(?:auto|prp)-([bt])(\d*\.?\d+)|router-prp-()(\d*\.?\d+)")
+_DIAL = re.compile(r"(?:auto|prp)-([btl])(\d*\.?\d+)|router-prp-()(\d*\.?\d+)")
 
 
 class ApiError(MmrouteError):
@@ -59,6 +60,8 @@ class Overrides:
 
     budget: float | None = None
     threshold: float | None = None
+    weight: float | None = None
+    """Success that one unit of cost must buy; a model's name alone can set it."""
     force: Route | None = None
     debug: bool = False
 
@@ -127,8 +130,7 @@ def parse(raw: bytes, limits: Limits, served: Iterable[str], headers: dict[str, 
         return Asked(body, model, over, images)
     dial = _DIAL.fullmatch(model)
     if dial is not None:
-        number = float(dial[2] or dial[4])
-        named = {"budget": number} if dial[1] == "b" else {"threshold": number}
+        named = {_DIALS[dial[1] or ""]: float(dial[2] or dial[4])}
         if over.budget is None and over.threshold is None:
             over = replace(over, **_checked(named))
     elif not _AUTO.fullmatch(model):

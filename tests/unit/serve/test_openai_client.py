@@ -215,6 +215,32 @@ def test_a_models_name_can_say_how_to_route():
     asyncio.run(run())
 
 
+def test_a_models_name_can_say_what_success_must_be_worth():
+    async def run():
+        for prices, weight, route in (({}, 0.5, "target"), ({}, 0.99, "draft"), ({"price_out": 0.9}, 0.99, "target")):
+            of = {"draft": {"price_in": 0, **prices}, "target": {"price_in": 0, "price_out": 1}} if prices else {}
+            async with rig(SEND, of=of, policy={"name": "threshold", "threshold": 9}) as r:
+                answer = (await r.http.post("/v1/route", json={**asking("?"), "model": f"auto-l{weight}"})).json()
+                gap = 1 - prices.get("price_out", 0.0)  # in units of the target's price
+                assert (answer["route"], answer["reason"]) == (route, "rating")
+                assert answer["threshold"] == pytest.approx(weight * gap)
+
+    asyncio.run(run())
+
+
+def test_a_request_routes_itself_even_where_the_policy_never_asks():
+    async def run():
+        async with rig(SEND, policy={"name": "always", "route": "draft"}) as r:
+            for model, route, reason in (("auto", "draft", "always"), ("auto-t0.1", "target", "rating")):
+                answer = (await r.http.post("/v1/route", json={**asking("?"), "model": model})).json()
+                assert (answer["route"], answer["reason"]) == (route, reason)
+            asks = [r.http.post("/v1/route", json={**asking(f"q{i}"), "model": "auto-b0.5"}) for i in range(60)]
+            routes = [reply.json()["route"] for reply in await asyncio.gather(*asks)]
+            assert 10 < routes.count("target") < 50
+
+    asyncio.run(run())
+
+
 def test_headers_set_what_the_body_leaves_open():
     async def run():
         async with rig(KEEP) as r:
@@ -288,6 +314,22 @@ def test_a_replica_keeps_to_its_part_of_the_cap_however_many_come_at_once(policy
             again = await r.http.post("/v1/route", json=asking("later"))  # ended requests have left their places
             assert again.json()["route"] == "target"
             assert not r.gateway.at_target
+
+    asyncio.run(run())
+
+
+def test_a_replica_stops_paying_when_its_part_of_the_hour_is_spent():
+    async def run():
+        prices = {"target": {"price_in": 0.0, "price_out": 1e6 / 8}}  # a dollar an answer of 8 tokens
+        async with rig(SEND, of=prices, target_usd_per_hour=4.0, replicas=2) as r:
+            got = []
+            for i in range(4):
+                reply = await r.http.post("/v1/chat/completions", json=asking(f"q{i}"))
+                got.append((reply.headers["x-mmroute-route"], reply.headers["x-mmroute-reason"]))
+            assert got == [("target", "rating")] * 2 + [("draft", "budget_cap")] * 2
+            named = await r.http.post("/v1/chat/completions", json=asking("?", model="target"))
+            assert named.headers["x-mmroute-route"] == "target"  # who names it is let through, and counted
+            assert r.gateway.book.on_target.last_hour == 3.0
 
     asyncio.run(run())
 
