@@ -1,4 +1,4 @@
-"""What latent steps cost beyond the positions they enter: `python -m mmroute.bench.latent_time --out results/latent-time`.
+"""What latent steps cost beyond the positions they enter: `python -m mmroute.bench.latent_time`.
 
 The paper's setting: a prompt of 220 positions with 10 x 10 image tokens, 3 latents with 32 copies each, 7 answer
 tokens, batch 1, on a random Qwen2.5-VL text stack; images stand there by their ids alone. In turn, in one process, run

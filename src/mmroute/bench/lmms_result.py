@@ -26,7 +26,15 @@ __all__ = ["summary"]
 
 _PACKAGES = ("lmms_eval", "torch", "transformers", "datasets", "numpy")
 _ARGUMENTS = (
-    *("model", "model_args", "include_path", "tasks", "num_fewshot", "batch_size", "limit", "gen_kwargs", "seed"),
+    "model",
+    "model_args",
+    "include_path",
+    "tasks",
+    "num_fewshot",
+    "batch_size",
+    "limit",
+    "gen_kwargs",
+    "seed",
     "output_path",
 )
 _MEANS = ("prompt_tokens", "output_tokens", "reasoning_tokens", "flops", "kv_bytes")

@@ -38,6 +38,7 @@ __all__ = [
     "origin_here",
     "read_as",
     "read_infeasible",
+    "read_plain",
     "read_result",
     "run_here",
     "write_json",
@@ -312,10 +313,15 @@ def kind_of(path: Path) -> str:
     Raises:
         InputError: not a JSON object, or one without a schema.
     """
-    return str(_load(path)["schema"])
+    return str(read_plain(path)["schema"])
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_plain(path: Path) -> dict[str, Any]:
+    """A result file as it stands, for kinds that have no class.
+
+    Raises:
+        InputError: not a JSON object, or one without a schema.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -327,7 +333,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def read_as(path: Path, cls: type[T], schema: str) -> T:
     """A result file of the class that its schema names; errors as in `read_result`."""
-    data = _load(path)
+    data = read_plain(path)
     if data["schema"] != schema:
         raise InputError(f"{path}: schema {data['schema']!r} given, expected {schema!r}")
     return parse(cls, data, path.name)
