@@ -28,11 +28,12 @@ constraints: .venv/dev
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	@touch $@
 # lmms-eval wants torchvision, which must match torch; mmroute and its models do without. Its trackers want older
-# packages than all of our pins allow, and without any pip takes the newest torch.
+# packages than all of our pins allow; without any, pip takes the newest torch, and a filelock that it cannot use.
 .venv-lmms: .venv-lmms/made
 .venv-lmms/made: .venv/core
 	$(PYTHON) -m venv --clear .venv-lmms
 	.venv-lmms/bin/python -m pip install -U pip
+	.venv-lmms/bin/python -m pip install -c constraints.txt torch transformers datasets
 	.venv-lmms/bin/python -m pip install -e . lmms-eval==0.7.3 \
 		$$(grep -E '^(torch|transformers|datasets|numpy)==' constraints.txt)
 	.venv-lmms/bin/python -m pip uninstall -y torchvision
