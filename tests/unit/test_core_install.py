@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 CORE_ONLY = '''
@@ -56,6 +58,7 @@ print("hidden", *sorted(hidden))
 '''
 
 
+@pytest.mark.slow  # a process that imports everything
 def test_every_module_imports_or_says_what_to_install() -> None:
     command = [sys.executable, "-W", "error", "-c", CORE_ONLY, str(ROOT / "src"), str(ROOT / "pyproject.toml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

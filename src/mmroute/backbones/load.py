@@ -103,7 +103,7 @@ def load(
     _check_keys(name, report)
     loaded.config._name_or_path = str(name)
     loaded.processor = _processor(folder, kind, loaded)
-    if target is not None:
+    if target is not None and target.type != "cpu":  # it is read to there; bitsandbytes' weights refuse to be moved at all
         loaded.to(target)
     if kind == Chameleon.name:
         loaded.__dict__["picture_decoder"] = vq.find_decoder(folder, loaded)  # no part of the stock model's weights
@@ -210,7 +210,8 @@ def _check_folder(name: str, folder: Path) -> str:
     files = _weight_files(name, folder)
     where = f" (named in {_INDEX})" if (folder / _INDEX).exists() else ""
     missing += [f"{file}{where}" for file in files if not (folder / file).exists()]
-    own = not missing and _json(name, folder / "config.json").get("model_type") == volcano.MODEL_TYPE
+    config = folder / "config.json"
+    own = config.exists() and _json(name, config).get("model_type") == volcano.MODEL_TYPE
     for choices in (_TOKENIZERS,) if own else (_TOKENIZERS, _PROCESSORS):
         if not any((folder / file).exists() for file in choices):
             missing.append(" or ".join(choices))
@@ -223,9 +224,15 @@ def _check_folder(name: str, folder: Path) -> str:
         elif pickled := sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern)):
             hint = (
                 f"its weights are pickled ({pickled[0]}), which may run code when opened and is never opened here; "
-                "where you trust them, convert: python -c 'from transformers import AutoModelForImageTextToText as A; "
-                f'A.from_pretrained("{folder}").save_pretrained("{folder}")\''
+                "where you trust them, convert"
             )
+            if own or pickled[0].startswith("consolidated"):
+                hint += " them to safetensors"  # Transformers opens neither
+            else:
+                hint += (
+                    ": python -c 'from transformers import AutoModelForImageTextToText as A; "
+                    f'A.from_pretrained("{folder}").save_pretrained("{folder}")\''
+                )
         raise CheckpointMismatch(f"{name}: missing {', '.join(missing)}; {hint}")
     kind = _json(name, folder / "config.json").get("model_type")
     supported = [*names(), volcano.MODEL_TYPE]

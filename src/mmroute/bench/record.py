@@ -9,6 +9,8 @@ from dataclasses import asdict
 from statistics import fmean as mean
 from typing import Any
 
+from torch import Tensor
+
 from mmroute import cost, hub
 from mmroute.bench import schema, stats
 from mmroute.bench.answers import Outcome
@@ -28,10 +30,12 @@ _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 def hash_weights(model: Any) -> str:
     """SHA-256 of a model's own weights, without what a recipe's training changed; empty for models too large to hash
-    at every start."""
+    at every start, and for quantised ones."""
     tensors = dict(model.named_parameters())
     if sum(tensor.numel() for tensor in tensors.values()) > _HASHED_PARAMETERS:
         return ""
+    if any(type(tensor.data) is not Tensor for tensor in tensors.values()):
+        return ""  # torchao's tensors have no bytes of their own to read
     return fingerprint(tensors)
 
 

@@ -22,5 +22,4 @@ def open_model(model: str, device: str, dtype: str | None = None) -> Any:
     where = device_named(device)  # what is not there is said before seconds of imports and loading
     from mmroute.backbones.load import load
 
-    # The CPU is where a model is read to: quantised ones refuse to be moved, even to where they are.
-    return load(model, dtype=dtype or None, device=None if where.type == "cpu" else where)
+    return load(model, dtype=dtype or None, device=where)

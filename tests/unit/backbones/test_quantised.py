@@ -14,6 +14,7 @@ from PIL import Image
 import mmroute
 from mmroute import backbones, hub
 from mmroute.backbones.images import prepare, user_message
+from mmroute.bench.record import hash_weights
 
 PICTURE = Image.linear_gradient("L").resize((40, 30))
 
@@ -48,3 +49,7 @@ def test_an_int8_model_routes_answers_and_comes_back(model: Any) -> None:
         answer = routed.answer("where?", PICTURE, max_new_tokens=4)
         assert answer.trace.calls[0].layers[2].ran[0][1] < answer.trace.calls[0].new[0][1]
     assert torch.equal(model(**batch).logits, stock)
+
+
+def test_a_result_of_quantised_weights_names_no_hash_of_them(model: Any) -> None:
+    assert hash_weights(model) == ""

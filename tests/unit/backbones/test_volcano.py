@@ -75,6 +75,15 @@ def test_a_weight_that_is_missing_is_named(tmp_path):
         mmroute.load(tmp_path / "v")
 
 
+def test_pickled_weights_are_not_told_to_be_converted_by_a_class_that_does_not_know_the_model(tmp_path):
+    folders.write_volcano(tmp_path / "v")
+    for file in (tmp_path / "v").glob("*.safetensors*"):
+        file.unlink()
+    (tmp_path / "v" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointMismatch, match=r"weights are pickled \(pytorch_model.bin\).*to safetensors$"):
+        mmroute.load(tmp_path / "v")
+
+
 @pytest.mark.parametrize(
     ("key", "stock"),
     [

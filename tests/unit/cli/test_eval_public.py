@@ -1,5 +1,6 @@
 """`mmroute eval` on made rows of public benchmarks: the figures that are usual for one reach whoever asked."""
 
+import functools
 import hashlib
 import json
 
@@ -7,7 +8,7 @@ import pytest
 from benchmarks import CASES, P, place, write
 from benchmarks.rows import Files, lettered
 
-from mmroute.bench import schema
+from mmroute.bench import run, schema
 from mmroute.cli.evaluate import evaluate
 from mmroute.tasks.hub.mmvp import MMVP
 
@@ -15,8 +16,9 @@ SHORT = ["think.name=direct", "think.max_new_tokens=2"]
 
 
 @pytest.fixture
-def ask(tmp_path, capsys):
-    """`mmroute eval` of the bundled model: its card, its last line, and its result file."""
+def ask(tmp_path, capsys, monkeypatch):
+    """`mmroute eval` of the bundled model, hardly timed: its card, its last line, and its result file."""
+    monkeypatch.setattr(run, "Plan", functools.partial(run.Plan, warmup=1, forced_tokens=2, timed_items=1))
 
     def call(task, n, against="", split="test"):
         out = tmp_path / "result.json"
