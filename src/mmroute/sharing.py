@@ -21,7 +21,7 @@ from mmroute.errors import ConfigError
 from mmroute.files import write_text
 from mmroute.repository import is_hub_id
 
-__all__ = ["CARD", "came_from", "card", "push", "write_card"]
+__all__ = ["CARD", "came_from", "card", "others_have", "push", "write_card"]
 
 CARD = "README.md"
 
@@ -60,7 +60,7 @@ def push(
         saving.save(routed, folder)
         manifest = saving.read_manifest(folder)
         named = base or manifest.base.get("id")
-        if named is None or not (is_hub_id(named) or named in bundled()):
+        if named is None or not others_have(named, was_loaded=base is None):
             raise ConfigError(
                 f"the base model was loaded from {named!r}, which others cannot load; pass base='owner/name'"
             )
@@ -70,6 +70,16 @@ def push(
             write_text(folder / saving.MANIFEST, json.dumps(data, indent=1) + "\n")
         write_card(folder, results, repo_id)
         return repository.send(folder, repo_id, private=private, token=token, message=message)
+
+
+def others_have(name: str, was_loaded: bool) -> bool:
+    """Whether a model's name means the same elsewhere: it is bundled, or on the Hub.
+
+    Args:
+        name: of the model.
+        was_loaded: by this name, here: then it may be that of a folder, `runs/tiny`, which looks like a Hub id.
+    """
+    return name in bundled() or (is_hub_id(name) and not (was_loaded and Path(name).is_dir()))
 
 
 def write_card(folder: Path, results: Iterable[str | Path], name: str = "") -> None:

@@ -103,7 +103,7 @@ def load(
     _check_keys(name, report)
     loaded.config._name_or_path = str(name)
     loaded.processor = _processor(folder, kind, loaded)
-    if target is not None and target.type != "cpu":  # it is read to there; bitsandbytes' weights refuse to be moved at all
+    if target is not None and target.type != "cpu":  # read to there; bitsandbytes' weights refuse to be moved at all
         loaded.to(target)
     if kind == Chameleon.name:
         loaded.__dict__["picture_decoder"] = vq.find_decoder(folder, loaded)  # no part of the stock model's weights

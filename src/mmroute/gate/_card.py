@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmroute import repository
-from mmroute.backbones.load import bundled
 from mmroute.bench.gate_schema import GateEval, GateResult, read_gate, read_gate_eval
 from mmroute.bench.schema import kind_of
 from mmroute.errors import ConfigError
 from mmroute.files import write_text
-from mmroute.gate._manifest import WEIGHTS, Manifest
+from mmroute.gate._manifest import MANIFEST, WEIGHTS, Manifest
 from mmroute.repository import is_hub_id
-from mmroute.sharing import CARD, came_from
+from mmroute.sharing import CARD, came_from, others_have
 
 if TYPE_CHECKING:
     from mmroute.gate.prp import Prp
@@ -71,9 +70,11 @@ def push(
         rater.save(folder)
         found = Manifest.read(folder)
         named = draft or found.drafted_for
-        if named is None or not (is_hub_id(named) or named in bundled()):
-            why = "was changed by training" if named is None and found.pair else f"was loaded from {named!r}"
-            raise ConfigError(f"the draft {why}, which others cannot load; push that model and pass draft='owner/name'")
+        if named is None or not others_have(named, was_loaded=draft is None):
+            why = f"was loaded from {named!r}"
+            if named is None:
+                why = "was changed by training" if found.has_own_draft else f"has no name in {MANIFEST}"
+            raise ConfigError(f"the draft {why}; push that model where others can load it and pass draft='owner/name'")
         write(folder, results, repo_id, named, target)
         return repository.send(folder, repo_id, private=private, token=token, message=message)
 

@@ -69,9 +69,11 @@ class Decider:
         return isinstance(self.policy, Always)
 
     async def decide(self, rating: Rating | None, key: str, over: Overrides) -> Decision:
-        """Who answers. Only a request that asks for nothing itself moves the policy."""
+        """Who answers. Only a request that asks for nothing itself moves a policy that looks at ratings."""
         if rating is None or math.isnan(rating.score):
             return Decision(self.policy.on_unrated, "unrated")
+        if self.is_constant:  # rated only because it asks for something: such scores alone say where a share lies
+            self.window.decide(rating, key=key)
         if over.threshold is not None:
             route: Route = "target" if rating.score > over.threshold else "draft"
             return Decision(route, "rating", rating.score, over.threshold)

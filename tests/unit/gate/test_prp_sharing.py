@@ -133,11 +133,18 @@ def test_figures_of_another_rater_or_of_another_kind_are_refused(hub: Hub, rater
     assert not (hub.root / "me").exists()
 
 
-def test_a_draft_that_others_cannot_load_is_refused(hub: Hub, rater: Prp, draft: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"was loaded from None, which others cannot load; .*draft='owner/name'"):
+def test_a_draft_that_others_cannot_load_is_refused(
+    hub: Hub, rater: Prp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"the draft has no name in rater.json; .*draft='owner/name'"):
         rater.push_to_hub("me/rater")
     rater.facts["pair"] = {"draft": "/somewhere/here", "target": "me/target"}
     with pytest.raises(ConfigError, match="was loaded from '/somewhere/here'"):
+        rater.push_to_hub("me/rater")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "draft").mkdir(parents=True)
+    rater.facts["pair"] = {"draft": "runs/draft"}  # a folder that looks like a Hub id
+    with pytest.raises(ConfigError, match="was loaded from 'runs/draft'"):
         rater.push_to_hub("me/rater")
     rater.facts |= {"pair": {"draft": "me/draft"}, "train": {"train_reasoning": True}}
     with pytest.raises(ConfigError, match="the draft was changed by training"):

@@ -1,16 +1,21 @@
 """The small parts: events in any pieces, the circuit, the retry budget, settings and keys, the replay log."""
 
+import asyncio
 import hashlib
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmroute.errors import ConfigError, InputError
 from mmroute.gate._policy import policy
+from mmroute.gate.base import Rating
 from mmroute.serve.breaker import Breaker, RetryBudget
+from mmroute.serve.decide import Decider
 from mmroute.serve.replay import ReplayLog, read_log, replay
+from mmroute.serve.schema import Overrides
 from mmroute.serve.settings import Circuit, Keys, read, upstream
 from mmroute.serve.spending import Spending
 from mmroute.serve.sse import Decoder, TooLong, encode
@@ -116,6 +121,23 @@ def test_an_hours_spending_slides_and_forgets():
     assert spent.last_hour == 1.5
     clock.now += 60
     assert spent.last_hour == 0
+
+
+# ---- a policy that never asks
+
+
+def test_a_budget_of_its_own_is_read_off_the_ratings_of_requests_that_had_one_too():
+    async def run():
+        decider = Decider(read(None, {"policy": {"name": "always", "route": "draft"}}))
+        sent, kept = [], []
+        for i, score in enumerate(np.random.default_rng(0).random(200)):
+            decision = await decider.decide(Rating(float(score)), f"q{i}", Overrides(budget=0.3))
+            if i >= 100:
+                (sent if decision.route == "target" else kept).append(score)
+        assert 20 <= len(sent) <= 40
+        assert min(sent) > max(kept) - 0.1  # the best, and not any
+
+    asyncio.run(run())
 
 
 # ---- settings
