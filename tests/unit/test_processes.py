@@ -90,11 +90,21 @@ def test_the_trainer_that_shares_its_rows_is_not_refused_for_its_company(monkeyp
     assert "were started" not in said
 
 
-def test_a_gate_is_judged_by_one_process(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (["eval", "--recipe", "prp-small", "--n", "1"], "eval --recipe prp-small"),
+        (["eval", "--task", "maze", "--n", "1", "--ray", "2", "--parts", "parts"], "eval --ray"),
+        (["bench", "--recipe", "bench-spatial"], "bench"),
+    ],
+)
+def test_what_starts_its_own_processes_or_needs_one_is_not_shared(monkeypatch, capsys, tmp_path, asked, named):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, said = call(monkeypatch, capsys, "eval", "--recipe", "prp-small", "--n", "1")
+    monkeypatch.chdir(tmp_path)
+    code, said = call(monkeypatch, capsys, *asked)
     assert code == 2
-    assert "`mmroute eval --recipe prp-small` is one process, and 2 were started" in said
+    assert f"`mmroute {named}` is one process, and 2 were started" in said
+    assert not list(tmp_path.iterdir())
 
 
 ASKED = {

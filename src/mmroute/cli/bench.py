@@ -34,8 +34,9 @@ def bench(
 ) -> None:
     """Compare methods at equal budgets on several tasks. Stop it at any time: it goes on where it was."""
     from mmroute.bench import gate, grid, report, suite  # torch costs seconds; --help must not pay them
-    from mmroute.processes import device_named
+    from mmroute.processes import device_named, refuse_company
 
+    refuse_company("mmroute bench", "it starts processes by itself with --jobs N")
     if gate.is_gate_bench(recipe):
         others: dict[str, object] = {
             "--model": model,

@@ -74,6 +74,8 @@ def evaluate(
         raise ConfigError(f"--budget is a gate's share of target calls; {chosen.name} has no gate, prp-small has one")
     if (ray is None) != (parts is None):
         raise ConfigError("--ray N and --parts DIR go together: actors write what they answered there")
+    if ray is not None:
+        refuse_company("mmroute eval --ray", "Ray starts the actors")
     from mmroute.bench import run, schema, spread
 
     ours, theirs = chosen, recipes.read(against) if against else None

@@ -1,6 +1,6 @@
 """Trains a small Chameleon to draw its thoughts: `mmroute train backbone --recipe draw`; and examines one:
 
-python -m mmroute.train.pictures src/mmroute/assets/draw --recipe dare-image --out results/drawn/pictures/dare.json
+python -m mmroute.train.pictures src/mmroute/assets/draw --recipe dare-image --out FILE.json
 
 Each hop of a text is the words of one listed action and the picture of what it leads to; then the answer. Pictures
 enter and leave as codes of the exact atlas tokenizer, so no pixel is drawn in training. With `context: markov2` a text

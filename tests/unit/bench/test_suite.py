@@ -297,7 +297,6 @@ def test_the_command_narrows_runs_and_ends_in_one_line_of_json(recipe, tmp_path,
     assert json.loads(capsys.readouterr().out)["made"] == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"device": "cuda"}, {"dtype": "bfloat16"}])
 def test_another_device_or_dtype_is_another_run_and_the_usual_ones_keep_their_names(recipe, model, tmp_path, change):
     usual, other = (grid.read(str(recipe), [f"{k}={v}" for k, v in set_.items()]) for set_ in ({}, change))
@@ -307,6 +306,7 @@ def test_another_device_or_dtype_is_another_run_and_the_usual_ones_keep_their_na
     assert {job.file for job in suite.Suite.plan(said, model, tmp_path).jobs} == names[0]
 
 
+@pytest.mark.slow
 def test_several_processes_write_what_one_writes(recipe, model, done, tmp_path):
     """Worker processes know no `colours`; the bundled task and model serve."""
     sets = ["tasks=[frozenlake]", "model=tiny", "n=4", "seeds=[0]", "vision=[0.5]", "text=[1.0]"]
