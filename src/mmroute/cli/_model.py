@@ -1,4 +1,4 @@
-"""Where a model runs and how exactly, for every verb that opens one."""
+"""Where a model runs and how exactly, for the verbs that open one; `demo` and `serve` open theirs on the CPU."""
 
 from typing import Annotated, Any
 

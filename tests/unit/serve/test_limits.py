@@ -123,6 +123,7 @@ READ = (
 )
 
 
+@pytest.mark.slow  # a few hundred requests
 def test_an_option_of_an_odd_kind_is_passed_on_or_refused_and_never_the_gateways_failure():
     async def run():
         async with rig(KEEP, circuit={"failures": 10**6, "window_calls": 10**6}) as r:
