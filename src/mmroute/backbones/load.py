@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from mmroute.backbones import names, volcano, vq
 from mmroute.backbones.base import QUANTISED
 from mmroute.backbones.chameleon import Chameleon
 from mmroute.errors import CheckpointMismatch, ConfigError, MissingExtra, MmrouteError, UnsupportedBackbone
+from mmroute.repository import is_hub_id
 
 __all__ = ["bundled", "image_only", "load", "locate"]
 
@@ -182,7 +182,7 @@ def locate(model: str | Path) -> tuple[str, Path]:
         return name, Path(model)
     if name in bundled():
         return name, _ASSETS / name
-    if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if not is_hub_id(model):
         listed = ", ".join(bundled()) or "none in this installation"
         raise CheckpointMismatch(
             f"{name!r} is no folder and no bundled checkpoint (bundled: {listed}); "
