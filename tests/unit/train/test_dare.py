@@ -362,6 +362,7 @@ def test_the_printed_form_takes_a_step_with_gradients_in_every_router(model, tmp
     ("given", "fault"),
     [
         ({"prune": {"name": "random"}}, "prune.name dare"),
+        ({"prune": {"name": "dare", "vision_keep": 1, "text_keep": 1}}, "no router to train"),
         ({"train": None}, "a section `train`"),
         ({"train": {"tasks": {"maze": 1}, "stepz": 1}}, "stepz: no such option"),
     ],
