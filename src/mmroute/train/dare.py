@@ -130,8 +130,8 @@ class DareRun:
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         if not any(pruner.acts(layer, layers) for layer in range(layers)):
             raise ConfigError(
-                f"recipe {recipe.name}: prune leaves every layer whole, so there is no router to train; give a keep below "
-                f"1 and a first_layer below {layers}"
+                f"recipe {recipe.name}: prune leaves every layer whole, so there is no router to train; give a "
+                f"keep below 1 and a first_layer below {layers}"
             )
         self.recipe, self.out, self.pruner = recipe, out, pruner
         self.config = parse(TrainConfig, recipe.train, "train")
