@@ -119,6 +119,7 @@ ASKED = {
     "diagnose nuclear": ["--n", "1"],
     "diagnose router": ["--n", "1"],
     "diagnose crops": ["--n", "1"],
+    "serve": ["--port", "0"],
     "train backbone": [],
     "train vedas": [],
     "train dare": [],

@@ -6,6 +6,7 @@
 All of it is made from result files; what no file holds cannot stand there.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,27 +47,35 @@ def write(out: Path, name: str) -> Card:
 def page(out: Path) -> str:
     """One section for each folder that holds results."""
     parts = ["# Results\n\nMade from the files in these folders by `mmroute bench --tables`; not edited by hand.\n"]
-    for folder in sorted(path for path in out.iterdir() if path.is_dir() and any(path.glob("*.json"))):
+    for folder in _folders(out):
+        name = folder.relative_to(out).as_posix()
         kinds = {schema.kind_of(path) for path in folder.glob("*.json")}
         if "result/1" in kinds and any(_is_bench(path) for path in folder.glob("*.json")):
-            parts.append(_section(read_sheet(folder), folder))
-        elif kinds in ({"result/1"}, {"engine/1"}, {"gate/1"}, {"gate-eval/1"}, {"gateway/1"}, {"lmms/2"}):
+            parts.append(_section(read_sheet(folder), folder, name))
+        elif len(kinds) == 1 and kinds <= table.KINDS:
             gates = sorted(folder.glob("*.svg")) if kinds == {"gate/1"} else []
-            pictures = "".join(f"\n![{p.stem}]({folder.name}/{p.name})\n" for p in gates)
-            parts.append(f"## {folder.name}\n\n{table.table_of(folder, allow_dirty=True)}{pictures}")
+            pictures = "".join(f"\n![{p.stem}]({name}/{p.name})\n" for p in gates)
+            parts.append(f"## {name}\n\n{table.table_of(folder, allow_dirty=True)}{pictures}")
     return "\n".join(parts)
+
+
+def _folders(out: Path) -> Iterator[Path]:
+    """Folders with results and folders with results inside those; into others (answers, weights) nobody looks."""
+    for folder in sorted(path for path in out.iterdir() if path.is_dir() and any(path.glob("*.json"))):
+        yield folder
+        yield from _folders(folder)
 
 
 def _is_bench(path: Path) -> bool:
     return schema.kind_of(path) == "result/1" and bool(schema.read_result(path).method.row)
 
 
-def _section(sheet: Sheet, folder: Path) -> str:
+def _section(sheet: Sheet, folder: Path, name: str) -> str:
     first = sheet.lines[0].results[0]
     seeds = sorted({r.task.seed for line in sheet.lines for r in line.results})
     long = f" of {first.task.min_hops} hops or more" if first.task.min_hops else ""
     said = (
-        f"## {sheet.name}\n\n"
+        f"## {name}\n\n"
         f"Model {first.model.id} ({first.model.layers} layers), {first.task.n} items{long} per task and seed "
         f"({', '.join(map(str, seeds))}), split {first.task.split}, greedy, {first.machine.dtype}. "
         "Asked: mean share of vision (and text) positions that run a layer, or (kv) whose keys stay. FLOPs and KV: "
@@ -78,7 +87,7 @@ def _section(sheet: Sheet, folder: Path) -> str:
         said += "\n**Made from source that was not committed: not for publication.**\n"
     if sheet.left_out:
         said += f"\n{sheet.left_out} files of other weights or another number of items are left out.\n"
-    pictures = "\n".join(f"![{p.stem}]({folder.name}/{p.name})" for p in sorted(folder.glob("*.svg")))
+    pictures = "\n".join(f"![{p.stem}]({name}/{p.name})" for p in sorted(folder.glob("*.svg")))
     blocks = [f"### {task}\n\n{_table(sheet, task)}" for task in sheet.tasks]
     return "\n".join([said, pictures + "\n" if pictures else "", *blocks])
 

@@ -6,7 +6,7 @@ file holds cannot stand in such a block, a block without files stays empty, and 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -16,7 +16,18 @@ import typer
 from mmroute.bench import engine_schema, schema
 from mmroute.errors import ConfigError, InputError
 
-__all__ = ["drawn_table", "engine_table", "fill", "headline", "kinds_of_check", "markdown", "result_table", "table_of"]
+__all__ = [
+    "KINDS",
+    "drawn_table",
+    "engine_table",
+    "fill",
+    "headline",
+    "kinds_of_check",
+    "latent_time_table",
+    "markdown",
+    "result_table",
+    "table_of",
+]
 
 _BLOCK = re.compile(r"(<!-- table:([\w./-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 _HEADLINE = re.compile(r"(<!-- headline -->\n)(.*?)(<!-- /headline -->)", re.DOTALL)
@@ -28,49 +39,92 @@ def table_of(folder: Path, allow_dirty: bool = False) -> str:
     """The table of all result files in a folder, in Markdown.
 
     Raises:
-        InputError: no result files, files of two kinds, or one whose source was not committed.
+        InputError: no result files, files of two kinds or of one without a table, or one whose source was not
+            committed.
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise InputError(f"{folder}: no result files; run the benchmark that fills it")
-    kinds = {schema.kind_of(path) for path in paths}
-    if kinds == {"engine/1"}:
-        engine = [engine_schema.read_engine(path) for path in paths]
-        _refuse_dirty(paths, engine, allow_dirty)
-        return engine_table(engine)
-    if kinds == {"result/1"}:
-        return result_table(_read_results(paths, allow_dirty))
-    if kinds == {"lmms/2"}:
-        from mmroute.bench import lmms_schema  # it writes its table with this module
-
-        runs = [lmms_schema.read_lmms(path) for path in paths]
-        _refuse_dirty(paths, runs, allow_dirty)
-        return lmms_schema.lmms_table(runs)
-    if kinds in ({"gate/1"}, {"gate-eval/1"}, {"gateway/1"}):
-        return _sections(paths, kinds.pop(), allow_dirty)
-    if kinds == {"drawn/1"}:
-        return drawn_table([schema.read_plain(path) for path in paths], allow_dirty)
-    raise InputError(f"{folder}: files of {' and '.join(sorted(kinds))}; keep one kind in a folder")
+    kinds = sorted({schema.kind_of(path) for path in paths})
+    if len(kinds) > 1:
+        raise InputError(f"{folder}: files of {' and '.join(kinds)}; keep one kind in a folder")
+    if kinds[0] not in _TABLES:
+        raise InputError(f"{folder}: {kinds[0]} has no table; kinds that have one are {', '.join(sorted(KINDS))}")
+    return _TABLES[kinds[0]](paths, allow_dirty)
 
 
-def _sections(paths: list[Path], kind: str, allow_dirty: bool) -> str:
-    """What results of gates and of the gateway say."""
-    from mmroute.bench import gate_report, gate_schema, gateway_report  # they write their tables with this module
+def _read(paths: list[Path], read: Callable[[Path], Any], allow_dirty: bool) -> list[Any]:
+    """What the files hold.
 
-    texts: list[list[str]]
-    if kind == "gate/1":
-        gates = [gate_schema.read_gate(path) for path in paths]
-        _refuse_dirty(paths, gates, allow_dirty)
-        texts = [gate_report.section(each) for each in gates]
-    elif kind == "gate-eval/1":
-        evals = [gate_schema.read_gate_eval(path) for path in paths]
-        _refuse_dirty(paths, evals, allow_dirty)
-        texts = [gate_report.evaluations(evals)]
-    else:
-        runs = [gate_schema.read_gateway(path) for path in paths]
-        _refuse_dirty(paths, runs, allow_dirty)
-        texts = [gateway_report.section(each) for each in runs]
+    Raises:
+        InputError: one whose source was not committed.
+    """
+    found = [read(path) for path in paths]
+    dirty = [path.name for path, each in zip(paths, found, strict=True) if each.run.dirty]
+    if dirty and not allow_dirty:
+        raise InputError(f"{', '.join(dirty)}: {_UNCOMMITTED}")
+    return found
+
+
+def _engines(paths: list[Path], allow_dirty: bool) -> str:
+    return engine_table(_read(paths, engine_schema.read_engine, allow_dirty))
+
+
+def _results(paths: list[Path], allow_dirty: bool) -> str:
+    return result_table(_read(paths, schema.read_result, allow_dirty))
+
+
+def _drawn(paths: list[Path], allow_dirty: bool) -> str:
+    return drawn_table([schema.read_plain(path) for path in paths], allow_dirty)
+
+
+def _latent_times(paths: list[Path], allow_dirty: bool) -> str:
+    return latent_time_table([schema.read_plain(path) for path in paths], allow_dirty)
+
+
+# Those below write their tables with this module, so they are imported when there is one to write.
+
+
+def _lmms(paths: list[Path], allow_dirty: bool) -> str:
+    from mmroute.bench import lmms_schema
+
+    return lmms_schema.lmms_table(_read(paths, lmms_schema.read_lmms, allow_dirty))
+
+
+def _gates(paths: list[Path], allow_dirty: bool) -> str:
+    from mmroute.bench import gate_report, gate_schema
+
+    return _joined(gate_report.section(each) for each in _read(paths, gate_schema.read_gate, allow_dirty))
+
+
+def _gate_evals(paths: list[Path], allow_dirty: bool) -> str:
+    from mmroute.bench import gate_report, gate_schema
+
+    return _joined([gate_report.evaluations(_read(paths, gate_schema.read_gate_eval, allow_dirty))])
+
+
+def _gateways(paths: list[Path], allow_dirty: bool) -> str:
+    from mmroute.bench import gate_schema, gateway_report
+
+    return _joined(gateway_report.section(each) for each in _read(paths, gate_schema.read_gateway, allow_dirty))
+
+
+def _joined(texts: Iterable[list[str]]) -> str:
     return "\n\n".join("\n".join(lines) for lines in texts) + "\n"
+
+
+_TABLES: dict[str, Callable[[list[Path], bool], str]] = {
+    "drawn/1": _drawn,
+    "engine/1": _engines,
+    "gate/1": _gates,
+    "gate-eval/1": _gate_evals,
+    "gateway/1": _gateways,
+    "latent-time/1": _latent_times,
+    "lmms/2": _lmms,
+    "result/1": _results,
+}
+KINDS = frozenset(_TABLES)
+"""Kinds of result files that have a table."""
 
 
 def drawn_table(runs: list[dict[str, Any]], allow_dirty: bool = False) -> str:
@@ -103,15 +157,37 @@ def _percent(share: float, bounds: Sequence[float]) -> str:
     return f"{100 * share:.1f} [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
 
 
-def _read_results(paths: list[Path], allow_dirty: bool) -> list[schema.Result]:
-    results = [schema.read_result(path) for path in paths]
-    _refuse_dirty(paths, results, allow_dirty)
-    return results
+def latent_time_table(runs: list[dict[str, Any]], allow_dirty: bool = False) -> str:
+    """What latent steps cost, one line per way and machine; a way without a pair was not compared.
+
+    Raises:
+        InputError: one whose source was not committed.
+    """
+    if any(run["run"]["dirty"] for run in runs) and not allow_dirty:
+        raise InputError(f"latent-time: {_UNCOMMITTED}")
+    rows = []
+    for run in runs:
+        # Of Vedas two pairs are measured; the one with stock is the one with a goal.
+        pairs = dict(pair.split("/") for pair in run["ratio"] if pair != "vedas/ivtlr")
+        for way, seconds in run["time_s"].items():
+            other, peak = pairs.get(way), run["peak_memory_bytes"].get(way)
+            rows.append(
+                [
+                    way,
+                    run["machine"]["device"],
+                    str(run["token_forwards"][way]),
+                    _spread(seconds, 1000, 0),
+                    "-" if other is None else f"{_spread(run['ratio'][f'{way}/{other}'])} to {other}",
+                    "n/a" if peak is None else f"{peak / 1e6:.1f}",
+                ]
+            )
+    head = ["way", "device", "positions entered", "ms [p10, p90]", "time ratio [p10, p90]", "peak MB"]
+    return markdown(head, rows)
 
 
 def headline(folder: Path, allow_dirty: bool = False) -> str:
     """The one sentence on top: what DARE-LH saves on all tasks of a folder, and what it costs; or ""."""
-    results = _read_results(sorted(folder.glob("*.json")), allow_dirty)
+    results = _read(sorted(folder.glob("*.json")), schema.read_result, allow_dirty)
     pairs = [(r, _baseline_of(r, results)) for r in results if r.method.recipe == HEADLINE_RECIPE]
     whole = [(r, base) for r, base in pairs if base is not None and base is not r]
     if not whole:
@@ -134,18 +210,12 @@ def headline(folder: Path, allow_dirty: bool = False) -> str:
     )
 
 
-def _refuse_dirty(paths: list[Path], results: Sequence[Any], allow: bool) -> None:
-    dirty = [path.name for path, result in zip(paths, results, strict=True) if result.run.dirty]
-    if dirty and not allow:
-        raise InputError(f"{', '.join(dirty)}: {_UNCOMMITTED}")
-
-
 def engine_table(results: list[engine_schema.EngineResult]) -> str:
     """Time against arithmetic, one line per case."""
     rows = [
         [
             r.case,
-            f"{r.ratio['median']:.3f} [{r.ratio['p10']:.3f}, {r.ratio['p90']:.3f}]",
+            _spread(r.ratio),
             f"{r.flop_ratio:.3f}",
             f"{r.goal:.3f}",
             "yes" if r.reached else "**no**",
@@ -225,8 +295,12 @@ def _time_ratio(result: schema.Result, part: str) -> str:
         return "1"
     if result.time is None or part not in result.time.ratio:
         return "n/a"
-    ratio = result.time.ratio[part]
-    return f"{ratio['median']:.3f} [{ratio['p10']:.3f}, {ratio['p90']:.3f}]"
+    return _spread(result.time.ratio[part])
+
+
+def _spread(values: dict[str, Any], scale: float = 1, digits: int = 3) -> str:
+    median, low, high = (f"{scale * values[name]:.{digits}f}" for name in ("median", "p10", "p90"))
+    return f"{median} [{low}, {high}]"
 
 
 def _difference(result: schema.Result) -> str:

@@ -1,4 +1,4 @@
-"""Where a model runs and how exactly, for the verbs that open one; `demo` and `serve` open theirs on the CPU."""
+"""Where a model runs and how exactly, for the verbs that open one; `demo` opens its own on the CPU."""
 
 from typing import Annotated, Any
 

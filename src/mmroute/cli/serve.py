@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mmroute.cli._model import Device, Dtype
+
 __all__ = ["replay", "serve"]
 
 
@@ -18,10 +20,13 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; see docs/serving.md.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = False,
+    device: Device = "",
+    dtype: Dtype = "",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Setting, e.g. limits.images=4; repeatable.")] = None,
 ) -> None:
     """Serve a draft and a target as one OpenAI-compatible model, with a page to look at it."""
     from mmroute.config import overrides
+    from mmroute.errors import ConfigError
     from mmroute.gate._manifest import MANIFEST, WEIGHTS
     from mmroute.serve import settings as settings_
 
@@ -42,6 +47,16 @@ def serve(
         return settings_.read(config, given)
 
     settings = read()
+    placed = {name: text for name, text in (("device", device), ("dtype", dtype)) if text}
+    if placed:
+        local = [role for role in ("draft", "target") if getattr(settings, role).url is None]
+        if not local:
+            raise ConfigError(
+                "--device and --dtype are for models of this process, and draft and target are both behind urls; "
+                "leave them out, and tell those servers"
+            )
+        given |= {role: {**placed, **given.get(role, {})} for role in local}  # `--set draft.device` is of one alone
+        settings = read()
     from mmroute.serve.run import serve as run  # what is wrong in the settings is said before torch is imported
 
     if settings.draft.url is None and settings.draft.model == settings.target.model:

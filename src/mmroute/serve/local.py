@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from mmroute import recipe
+from mmroute.backbones.load import load
 from mmroute.errors import ConfigError, InputError, MmrouteError
 from mmroute.gate._words import SWITCH
 from mmroute.gate.base import Rating
+from mmroute.processes import device_named
 from mmroute.serve.breaker import Breaker
 from mmroute.serve.limits import decode_data_image
 from mmroute.serve.schema import DONE
@@ -48,10 +50,11 @@ class LocalUpstream(SessionUpstream):
     ) -> None:
         """
         Raises:
-            ConfigError: its recipe cannot be read, or its thoughts cannot be streamed.
+            ConfigError: its recipe cannot be read, its thoughts cannot be streamed, or its device is not there.
         """
         self._recipe = recipe.read(settings.recipe)
         _check(role, self._recipe)
+        self.device = _device(role, settings.device)
         plain = settings.model_copy(update={"tools": False, "json_mode": False})
         super().__init__(role, plain, Breaker(all_.circuit))
         self.rater = rater
@@ -76,8 +79,10 @@ class LocalUpstream(SessionUpstream):
         """
         if self._thread is not None:
             return
-        self.routed, self.think = self._stack.enter_context(recipe.equip(self.settings.model, self._recipe))
+        model = load(self.settings.model, dtype=self.settings.dtype, device=self.device)
+        self.routed, self.think = self._stack.enter_context(recipe.equip(model, self._recipe))
         self.shape = self.routed.controller.shape
+        log.info("%s: %s on %s in %s", self.role, self.name, model.device, str(model.dtype).removeprefix("torch."))
         self._thread = threading.Thread(target=self._work, name=f"mmroute-{self.role}", daemon=True)
         self._thread.start()
 
@@ -149,6 +154,8 @@ class LocalUpstream(SessionUpstream):
 
     @torch.no_grad()
     def _work(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # each thread has a current card of its own, and begins with the first
         running: deque[Any] = deque()
         while not self._stopping:
             while len(running) < SESSIONS:
@@ -192,6 +199,19 @@ def _top_logprobs(body: dict[str, Any]) -> int | None:
     if isinstance(num, bool) or not isinstance(num, int) or not 0 <= num <= _TOP_LOGPROBS:
         raise Fault("refused", f"top_logprobs is 0 to {_TOP_LOGPROBS}, given {num!r}", status=400, ours=True)
     return num if body.get("logprobs") else None
+
+
+def _device(role: str, name: str) -> torch.device:
+    """Where `device` of a model puts it on this machine.
+
+    Raises:
+        ConfigError: no card there, or not so many.
+    """
+    kind, _, number = name.partition(":")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number and 0 < cards <= int(number):
+        raise ConfigError(f"{role}.device: {name}, but the cards of this machine are cuda:0 to cuda:{cards - 1}")
+    return device_named(kind, int(number or 0))
 
 
 def _check(role: str, made: recipe.Recipe) -> None:

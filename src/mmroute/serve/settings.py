@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 from mmroute.errors import ConfigError
@@ -15,6 +15,7 @@ __all__ = ["Keys", "Settings", "UpstreamSettings", "read", "upstream"]
 
 MIB = 2**20
 _KEY_LINE = re.compile(r"([\w.@-]+):([0-9a-f]{64})")
+_DEVICE = re.compile(r"cpu|auto|cuda(:\d+)?")
 
 
 class _Strict(BaseModel):
@@ -30,6 +31,10 @@ class UpstreamSettings(_Strict):
     """Base address of an OpenAI-compatible server, e.g. http://127.0.0.1:8001/v1; None: a model of this process."""
     recipe: str = "none"
     """How a local model routes and thinks."""
+    device: str = "cpu"
+    """Where a local model runs: cpu, cuda, cuda:N (so that two models have a card each), or auto: cuda if there is."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What a local model computes in; None: as its checkpoint says, float32 for bundled ones."""
     served: str | None = None
     """Name it has for our clients; default `model`."""
     api_key_env: str | None = None
@@ -49,6 +54,13 @@ class UpstreamSettings(_Strict):
     def name(self) -> str:
         return self.served or self.model
 
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str) -> str:
+        if not _DEVICE.fullmatch(device):
+            raise ValueError("one of cpu, cuda, cuda:N (e.g. cuda:1) and auto")
+        return device
+
     @model_validator(mode="after")
     def _consistent(self) -> "UpstreamSettings":
         if self.url is not None:
@@ -56,6 +68,8 @@ class UpstreamSettings(_Strict):
                 raise ValueError(f"url starts with http:// or https://, given {self.url!r}")
             if self.recipe != "none":
                 raise ValueError("recipe routes models of this process; a server behind a url is not routed")
+            if self.device != "cpu" or self.dtype is not None:
+                raise ValueError("device and dtype are for models of this process; tell the server behind the url")
         return self
 
 
@@ -178,6 +192,17 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, given: Any) -> Any:
+        """Who says something of a model, but not which one, says it of the bundled one."""
+        bare = {
+            role: {**cls.model_fields[role].default.model_dump(exclude_unset=True), **given[role]}
+            for role in ("draft", "target")
+            if isinstance(given.get(role), dict) and not given[role].keys() & {"model", "url"}
+        }
+        return {**given, **bare}
 
     @model_validator(mode="after")
     def _safe(self) -> "Settings":

@@ -6,7 +6,7 @@ import pytest
 import typer
 from result_samples import make_result
 
-from mmroute.bench import schema, table
+from mmroute.bench import report, schema, table
 from mmroute.errors import ConfigError, InputError
 
 PAGE = "# Title\n\n<!-- table:runs -->\nold\n<!-- /table -->\ntext after\n"
@@ -104,6 +104,60 @@ def test_drawn_thoughts_have_a_line_per_recipe_and_the_unrouted_one_first(tmp_pa
     )
     schema.write_json(tmp_path / "a.json", {**run, "recipe": "dare", "prune": {"name": "dare"}, "dirty": True})
     with pytest.raises(InputError, match="dare: made from source that was not committed"):
+        table.table_of(tmp_path)
+
+
+DRAWN = {"schema": "drawn/1", "dirty": False, "preset": "nano", "recipe": "image", "prune": None, "tasks": {}}
+
+
+def latent_time(dirty=False):
+    """Three ways: one with a pair, one that others are paired with, one without memory."""
+    seconds = {"median": 0.25, "p10": 0.2, "p90": 0.3}
+    return {
+        "schema": "latent-time/1",
+        "run": {"dirty": dirty},
+        "machine": {"device": "cpu"},
+        "token_forwards": {"vedas": 325, "stock": 325, "reforward": 1084},
+        "time_s": {"vedas": seconds, "stock": seconds, "reforward": seconds},
+        "ratio": {
+            "vedas/stock": {"median": 1.1, "p10": 1.0, "p90": 1.2},
+            "vedas/ivtlr": {"median": 9.0, "p10": 9.0, "p90": 9.0},
+            "reforward/vedas": {"median": 1.9, "p10": 1.8, "p90": 2.0},
+        },
+        "peak_memory_bytes": {"vedas": 24_800_000, "stock": 24_700_000, "maps": 1},
+    }
+
+
+def test_the_time_of_latent_steps_has_a_line_per_way_with_what_it_was_compared_with(tmp_path):
+    schema.write_json(tmp_path / "a.json", latent_time())
+    assert table.table_of(tmp_path).splitlines()[2:] == [
+        "| vedas | cpu | 325 | 250 [200, 300] | 1.100 [1.000, 1.200] to stock | 24.8 |",
+        "| stock | cpu | 325 | 250 [200, 300] | - | 24.7 |",
+        "| reforward | cpu | 1084 | 250 [200, 300] | 1.900 [1.800, 2.000] to vedas | n/a |",
+    ]
+    schema.write_json(tmp_path / "a.json", latent_time(dirty=True))
+    with pytest.raises(InputError, match="latent-time: made from source that was not committed"):
+        table.table_of(tmp_path)
+
+
+def test_the_page_has_folders_inside_folders_of_results_and_no_others(results):
+    schema.write_json(results / "runs/pictures/a.json", DRAWN)
+    schema.write_json(results / "time/a.json", latent_time())
+    schema.write_json(results / "curves/a.json", {"schema": "cliff/1"})
+    schema.write_json(results / "answers/weights/config.json", {"no": "schema"})  # in a folder without results
+    page = report.page(results)
+    assert [line for line in page.splitlines() if line.startswith("#")] == [
+        "# Results",
+        "## runs",
+        "## runs/pictures",
+        "## time",
+    ]
+    assert table.table_of(results / "runs/pictures") in page
+
+
+def test_a_kind_without_a_table_is_refused_with_those_that_have_one(tmp_path):
+    schema.write_json(tmp_path / "a.json", {"schema": "cliff/1"})
+    with pytest.raises(InputError, match=r"cliff/1 has no table; kinds that have one are drawn/1, .*result/1"):
         table.table_of(tmp_path)
 
 

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from mmroute import cli
 from mmroute.serve import run as serving
@@ -69,6 +70,76 @@ def test_what_is_wrong_is_one_line_and_2(run, started, arguments, words):
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err
     assert not started
+
+
+PLACED = ["--device", "auto", "--dtype", "bfloat16"]
+
+
+def where(settings):
+    return [(model.name, model.device, model.dtype) for model in (settings.draft, settings.target)]
+
+
+def test_device_and_dtype_are_of_both_local_models_unless_set_says_it_of_one(run, started):
+    assert run("serve", *PLACED)[0] == 0
+    assert run("serve", *PLACED, "--set", "target.device=cuda:1", "--set", "target.dtype=float16")[0] == 0
+    (both, again, _), (each, _, _) = started
+    assert where(both) == where(again) == [("tiny-schedule", "auto", "bfloat16"), ("tiny", "auto", "bfloat16")]
+    assert where(each) == [("tiny-schedule", "auto", "bfloat16"), ("tiny", "cuda:1", "float16")]
+
+
+def test_device_and_dtype_leave_a_model_behind_a_url_alone(run, started, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("target: {url: http://127.0.0.1:2/v1, model: far}\n")
+    assert run("serve", *PLACED, "--draft", "small-draft", "--config", str(file))[0] == 0
+    assert where(started[0][0]) == [("small-draft", "auto", "bfloat16"), ("far", "cpu", None)]
+
+
+def test_what_is_set_of_a_model_that_nobody_named_is_set_of_the_bundled_one(run, started, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("draft: {dtype: float16}\ntarget: {vision: false}\n")
+    assert run("serve", "--config", str(file))[0] == 0
+    settings = started[0][0]
+    assert where(settings) == [("tiny-schedule", "cpu", "float16"), ("tiny", "cpu", None)]
+    assert (settings.draft.recipe, settings.target.vision) == ("schedule", False)
+
+
+FAR = ["--draft", "http://127.0.0.1:1/v1#a", "--target", "http://127.0.0.1:2/v1#b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "gpu"], "serve.draft.device: Value error, one of cpu, cuda, cuda:N (e.g. cuda:1) and auto"),
+        (["--dtype", "int8"], "serve.draft.dtype: Input should be 'float32', 'bfloat16' or 'float16' (given 'int8')"),
+        ([*FAR, "--device", "cuda"], "--device and --dtype are for models of this process"),
+        ([*FAR, "--set", "target.dtype=float16"], "device and dtype are for models of this process; tell the server"),
+    ],
+    ids=str,
+)
+def test_a_place_that_cannot_be_is_refused_before_anything_is_loaded(run, started, arguments, words):
+    code, out, err = run("serve", *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("cards", "device", "words"),
+    [
+        (0, "cuda", "torch finds no CUDA device on this machine; use cpu, or auto"),
+        (0, "cuda:1", "torch finds no CUDA device on this machine; use cpu, or auto"),
+        (2, "cuda:2", "target.device: cuda:2, but the cards of this machine are cuda:0 to cuda:1"),
+    ],
+)
+def test_a_card_that_is_not_there_is_said_before_the_port_opens(run, monkeypatch, cards, device, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    ran = []
+    monkeypatch.setattr(serving._Server, "run", lambda server: ran.append(server))
+    code, out, err = run("serve", "--port", "0", "--set", f"target.device={device}")
+    assert (code, out) == (2, "")
+    assert words in err.splitlines()[-1]
+    assert not ran
 
 
 @pytest.mark.parametrize("name", ["image", "boxes", "latent"])

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import threading
 
 import numpy as np
 import pytest
+import torch
 from gateways import QUICK, as_openai, asking, serving
 from httpx2 import AsyncClient
 from PIL import Image
@@ -282,6 +284,35 @@ def test_the_gateway_rates_on_the_session_and_tells_what_ran(models, settings, s
             assert not gateway.tasks
 
     asyncio.run(run())
+
+
+def test_each_model_computes_in_the_dtype_and_on_the_card_of_its_own(sample, settings, monkeypatch):
+    given = settings.draft.model_copy(update={"dtype": "bfloat16", "device": "auto"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = LocalUpstream("draft", given, settings, FirstToken())
+    model.start()
+    with recipe.equip(mmroute.load(given.model, dtype="bfloat16"), recipe.read(given.recipe)) as (routed, think):
+        wanted = routed.answer_many([sample], think=think)[0].text
+
+    async def run():
+        text, _ = await spoken(await model.open({"messages": as_openai(sample)}, True, "x"))
+        assert text == wanted
+        await model.aclose()
+
+    assert (model.routed.model.dtype, model.device) == (torch.bfloat16, torch.device("cpu"))
+    asyncio.run(run())
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    far = LocalUpstream("target", settings.target.model_copy(update={"device": "cuda:1"}), settings)
+    assert far.device == torch.device("cuda:1")
+    thread = threading.Thread(target=far._work)  # none but its own thread launches what it computes
+    far._jobs.put(None)
+    thread.start()
+    thread.join()
+    assert taken == [torch.device("cuda:1")] * 2
 
 
 def test_any_family_serves_from_its_folder(tiny_folder, settings):
