@@ -51,6 +51,7 @@ def main(model_name: str, out: str, task: str = "frozenlake", steps: int = 100) 
     trainer.apart = code_distances(model.model.vqmodel).to(model.device)
     trainer.train()
     tuned.merge_and_unload().save_pretrained(out)
+    model.processor.save_pretrained(out)
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
