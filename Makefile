@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Two workers; the tests of a file share what they make, so they go to one.
 TWO := -n 2 --dist loadfile
 .DELETE_ON_ERROR:
-.PHONY: demo check test test-all bench-engine gpu constraints
+.PHONY: demo check test test-all bench-engine gpu constraints .venv-lmms
 
 demo: .venv/core
 	$(BIN)/mmroute demo
@@ -11,7 +11,7 @@ check: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 test: check
 	$(BIN)/python -m pytest $(TWO)
-test-all: check .venv/ray
+test-all: check .venv/ray .venv-lmms/made
 	$(BIN)/python -m pytest $(TWO) -m 'not gpu'
 bench-engine: .venv/core
 	$(BIN)/python -m mmroute.bench.engine --out results/engine
@@ -27,13 +27,16 @@ constraints: .venv/dev
 	$(BIN)/python -m pip install -U pip
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	@touch $@
-# lmms-eval wants torchvision, which must match torch; mmroute and its models do without.
-.venv-lmms: .venv/core
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install -U pip
-	$@/bin/python -m pip install -c constraints.txt torch transformers
-	$@/bin/python -m pip install -e . lmms-eval==0.7.3
-	$@/bin/python -m pip uninstall -y torchvision
+# lmms-eval wants torchvision, which must match torch; mmroute and its models do without. Its trackers want older
+# packages than all of our pins allow; without any, pip takes the newest torch, and a filelock that it cannot use.
+.venv-lmms: .venv-lmms/made
+.venv-lmms/made: .venv/core
+	$(PYTHON) -m venv --clear .venv-lmms
+	.venv-lmms/bin/python -m pip install -U pip
+	.venv-lmms/bin/python -m pip install -c constraints.txt torch transformers datasets
+	.venv-lmms/bin/python -m pip install -e . lmms-eval==0.7.3 \
+		$$(grep -E '^(torch|transformers|datasets|numpy)==' constraints.txt)
+	.venv-lmms/bin/python -m pip uninstall -y torchvision
 	@touch $@
 .venv/ray: .venv/dev
 	$(BIN)/python -m pip install -c constraints.txt -e ".[ray]"

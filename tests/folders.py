@@ -16,7 +16,7 @@ from transformers.utils import is_torchvision_available
 
 from mmroute.backbones.load import image_only
 
-__all__ = ["byte_tokenizer", "write", "write_volcano"]
+__all__ = ["as_older_releases", "byte_tokenizer", "write", "write_as_released", "write_volcano"]
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -32,10 +32,18 @@ PLAIN_TEMPLATE = (
 )
 
 
-def write(name: str, folder: Path, layers: int = 3) -> Path:
-    """Writes the folder and returns its path."""
+def write(name: str, folder: Path, layers: int = 3, shard: str = "5GB", **text_options: Any) -> Path:
+    """Writes the folder and returns its path.
+
+    Args:
+        name: family.
+        folder: where to.
+        layers: of the language model.
+        shard: most that a file of weights holds.
+        text_options: as in `families.config`.
+    """
     processor, ids = {"chameleon": _chameleon, "llava": _llava, "llava_next": _llava_next}.get(name, _qwen)(name)
-    config = families.config(name, layers)
+    config = families.config(name, layers, **text_options)
     for key, value in ids.items():
         setattr(config, key, value)
     text = config.get_text_config(decoder=True)
@@ -44,9 +52,34 @@ def write(name: str, folder: Path, layers: int = 3) -> Path:
     text.bos_token_id = tokenizer.bos_token_id
     text.eos_token_id = tokenizer.eos_token_id
     text.pad_token_id = tokenizer.pad_token_id
-    families.build(config).save_pretrained(folder)
+    families.build(config).save_pretrained(folder, max_shard_size=shard)
     processor.save_pretrained(folder)
     return folder
+
+
+def write_as_released(name: str, folder: Path, **text_options: Any) -> Path:
+    """A LLaVA or LLaVA-NeXT folder as on the Hub: shards with an index, and the tower's last layer but one."""
+    write(name, folder, shard="100KB", **text_options)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_feature_layer": -2}))
+    as_older_releases(folder)
+    return folder
+
+
+def as_older_releases(folder: Path) -> None:
+    """Lays a folder out as most of the Hub has it: image processor and chat template in JSON files of their own."""
+    saved = json.loads((folder / "processor_config.json").read_text())
+    images = saved.pop("image_processor")
+    images["image_processor_type"] = images["image_processor_type"].removesuffix("Pil")
+    images["processor_class"] = saved["processor_class"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    if saved["processor_class"].startswith("Qwen"):  # has nothing else to say, so there never was such a file
+        (folder / "processor_config.json").unlink()
+    else:
+        (folder / "processor_config.json").write_text(json.dumps(saved))
+    template = folder / "chat_template.jinja"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
 
 
 def byte_tokenizer(named: dict[str, str], extra: list[str]) -> Any:

@@ -10,17 +10,20 @@ from mmroute.serve.gateway import build_app
 from mmroute.serve.settings import read, upstream
 
 
-def application(draft: str, target: str, budget: float = 0.4):
-    """The ASGI application; each replica builds its own, as the policy's window and the metrics live in it."""
-    policy = {"name": "budget", "budget": budget}
-    return build_app(read(None, {"draft": upstream(draft), "target": upstream(target), "policy": policy}))
+def application(draft: str, target: str, budget: float = 0.4, replicas: int = 1):
+    """The ASGI application; each replica builds its own, as the policy's window and the metrics live in it.
+
+    Caps on the target (`target_in_flight`) are for all replicas together: `replicas` divides them.
+    """
+    given = {"draft": upstream(draft), "target": upstream(target), "replicas": replicas}
+    return build_app(read(None, {**given, "policy": {"name": "budget", "budget": budget}}))
 
 
 def main(draft: str, target: str, replicas: int = 2) -> None:
     from ray import serve
 
     @serve.deployment(num_replicas=replicas, max_ongoing_requests=512, graceful_shutdown_timeout_s=300)
-    @serve.ingress(lambda: application(draft, target))
+    @serve.ingress(lambda: application(draft, target, replicas=replicas))
     class Gateway:
         pass
 

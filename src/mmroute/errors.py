@@ -47,8 +47,17 @@ class UnsupportedCall(MmrouteError, ValueError):
 class MissingExtra(MmrouteError, ImportError):
     """An optional dependency is not installed."""
 
-    def __init__(self, feature: str, package: str, extra: str) -> None:
-        super().__init__(f'{feature} needs {package}, which is not installed; pip install "mmroute[{extra}]"')
+    def __init__(self, feature: str, package: str, extra: str, remedy: str = "") -> None:
+        """Says what to install.
+
+        Args:
+            feature: what was asked for.
+            package: what it needs.
+            extra: mmroute's extra that brings the package; "" for one that none brings.
+            remedy: what to do instead, where no extra brings it.
+        """
+        remedy = remedy or f'pip install "mmroute[{extra}]"'
+        super().__init__(f"{feature} needs {package}, which is not installed; {remedy}")
 
 
 class CheckpointMismatch(MmrouteError, ValueError):

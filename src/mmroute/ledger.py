@@ -45,14 +45,17 @@ class Ledger:
         self._closes.append((close, list(rows)))
 
     def entered(self, rows: Sequence[int], start: int, mask: Sequence[Sequence[int]]) -> None:
-        """Notes which of the columns that were entered are padding.
+        """Notes which of the columns that were entered are padding: those where none of a conversation's rows stands.
 
         Args:
-            rows: [row]: conversations.
+            rows: [row]: conversations, as in `call`.
             start: the first of these columns.
             mask: [row][column]: whether something of the row stands there.
         """
+        own: dict[int, list[int]] = {}
         for conversation, real in zip(rows, mask, strict=True):
+            own[conversation] = [max(pair) for pair in zip(own.get(conversation, real), real, strict=True)]
+        for conversation, real in own.items():
             pads = self._padding.setdefault(conversation, [])
             pads.extend(start + i for i, value in enumerate(real) if not value)
 

@@ -349,10 +349,12 @@ class Session:
         self.rows = [self.rows[i] for i in stays]
 
     def repeat_rows(self, times: int) -> None:
-        """Every row as often, one beside the other, for beams; traces count what all of a conversation's did."""
+        """Every row as often, one beside the other, for beams and options; traces count what all of a conversation's
+        did."""
         assert self.ids is not None and self.mask is not None and self.next_position is not None
         index = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(times)
         self.rows = [row for row in self.rows for _ in range(times)]
+        self._grids = [grids for grids in self._grids for _ in range(times)]
         self.reorder_rows(index)
 
     def reorder_rows(self, index: Tensor) -> None:

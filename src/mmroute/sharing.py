@@ -3,57 +3,27 @@
     routed.push_to_hub("me/maze-router", results=["results/spatial/maze-dare-lh.json"])
     routed = mmroute.from_pretrained("me/maze-router")
 
-Reading needs the Hub only where the name is no folder.
+What a rating says which model answers is shared in the same way, by `gate.prp`.
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
+from mmroute import repository
 from mmroute.backbones.load import bundled
-from mmroute.bench.schema import Result, read_result
+from mmroute.bench.schema import Result, Run, read_result
 from mmroute.engine import saving
-from mmroute.errors import CheckpointMismatch, ConfigError, MmrouteError
+from mmroute.errors import ConfigError
 from mmroute.files import write_text
+from mmroute.repository import is_hub_id
 
-__all__ = ["card", "fetched", "is_hub_id", "push", "write_card"]
+__all__ = ["CARD", "came_from", "card", "push", "write_card"]
 
 CARD = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def is_hub_id(name: str | Path) -> bool:
-    """Whether this names a repository on the Hub rather than a folder: `owner/name`, and no such folder here.
-
-    Example:
-        >>> is_hub_id("me/router"), is_hub_id("./me/router"), is_hub_id("/me/router")
-        (True, False, False)
-    """
-    text = str(name)
-    return not isinstance(name, Path) and not text.startswith(".") and bool(_HUB_ID.fullmatch(text))
-
-
-def fetched(name: str) -> Path:
-    """The folder of a router on the Hub, from the local cache where it is there.
-
-    Raises:
-        CheckpointMismatch: it cannot be fetched.
-    """
-    try:
-        return Path(snapshot_download(name, allow_patterns=[saving.MANIFEST, saving.WEIGHTS]))
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise CheckpointMismatch(
-            f"{name!r} is no folder, is not in the local cache and cannot be fetched from the Hub ({cause}); give a "
-            f"folder that routed.save_pretrained wrote, or fetch it while online: hf download {name}"
-        ) from None
 
 
 def push(
@@ -84,8 +54,7 @@ def push(
         ConfigError: no Hub id, a base that others cannot load, or results of another method.
         MmrouteError: the Hub refused.
     """
-    if not is_hub_id(repo_id):
-        raise ConfigError(f"repo_id is owner/name, given {repo_id!r}")
+    repository.check_id(repo_id)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         saving.save(routed, folder)
@@ -100,14 +69,7 @@ def push(
             data["base"] = {"id": base, "revision": None}
             write_text(folder / saving.MANIFEST, json.dumps(data, indent=1) + "\n")
         write_card(folder, results, repo_id)
-        api = HfApi(token=token)
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
-        except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
-            cause = str(error).strip().splitlines()[0]
-            raise MmrouteError(f"{repo_id} could not be written ({cause}); log in with `hf auth login`") from None
-    return str(commit)
+        return repository.send(folder, repo_id, private=private, token=token, message=message)
 
 
 def write_card(folder: Path, results: Iterable[str | Path], name: str = "") -> None:
@@ -179,12 +141,13 @@ def _table(results: Sequence[Result]) -> list[str]:
             f"{r.cost.keep.get('vision', 1):.2f} | {r.cost.keep.get('text', 1):.2f} | {r.cost.flops_answer:.3g} | "
             f"{r.cost.kv_bytes_end:.0f} | {against} |"
         )
-    rows += ["", "From:", ""]
-    rows += [
-        f"- `{r.run.command}` at commit {r.run.commit or 'unknown'}{' with changes' if r.run.dirty else ''}"
-        for r in results
-    ]
-    return rows
+    return [*rows, *came_from([r.run for r in results])]
+
+
+def came_from(runs: Sequence[Run]) -> list[str]:
+    """Lines of a card: which command, on which source, made its figures."""
+    lines = [f"- `{r.command}` at commit {r.commit or 'unknown'}{' with changes' if r.dirty else ''}" for r in runs]
+    return ["", "From:", "", *lines]
 
 
 def _check_same(manifest: saving.Manifest, result: Result) -> None:

@@ -241,7 +241,7 @@ CASES: dict[str, Case] = {
             ],
             [
                 Files(
-                    "ScienceQA_test.tsv",
+                    "ScienceQA_TEST.tsv",
                     [
                         lettered(
                             "Which is a mammal?",

@@ -49,7 +49,9 @@ def cluster():
     ray = pytest.importorskip("ray")
     os.environ["RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS"] = "0"
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ray.init(num_cpus=3, log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": environment})
+    ray.init(
+        num_cpus=3, num_gpus=2, log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": environment}
+    )
     yield ray
     ray.shutdown()
 
@@ -59,6 +61,16 @@ def test_actors_find_what_one_process_finds(cluster, alone, tmp_path):
     found = spread.on_ray("tiny", RECIPE, PLAN, tmp_path / "parts.jsonl", actors=2)
     assert found.answers == alone.answers
     assert found.scores == alone.scores
+
+
+@on_cluster
+def test_actors_that_ask_for_a_card_each_are_given_one_and_answer(cluster, alone):
+    # Ray counts the cards it was told of; none is there, so the actors compute on the CPU.
+    needs = spread.actor_needs(2, "cuda", cluster.cluster_resources())
+    job = spread._Job("tiny", RECIPE, PLAN, device="cpu", dtype="")
+    rows = [json.loads(line) for line in spread._answered(range(12), job, 2, needs)]
+    found = spread._joined(RECIPE, alone.samples, {row["index"]: row for row in rows})
+    assert found.answers == alone.answers
 
 
 def _holders() -> list[int]:

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from mmroute import serve
+from mmroute.bench import nginx
 from mmroute.serve.book import Book
 from mmroute.serve.settings import Settings, UpstreamSettings, read
 
@@ -93,19 +93,19 @@ def test_the_ray_example_builds_the_application():
     text = (EXAMPLES / "ray_serve.py").read_text()
     scope = {"__name__": "example"}
     exec(compile(ast.parse(text), "ray_serve.py", "exec"), scope)
-    app = scope["application"]("http://127.0.0.1:1/v1#a", "http://127.0.0.1:2/v1#b", 0.3)
+    app = scope["application"]("http://127.0.0.1:1/v1#a", "http://127.0.0.1:2/v1#b", 0.3, 2)
     assert app.state.gateway.served == ["a", "b"]
     assert app.state.gateway.live.decider.budget == 0.3
+    assert app.state.gateway.settings.replicas == 2
 
 
 def test_the_balancers_configuration_is_valid(tmp_path):
-    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-    if nginx is None:
+    program = nginx.binary()
+    if program is None:
         pytest.skip("no nginx here; apt-get install nginx-light")
-    text = (EXAMPLES / "balancer.conf").read_text()
     file = tmp_path / "balancer.conf"
-    file.write_text(f"pid {tmp_path}/pid; error_log {tmp_path}/error.log;\n" + text)
+    file.write_text(nginx.settled((EXAMPLES / "balancer.conf").read_text(), tmp_path))
     done = subprocess.run(
-        [nginx, "-t", "-p", str(tmp_path), "-c", str(file)], capture_output=True, text=True, check=False
+        [program, "-t", "-p", str(tmp_path), "-c", str(file)], capture_output=True, text=True, check=False
     )
     assert "syntax is ok" in done.stderr, done.stderr

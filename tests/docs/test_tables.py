@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmroute.bench import engine_schema, gate_schema, report, schema, table
+from mmroute.bench import engine_schema, gate_schema, lmms_schema, report, schema, table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "results").rglob("*.json"))
@@ -16,6 +16,7 @@ READERS = {
     "gate/1": gate_schema.read_gate,
     "gate-eval/1": gate_schema.read_gate_eval,
     "gateway/1": gate_schema.read_gateway,
+    "lmms/2": lmms_schema.read_lmms,
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["qwen2_5_vl", "chameleon"]
+NAMES = ["qwen2_5_vl", "chameleon", "llava"]
 
 
 def _free_port() -> int:

@@ -3,18 +3,15 @@
 import copy
 import dataclasses
 import json
-import shutil
-from pathlib import Path
 
 import families
 import pytest
 import torch
-from huggingface_hub.errors import OfflineModeIsEnabled
+from hubs import Hub
 from result_samples import make_result
 from rig import attached, stock
 
 import mmroute
-from mmroute import sharing
 from mmroute.bench.schema import write_result
 from mmroute.engine import saving
 from mmroute.errors import CheckpointMismatch, ConfigError, MmrouteError
@@ -23,37 +20,9 @@ from mmroute.prune.fastv import FastV
 NAME = "qwen2_5_vl"
 
 
-class Hub:
-    """What `HfApi` and `snapshot_download` do, in a folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.calls = root, []
-
-    def api(self, token=None):
-        self.calls.append(("token", token))
-        return self
-
-    def create_repo(self, repo_id, private, exist_ok):
-        self.calls.append(("create", repo_id, private, exist_ok))
-
-    def upload_folder(self, repo_id, folder_path, commit_message):
-        self.calls.append(("upload", commit_message))
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
-        return f"hub:{repo_id}"
-
-    def snapshot(self, repo_id, allow_patterns):
-        assert allow_patterns == ["mmroute.json", "mmroute.safetensors"]
-        if not (self.root / repo_id).is_dir():
-            raise OfflineModeIsEnabled("offline\nand more")
-        return str(self.root / repo_id)
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    made_up = Hub(tmp_path / "hub")
-    monkeypatch.setattr(sharing, "HfApi", made_up.api)
-    monkeypatch.setattr(sharing, "snapshot_download", made_up.snapshot)
-    return made_up
+    return Hub.instead(monkeypatch, tmp_path / "hub", ["mmroute.json", "mmroute.safetensors"])
 
 
 @pytest.fixture

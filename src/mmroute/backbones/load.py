@@ -34,6 +34,7 @@ _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "consolidated*.pth")
 
 
 def bundled() -> list[str]:
@@ -219,6 +220,12 @@ def _check_folder(name: str, folder: Path) -> str:
             hint = "this folder holds saved routing parts: load their base model, then the parts"
         elif (folder / "adapter_config.json").exists():
             hint = "this folder holds a PEFT adapter: load its base model, then PeftModel.from_pretrained"
+        elif pickled := sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern)):
+            hint = (
+                f"its weights are pickled ({pickled[0]}), which may run code when opened and is never opened here; "
+                "where you trust them, convert: python -c 'from transformers import AutoModelForImageTextToText as A; "
+                f'A.from_pretrained("{folder}").save_pretrained("{folder}")\''
+            )
         raise CheckpointMismatch(f"{name}: missing {', '.join(missing)}; {hint}")
     kind = _json(name, folder / "config.json").get("model_type")
     supported = [*names(), volcano.MODEL_TYPE]

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmroute.bench import items
 from mmroute.bench.forced import exact_chains, force_chains
+from mmroute.bench.likelihood import choose
 from mmroute.engine.attach import Routed
 from mmroute.errors import InputError
 from mmroute.reason import Answer
@@ -65,21 +66,19 @@ def answer_prompts(
         force: also ask for the answer behind the right chain, which costs about as much again.
     """
     answers: list[Answer] = []
+    scores: list[Score] = []
     tower: int | None = 0
     for asked in prompts.batches(routed, task, think):
-        pictures = [items.observations(sample) for sample in asked.samples]
-        answers += routed.answer_many(
-            asked.chats,
-            think=think,
-            relevance=items.relevance(routed, asked.samples, asked.batch),
-            observations=pictures if any(pictures) else None,
-            prepared=asked.batch,
-        )
+        if task.protocol == "likelihood":
+            chosen, judged = choose(routed, think, asked)
+        else:
+            chosen, judged = _written(routed, think, task, asked)
+        answers += chosen
+        scores += judged
         tower = None if tower is None or asked.flops_tower is None else tower + asked.flops_tower
         if progress is not None:
             progress(recipe.name, len(answers), len(prompts.samples))
     samples = prompts.samples
-    scores = [task.score(sample, answer.text) for sample, answer in zip(samples, answers, strict=True)]
     if any(score.correct is None for score in scores):
         raise InputError(f"{task.name}: an item has no gold answer, so accuracy is undefined; use another split")
     exact = exact_chains(routed, think, task, samples, [answer.ids for answer in answers])
@@ -93,3 +92,16 @@ def answer_prompts(
         exact=exact,
         forced=None if forced is None else forced.answers,
     )
+
+
+def _written(routed: Routed, think: Thinker, task: Task, asked: items.Asked) -> tuple[list[Answer], list[Score]]:
+    """What the model writes, and what it is worth."""
+    pictures = [items.observations(sample) for sample in asked.samples]
+    answers = routed.answer_many(
+        asked.chats,
+        think=think,
+        relevance=items.relevance(routed, asked.samples, asked.batch),
+        observations=pictures if any(pictures) else None,
+        prepared=asked.batch,
+    )
+    return answers, [task.score(sample, answer.text) for sample, answer in zip(asked.samples, answers, strict=True)]

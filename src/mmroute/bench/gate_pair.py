@@ -20,6 +20,7 @@ from mmroute.bench.gate_time import timed
 from mmroute.bench.outcomes.base import Outcomes
 from mmroute.bench.stats import wilson
 from mmroute.errors import ConfigError
+from mmroute.gate._manifest import MANIFEST, shipped
 from mmroute.gate._policy import Budget, policy
 from mmroute.gate._verify import TwoLooks
 from mmroute.gate.base import Policy, Ratings
@@ -150,19 +151,15 @@ def open_pair(
     if rater is None:
         if not gated.rater:
             raise ConfigError(
-                "gate.rater names no trained rater; train one with `mmroute train prp` and set gate.rater=DIR"
+                "gate.rater names no trained rater; train one with `mmroute train prp` and set gate.rater to its "
+                "folder, or to a Hub id"
             )
-        rater = Prp.load(_rater_folder(gated.rater), draft)
+        rater = Prp.from_pretrained(gated.rater, draft)
     return draft, target, rater
 
 
 def absent(gated: GateConfig) -> list[str]:
     """Which of draft, target and rater are neither bundled nor a folder."""
     models = [name for name in (gated.draft, gated.target) if name not in bundled() and not Path(name).is_dir()]
-    rater = _rater_folder(gated.rater) / "rater.json"
-    return [*models, *([] if rater.is_file() else [gated.rater])]
-
-
-def _rater_folder(name: str) -> Path:
-    shipped = Path(__file__).parent.parent / "assets" / name
-    return shipped if (shipped / "rater.json").is_file() else Path(name)
+    is_here = shipped(gated.rater) is not None or (Path(gated.rater) / MANIFEST).is_file()
+    return [*models, *([] if is_here else [gated.rater])]

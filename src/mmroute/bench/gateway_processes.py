@@ -1,4 +1,4 @@
-"""Two scripted upstreams and a gateway in front, as processes of their own on loopback."""
+"""Two scripted upstreams and a gateway in front, or several, as processes of their own on loopback."""
 
 import contextlib
 import json
@@ -37,17 +37,17 @@ def free_port() -> int:
 
 
 class Processes:
-    """Two upstreams and a gateway in front, each a process."""
+    """Two upstreams and a gateway in front, each a process; `start_gateway` adds more."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         self.ports = {name: free_port() for name in ("draft", "target", "gateway")}
-        self.config = folder / "serve.json"  # JSON is YAML
         roles = {
             role: {"url": f"http://127.0.0.1:{self.ports[role]}/v1", "model": role, "served": f"the-{role}"}
             for role in ("draft", "target")
         }
-        self.config.write_text(json.dumps({**SETTINGS, **roles, "port": self.ports["gateway"], **settings}))
+        self._settings = {**SETTINGS, **roles, **settings}
+        self.config = self._configure("gateway", {})
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     def url(self, name: str) -> str:
@@ -62,10 +62,23 @@ class Processes:
             self._run(role, "mmroute.bench.upstream", "--role", role, "--port", str(self.ports[role]))
         self.start_gateway()
 
-    def start_gateway(self) -> None:
+    def start_gateway(self, name: str = "gateway", **settings: Any) -> None:
+        """Starts one; under another name a second one, before the same upstreams.
+
+        Args:
+            name: of its log and port.
+            settings: what it has of its own.
+        """
+        config = self._configure(name, settings)
         code = "import sys; from mmroute.cli import main; sys.argv[0] = 'mmroute'; main()"
-        self._spawn("gateway", [sys.executable, "-c", code, "serve", "--config", str(self.config)])
-        self.wait("gateway", "/ready")
+        self._spawn(name, [sys.executable, "-c", code, "serve", "--config", str(config)])
+        self.wait(name, "/ready")
+
+    def _configure(self, name: str, settings: dict[str, Any]) -> Path:
+        port = self.ports.setdefault(name, free_port())
+        file = self.folder / f"{name}.json"  # JSON is YAML
+        file.write_text(json.dumps({**self._settings, "port": port, **settings}))
+        return file
 
     def _run(self, name: str, module: str, *arguments: str) -> None:
         self._spawn(name, [sys.executable, "-m", module, *arguments])

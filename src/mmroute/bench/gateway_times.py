@@ -5,17 +5,14 @@ The upstream is called directly in the same run. Only differences and ratios of 
 
 import asyncio
 import contextlib
-import shutil
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 
+from mmroute.bench import nginx
 from mmroute.bench.gateway_processes import free_port, request_body
 
 __all__ = ["latency", "throughput"]
@@ -115,25 +112,15 @@ async def _rate(url: str, model: str, stream: bool, n: int, concurrency: int) ->
 @contextlib.asynccontextmanager
 async def _nginx(url: str) -> AsyncIterator[str | None]:
     """A plain reverse proxy in front of one server; None where nginx is not installed."""
-    binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-    if binary is None:
+    if nginx.binary() is None:
         yield None
         return
     port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        paths = " ".join(f"{k}_temp_path {folder}/{k};" for k in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-        file = Path(folder) / "nginx.conf"
-        file.write_text(
-            f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-            f"http {{ access_log off; {paths}\n"
-            f"upstream u {{ server {url.removeprefix('http://')}; keepalive 64; }}\n"
-            f"server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://u; proxy_http_version 1.1; "
-            'proxy_set_header Connection ""; proxy_buffering off; } } }\n'
-        )
-        process = subprocess.Popen([binary, "-p", folder, "-c", str(file)], stderr=subprocess.DEVNULL)
-        try:
-            await asyncio.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(10)
+    text = (
+        "worker_processes 1; events {}\n"
+        f"http {{ upstream u {{ server {url.removeprefix('http://')}; keepalive 64; }}\n"
+        f"server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://u; proxy_http_version 1.1; "
+        'proxy_set_header Connection ""; proxy_buffering off; } } }\n'
+    )
+    with nginx.running(text, port):
+        yield f"http://127.0.0.1:{port}"

@@ -82,6 +82,10 @@ class Grid:
     """Conversations answered at once; changes no answer."""
     forced: bool = False
     """Also ask for the answer behind the right chain, at about the same cost again."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """On CUDA each process takes a card, in turn."""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """The checkpoint's own if empty."""
 
 
 @dataclass(frozen=True)

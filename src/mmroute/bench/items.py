@@ -18,7 +18,7 @@ from mmroute.errors import ConfigError, InputError
 from mmroute.tasks.base import Sample, Task, relevant_tokens
 from mmroute.think.base import Thinker
 
-__all__ = ["Plan", "Prompts", "draw", "is_beyond_words", "load_task", "messages", "observations", "relevance"]
+__all__ = ["Asked", "Plan", "Prompts", "draw", "is_beyond_words", "load_task", "messages", "observations", "relevance"]
 
 SEED_STRIDE = 10_000
 """Items between the first ones of two seeds: runs of up to this many items share none."""
@@ -90,8 +90,11 @@ def draw(task: Task, plan: Plan) -> list[Sample]:
 def messages(routed: Routed, task: Task, sample: Sample, think: Thinker) -> list[dict[str, Any]]:
     """The item as a chat: in the short words of the small models, or in plain English with the thinker's instruction.
 
-    A vocabulary that cannot write the plain question is one of the small models' closed ones.
+    A vocabulary that cannot write the plain question is one of the small models' closed ones. Where options are judged
+    by their likelihood, the question stands alone.
     """
+    if task.protocol == "likelihood":
+        return task.messages(sample, "question")
     if is_beyond_words(routed, sample.question):
         return task.messages(sample, think.style)
     out = task.messages(sample, "sentence")

@@ -1,4 +1,4 @@
-"""What latent steps cost beyond the positions they enter: `python -m mmroute.bench.latent_time --out results/latent`.
+"""What latent steps cost beyond the positions they enter: `python -m mmroute.bench.latent_time`.
 
 The paper's setting: a prompt of 220 positions with 10 x 10 image tokens, 3 latents with 32 copies each, 7 answer
 tokens, batch 1, on a random Qwen2.5-VL text stack; images stand there by their ids alone. In turn, in one process, run
@@ -198,7 +198,7 @@ def card(found: dict[str, Any]) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = Path("results/latent"),
+    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = Path("results/latent-time"),
     rounds: Annotated[int, typer.Option(min=1)] = 15,
     warmup: Annotated[int, typer.Option(min=0)] = 3,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, in fresh processes.")] = True,

@@ -18,19 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
-from lmms_eval.api.model import lmms
 
 from mmroute import cost, hub
 from mmroute import recipe as recipes
 from mmroute.backbones.images import prepare
 from mmroute.backbones.load import load
 from mmroute.bench import items
-from mmroute.errors import ConfigError
+from mmroute.errors import ConfigError, MissingExtra
 from mmroute.tasks import _parse
 from mmroute.tasks._export import lmms_sample
 from mmroute.tasks._rows import SCHEMA
 from mmroute.tasks.base import Generated
+
+try:
+    from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+    from lmms_eval.api.model import lmms
+except ModuleNotFoundError:
+    raise MissingExtra(
+        "mmroute as a model of lmms-eval",
+        "lmms-eval",
+        extra="",
+        remedy="it lives in an environment of its own: make .venv-lmms",
+    ) from None
 
 __all__ = ["Routed"]
 
@@ -110,7 +119,7 @@ class Routed(lmms):
                 visuals, text, ended, said, info = to_visual(doc), context, False, list[str](), None
                 while not ended:
                     message = {"role": "user", "content": [*map(_image, visuals or []), {"type": "text", "text": text}]}
-                    asked = self._asked([message], settings, task, doc_id)
+                    asked = self._asked([message], settings, task, doc_id, doc)
                     (result,) = self._answered(routed, think, [asked], asked["limit"], asked["temperature"])
                     said.append(result.text)
                     visuals, text, ended, said, info = to_text(
@@ -124,10 +133,10 @@ class Routed(lmms):
         _, to_messages, settings, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
         messages = _own_words(routed, think, doc) or [_chat(m) for m in to_messages(doc)]
-        return self._asked(messages, settings, task, doc_id)
+        return self._asked(messages, settings, task, doc_id, doc)
 
     def _asked(
-        self, messages: list[dict[str, Any]], settings: dict[str, Any], task: str, doc_id: Any
+        self, messages: list[dict[str, Any]], settings: dict[str, Any], task: str, doc_id: Any, doc: Any
     ) -> dict[str, Any]:
         is_direct = (self.recipe.think or {}).get("name") == "direct"
         return {
@@ -138,6 +147,7 @@ class Routed(lmms):
             "until": [u for u in _listed(settings.get("until")) if u],
             "task": task,
             "doc_id": doc_id,
+            "id": str(doc.get("id", doc_id) if isinstance(doc, dict) else doc_id),
             "text": " ".join(b.get("text", "") for m in messages for b in m["content"]),
         }
 
@@ -150,7 +160,7 @@ class Routed(lmms):
         thought = max(answer.ar_steps - len(last), 0) if len(answer.hops) > 1 else 0
         counts = TokenCounts(input_tokens=answer.prompt_tokens, output_tokens=answer.ar_steps, reasoning_tokens=thought)
         if self.traces is not None:
-            self._note(asked, answer, text)
+            self._note(asked, answer, counts, text)
         return GenerationResult(text=shown, token_counts=counts)
 
     def _extracted(self, asked: str, text: str) -> str:
@@ -161,13 +171,16 @@ class Routed(lmms):
             return _parse.letter(text, "ABCDEFGH") or text
         return text
 
-    def _note(self, asked: dict[str, Any], answer: Any, text: str) -> None:
+    def _note(self, asked: dict[str, Any], answer: Any, counts: TokenCounts, text: str) -> None:
         line = {
             "task": asked["task"],
             "doc_id": asked["doc_id"],
+            "id": asked["id"],
             "recipe": self.recipe.name,
             "text": text,
-            "prompt_tokens": answer.prompt_tokens,
+            "prompt_tokens": counts.input_tokens,
+            "output_tokens": counts.output_tokens,
+            "reasoning_tokens": counts.reasoning_tokens,
             "ar_steps": answer.ar_steps,
             "hops": len(answer.hops),
             "kv_bytes": cost.estimate_kv_bytes(answer.trace),

@@ -2,8 +2,10 @@
 
 import hashlib
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import fmean as mean
 from typing import Any
 
@@ -15,20 +17,33 @@ from mmroute.config import resolved
 from mmroute.recipe import Recipe
 from mmroute.tasks.base import Sample, Task
 from mmroute.trace import Trace
+from mmroute.train.delta import fingerprint
 
-__all__ = ["group_sizes", "result_of"]
+__all__ = ["group_sizes", "hash_weights", "result_of"]
 
+_HASHED_PARAMETERS = 200_000_000
+"""Larger models are told apart by their name alone: hashing them takes longer than a run."""
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
+def hash_weights(model: Any) -> str:
+    """SHA-256 of a model's own weights, without what a recipe's training changed; empty for models too large to hash
+    at every start."""
+    tensors = dict(model.named_parameters())
+    if sum(tensor.numel() for tensor in tensors.values()) > _HASHED_PARAMETERS:
+        return ""
+    return fingerprint(tensors)
+
+
 def result_of(
-    model: Any, name: str, task: Task, plan: Plan, outcome: Outcome, origin: schema.Run, **more: Any
+    model: Any, name: str, weights: str, task: Task, plan: Plan, outcome: Outcome, origin: schema.Run, **more: Any
 ) -> schema.Result:
     """The content of a result file, without seconds and comparisons.
 
     Args:
         model: what answered.
         name: what it is called in results.
+        weights: what `hash_weights` gives for it.
         task: what was asked.
         plan: which items.
         outcome: what came of them.
@@ -36,13 +51,19 @@ def result_of(
         more: further fields of the result.
     """
     text = model.config.get_text_config(decoder=True)
-    options = getattr(task, "config", None)
+    options, data = getattr(task, "config", None), task.origin(plan.split)
     return schema.Result(
         run=origin,
         machine=schema.machine_here(
             model.device.type, str(model.dtype).removeprefix("torch."), text._attn_implementation
         ),
-        model=schema.Model(id=name, family=model.config.model_type, layers=text.num_hidden_layers),
+        model=schema.Model(
+            id=name,
+            family=model.config.model_type,
+            layers=text.num_hidden_layers,
+            weights_sha256=weights,
+            trained=outcome.recipe.trained or "none",
+        ),
         method=_method(outcome.recipe),
         task=schema.Task(
             name=f"{task.name}-v{task.version}",
@@ -56,8 +77,10 @@ def result_of(
             context=plan.context,
             min_hops=plan.min_hops,
             groups=group_sizes(outcome.samples),
+            protocol=task.protocol,
+            dataset=None if data is None else schema.Dataset(**asdict(data)),
         ),
-        quality=_quality(outcome),
+        quality=_quality(outcome, task),
         cost=_cost(outcome),
         **more,
     )
@@ -84,7 +107,7 @@ def _method(recipe: Recipe) -> schema.Method:
     )
 
 
-def _quality(outcome: Outcome) -> schema.Quality:
+def _quality(outcome: Outcome, task: Task) -> schema.Quality:
     by_level: dict[str, list[int]] = defaultdict(list)
     for sample, right in zip(outcome.samples, outcome.correct, strict=True):
         by_level[str(sample.difficulty.get("level", ""))].append(right)
@@ -98,7 +121,13 @@ def _quality(outcome: Outcome) -> schema.Quality:
         predicted=_predicted(outcome),
         exact="".join(map(str, outcome.exact or [])),
         forced="".join(map(str, outcome.forced or [])),
+        metrics=_metrics(task.metrics(outcome.samples, outcome.scores)),
     )
+
+
+def _metrics(found: Mapping[str, float]) -> dict[str, float]:
+    """What stands beside accuracy; a figure without items, as of groups that are all cut, is none."""
+    return {k: v for k, v in found.items() if k not in ("accuracy", "parsed") and not math.isnan(v)}
 
 
 def _predicted(outcome: Outcome) -> str:

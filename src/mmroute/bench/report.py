@@ -50,7 +50,7 @@ def page(out: Path) -> str:
         kinds = {schema.kind_of(path) for path in folder.glob("*.json")}
         if "result/1" in kinds and any(_is_bench(path) for path in folder.glob("*.json")):
             parts.append(_section(read_sheet(folder), folder))
-        elif kinds in ({"result/1"}, {"engine/1"}, {"gate/1"}, {"gate-eval/1"}, {"gateway/1"}):
+        elif kinds in ({"result/1"}, {"engine/1"}, {"gate/1"}, {"gate-eval/1"}, {"gateway/1"}, {"lmms/2"}):
             gates = sorted(folder.glob("*.svg")) if kinds == {"gate/1"} else []
             pictures = "".join(f"\n![{p.stem}]({folder.name}/{p.name})\n" for p in gates)
             parts.append(f"## {folder.name}\n\n{table.table_of(folder, allow_dirty=True)}{pictures}")

@@ -5,13 +5,14 @@ items.
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any
 
 from mmroute.bench import schema, stats
 from mmroute.bench.answers import Outcome, Progress, answer_items
 from mmroute.bench.items import Plan, draw, load_task
 from mmroute.bench.measure import WALL, Timings, realised_saving
-from mmroute.bench.record import result_of
+from mmroute.bench.record import hash_weights, result_of
 from mmroute.bench.timing import measure_recipes
 from mmroute.recipe import Recipe
 
@@ -59,8 +60,9 @@ def evaluate(
         outcomes = [answer_items(model, side, task, samples, plan.batch, progress) for side in sides]
     timings = measure_recipes(model, sides, task, samples[: plan.timed_items], plan)
     origin = schema.run_here(command, commit, dirty, began, WALL.read() - start)
+    weights = hash_weights(model)
     results = [
-        result_of(model, name, task, plan, outcome, origin, time=_time(timings, side, plan))
+        result_of(model, name, weights, task, plan, outcome, origin, time=_time(timings, side, plan))
         for side, outcome in enumerate(outcomes)
     ]
     ours = results[0]
@@ -141,6 +143,8 @@ def _summary(
         commit=result.run.commit,
         baseline=baseline,
         ratio=ratio,
+        metrics=result.quality.metrics,
+        dataset=result.task.dataset,
     )
 
 
@@ -149,6 +153,13 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
     result, summary = evaluation.result, evaluation.summary
     sides = [summary] if summary.baseline is None else [summary, summary.baseline]
     yield f"{summary.task} ({result.task.split}), seed {summary.seed}, {summary.n} items, model {summary.model}"
+    if summary.dataset is not None:
+        data, asked = summary.dataset, result.task
+        labels = f", labels {data.labels}" if data.labels else ""
+        yield (
+            f"data {data.id}, revision {data.revision or 'unknown'}{labels}; scorer {asked.scorer}, "
+            f"protocol {asked.protocol}"
+        )
     yield (
         f"{'recipe':12} {'accuracy [95 %]':22} {'MFLOPs':>9} {'KV kB':>8} {'AR steps':>8} {'prefill ms':>10} "
         f"{'ms/token':>8}  keep vision / text"
@@ -161,6 +172,13 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
             f"{side.prefill_s * 1e3:10.2f} {side.decode_s_per_token * 1e3:8.2f}  "
             f"{side.keep['vision']:.2f} / {side.keep['text']:.2f}"
         )
+    for side in sides:
+        whole = [f"{name} {value:.3f}" for name, value in side.metrics.items() if "/" not in name]
+        if whole:
+            yield f"{side.recipe:12} {', '.join(whole)}"
+        for key, parts in groupby((k for k in side.metrics if "/" in k), lambda k: k.partition("/")[0]):
+            shown = ", ".join(f"{name.partition('/')[2]} {side.metrics[name]:.3f}" for name in parts)
+            yield f"{side.recipe:12} by {key}: {shown}"
     if result.task.hop_images != "none":
         grown = " ".join(f"{size / 1e3:.0f}" for size in result.cost.kv_bytes_by_hop)
         shown = f"pictures {result.task.hop_images}, context {result.task.context}"

@@ -20,6 +20,7 @@ __all__ = [
     "Baseline",
     "Budget",
     "Cost",
+    "Dataset",
     "Infeasible",
     "Machine",
     "Method",
@@ -37,6 +38,7 @@ __all__ = [
     "origin_here",
     "read_as",
     "read_infeasible",
+    "read_plain",
     "read_result",
     "run_here",
     "write_json",
@@ -55,7 +57,7 @@ class Model:
     layers: int
     weights_sha256: str = ""
     trained: str = "none"
-    """`none`, or the recipe and commit of its routers' training."""
+    """`none`, or the recipe's `trained`: bundled name or folder of its routers and new weights."""
 
 
 @options
@@ -88,6 +90,18 @@ class Method:
 
 
 @options
+class Dataset:
+    """The published data that a task's items are read from."""
+
+    id: str
+    """On the Hub, or the name of the file."""
+    revision: str
+    """The Hub's commit, or `sha256:` of the files; empty if unknown."""
+    labels: str
+    """Which labels, where several are about."""
+
+
+@options
 class Task:
     name: str
     preset: str
@@ -107,6 +121,10 @@ class Task:
     """Items whose chain has fewer hops were passed over."""
     groups: str = ""
     """Sizes, in order, of the groups of items that succeed and fail together: "4,4,4"."""
+    protocol: str = ""
+    """`generate`, or `likelihood`: the option whose words the model finds most likely. Older files do not say."""
+    dataset: Dataset | None = None
+    """None of a generated task."""
 
 
 @options
@@ -124,6 +142,8 @@ class Quality:
     """0 or 1 per item: every word of the right chain was the most likely one; empty where none is known."""
     forced: str = ""
     """0 or 1 per item: teacher-forced, the answer is right behind the right chain; empty where not asked."""
+    metrics: Numbers = dataclasses.field(default_factory=dict)
+    """The usual figures of a public benchmark, such as `pair_accuracy`, and `field/value`: the accuracy of a part."""
 
 
 @options
@@ -245,10 +265,15 @@ class Summary:
     commit: str
     baseline: "Summary | None" = None
     ratio: Ratios | None = None
+    metrics: Numbers = dataclasses.field(default_factory=dict)
+    """As in the result file's `quality`."""
+    dataset: Dataset | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Without `baseline` and `ratio` where nothing was compared."""
+        """Without `baseline` and `ratio` where nothing was compared, `metrics` and `dataset` where a task has none."""
         plain = resolved(self)
+        if self.dataset is None:
+            del plain["metrics"], plain["dataset"]
         if self.baseline is None:
             del plain["baseline"], plain["ratio"]
         else:
@@ -288,10 +313,15 @@ def kind_of(path: Path) -> str:
     Raises:
         InputError: not a JSON object, or one without a schema.
     """
-    return str(_load(path)["schema"])
+    return str(read_plain(path)["schema"])
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_plain(path: Path) -> dict[str, Any]:
+    """A result file as it stands, for kinds that have no class.
+
+    Raises:
+        InputError: not a JSON object, or one without a schema.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -303,7 +333,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def read_as(path: Path, cls: type[T], schema: str) -> T:
     """A result file of the class that its schema names; errors as in `read_result`."""
-    data = _load(path)
+    data = read_plain(path)
     if data["schema"] != schema:
         raise InputError(f"{path}: schema {data['schema']!r} given, expected {schema!r}")
     return parse(cls, data, path.name)

@@ -7,8 +7,7 @@ Deviates: times are still taken by one process alone; only answers are spread.
 """
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ import numpy as np
 from mmroute.bench.answers import Outcome, Progress, answer_items, answer_prompts
 from mmroute.bench.items import Plan, Prompts, draw, load_task
 from mmroute.errors import InputError, MissingExtra
+from mmroute.processes import device_named
 from mmroute.reason import Answer
 from mmroute.recipe import Recipe, equip
 from mmroute.tasks.base import Sample, Score
 from mmroute.trace import Trace
 
-__all__ = ["Parts", "num_ranks", "on_ray", "over_ranks"]
+__all__ = ["Parts", "actor_needs", "on_ray", "over_ranks"]
 
 
 # ---------------------------------------------------------------------- what came of items, as lines
@@ -69,15 +69,26 @@ class Parts:
     A line that a kill cut short is left out, and its item is asked again.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, plan: Plan, model: str) -> None:
+    def __init__(
+        self, path: Path, recipe: Recipe, plan: Plan, model: str, device: str = "cpu", dtype: str = ""
+    ) -> None:
         """Opens or begins the file.
+
+        Args:
+            path: the file.
+            recipe: what is asked.
+            plan: on what.
+            model: of whom.
+            device: `cpu` or `cuda`; they round differently, so one file holds answers of one.
+            dtype: as `--dtype`.
 
         Raises:
             InputError: it belongs to another question.
         """
         self.path, self.found = path, dict[int, dict[str, Any]]()
         asked = {key: value for key, value in asdict(plan).items() if key in _DECIDES}
-        head = json.dumps({"model": model, "recipe": asdict(recipe), **asked}, sort_keys=True, default=str)
+        where = {key: value for key, value in (("device", device), ("dtype", dtype)) if value not in ("cpu", "")}
+        head = json.dumps({"model": model, "recipe": asdict(recipe), **asked, **where}, sort_keys=True, default=str)
         whole = path.read_bytes().rpartition(b"\n")[0].decode().splitlines() if path.exists() else []
         if whole and whole[0] != head:
             raise InputError(f"{path} holds answers to another run; give another file, or remove it")
@@ -118,18 +129,13 @@ _DECIDES = ("task", "n", "seed", "split", "settings", "context")
 # ---------------------------------------------------------------------- ranks
 
 
-def num_ranks() -> int:
-    """Processes of this `torchrun`; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def over_ranks(
     model: Any, sides: Sequence[Recipe], plan: Plan, progress: Progress | None = None
 ) -> list[Outcome] | None:
     """Rank r answers items r, r + W, ... of every recipe; rank 0 gets all of them, the others None.
 
     Args:
-        model: a loaded stock model with its processor, the same on every rank.
+        model: a loaded stock model with its processor, the same on every rank; on CUDA each rank has its own card.
         sides: recipes to answer with.
         plan: on what.
         progress: told rank 0's own items.
@@ -168,6 +174,8 @@ class _Job:
     model: str
     recipe: Recipe
     plan: Plan
+    device: str
+    dtype: str
 
 
 class _Answerer:
@@ -177,10 +185,12 @@ class _Answerer:
         from mmroute.backbones.load import load
 
         self.job = job
+        # Ray shows an actor the one card that it asked for, whatever number it has on the machine.
+        loaded = load(job.model, device=device_named(job.device), dtype=job.dtype or None)
         self.task = load_task(job.plan.task, job.plan.settings)
         self.samples = draw(self.task, job.plan)
         self.stack = ExitStack()
-        self.routed, self.think = self.stack.enter_context(equip(load(job.model), job.recipe))
+        self.routed, self.think = self.stack.enter_context(equip(loaded, job.recipe))
 
     def __call__(self, asked: dict[str, np.ndarray]) -> dict[str, list[str]]:
         indices = [int(i) for i in asked["index"]]
@@ -188,8 +198,44 @@ class _Answerer:
         return {"line": _lines(indices, answer_prompts(self.routed, self.think, self.job.recipe, self.task, prompts))}
 
 
+def actor_needs(actors: int, device: str, resources: Mapping[str, float]) -> dict[str, int]:
+    """What each actor asks Ray for.
+
+    Args:
+        actors: how many there shall be.
+        device: `cpu` or `cuda`.
+        resources: what the whole cluster has, as Ray says it.
+
+    Returns:
+        Options of `map_batches`: on CUDA a card for each; a CPU each is what Ray gives unasked.
+
+    Raises:
+        InputError: the cluster has not enough.
+    """
+    if device == "cuda":
+        cards = int(resources.get("GPU", 0))
+        if actors > cards:
+            raise InputError(
+                f"--ray {actors} --device cuda, but {cards} actors fit: one on each card of the cluster; give fewer, "
+                "or --device cpu"
+            )
+        return {"num_gpus": 1}
+    free = int(resources.get("CPU", 0)) - 1
+    if actors > free:
+        raise InputError(f"--ray {actors}, but {free} actors fit: the cluster's CPUs less one for the reader")
+    return {}
+
+
 def on_ray(
-    model: str, recipe: Recipe, plan: Plan, parts: Path, actors: int, progress: Progress | None = None
+    model: str,
+    recipe: Recipe,
+    plan: Plan,
+    parts: Path,
+    actors: int,
+    progress: Progress | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "",
 ) -> Outcome:
     """Answers on a Ray cluster: each of some actors holds the model. An actor that dies is replaced, its items are
     asked again, and none counts twice.
@@ -199,34 +245,35 @@ def on_ray(
         recipe: what is evaluated.
         plan: on what.
         parts: file that answered items are written to; one that exists is gone on with.
-        actors: how many; on one machine at most its CPUs less one, or the reader has none to run on.
+        actors: how many, at least 1; at most the cluster's CPUs less one, or the reader has none to run on, and on
+            CUDA at most its cards.
         progress: told recipe name, items done and items in all.
+        device: `cpu`, or `cuda`: each actor asks for a card of its own.
+        dtype: float32, bfloat16 or float16; the checkpoint's own if empty.
 
     Raises:
         MissingExtra: Ray is not installed.
-        InputError: the file belongs to another run, or more actors than CPUs allow.
+        InputError: the file belongs to another run, or more actors than CPUs or cards allow.
     """
     try:
         import ray
     except ImportError as error:
         raise MissingExtra("eval --ray", "ray", "ray") from error
     samples = draw(load_task(plan.task, plan.settings), plan)
-    with Parts(parts, recipe, plan, model) as known:
+    with Parts(parts, recipe, plan, model, device, dtype) as known:
         rest = [i for i in range(len(samples)) if i not in known.found]
         if rest:
             if not ray.is_initialized():
                 ray.init(log_to_driver=False)
-            free = int(ray.cluster_resources().get("CPU", 0)) - 1
-            if not 1 <= actors <= free:
-                raise InputError(f"--ray {actors}, but {free} actors fit: the cluster's CPUs less one for the reader")
-            for line in _answered(rest, _Job(model, recipe, plan), actors):
+            needs = actor_needs(actors, device, ray.cluster_resources())
+            for line in _answered(rest, _Job(model, recipe, plan, device, dtype), actors, needs):
                 known.add(line)
                 if progress is not None:
                     progress(recipe.name, len(known.found), len(samples))
         return _joined(recipe, samples, known.found)
 
 
-def _answered(rest: Sequence[int], job: _Job, actors: int) -> Iterator[str]:
+def _answered(rest: Sequence[int], job: _Job, actors: int, needs: Mapping[str, int]) -> Iterator[str]:
     """Lines in the order in which they are ready."""
     import ray
 
@@ -237,6 +284,7 @@ def _answered(rest: Sequence[int], job: _Job, actors: int) -> Iterator[str]:
         fn_constructor_args=(job,),
         batch_size=job.plan.batch,
         compute=ray.data.ActorPoolStrategy(size=actors),
+        **needs,
     )
     for row in found.iter_rows():
         yield str(row["line"])

@@ -21,9 +21,9 @@ from mmroute.bench.answers import answer_prompts
 from mmroute.bench.grid import Case, Grid, cases, key_of
 from mmroute.bench.items import Plan, Prompts, draw, load_task
 from mmroute.bench.measure import WALL
-from mmroute.bench.record import result_of
+from mmroute.bench.record import hash_weights, result_of
+from mmroute.processes import device_named
 from mmroute.recipe import equip
-from mmroute.train.delta import fingerprint
 
 __all__ = ["Job", "Suite", "run"]
 
@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 
 _KEEP_BYTES = 512 * 2**20
 """Prepared prompts that a process keeps for the next method."""
-_HASHED_PARAMETERS = 200_000_000
-"""Larger models are told apart by their name alone: hashing them takes longer than a run."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Suite:
             InputError: a split with fewer items.
         """
         shape = backbones.of(model).shape(model)
-        weights = _weights(model)
+        weights = hash_weights(model)
         found = cases(grid, shape)
         jobs: dict[str, Job] = {}
         for task in grid.tasks:
@@ -93,7 +91,7 @@ class Suite:
                     "n": grid.n,
                     "seed": seed,
                     "forced": grid.forced,
-                    **({"min_hops": grid.min_hops} if grid.min_hops else {}),  # files of other benches keep their names
+                    **_unusual(grid),
                 }
 
                 def file_of(case: Case, about: dict[str, Any] = about, task: str = task, seed: int = seed) -> str:
@@ -147,14 +145,17 @@ def run(
 def _results(
     suite: Suite, left: Sequence[Job], model: Any, command: str, origin: tuple[str, bool], jobs: int
 ) -> Iterator[str]:
-    given = (suite.grid, suite.folder, suite.weights, command, origin)
+    given: tuple[Any, ...] = (suite.grid, suite.folder, suite.weights, command, origin)
     if jobs == 1 or len(left) < 2:
         runner = _Runner(model, *given)
         for job in left:
             yield runner.run(job)
         return
     context = multiprocessing.get_context("spawn")  # a forked torch may hang in its own threads
-    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=given) as pool:
+    numbers = context.SimpleQueue()
+    for number in range(jobs):
+        numbers.put(number)
+    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(numbers, *given)) as pool:
         waiting = [pool.submit(_work, job) for job in left]
         try:
             for future in as_completed(waiting):
@@ -188,11 +189,9 @@ class _Runner:
             outcome = answer_prompts(routed, think, recipe, task, prompts, force=self.grid.forced)
         wall = WALL.read() - start
         source = schema.run_here(self.command, *self.origin, began, wall)
-        found = result_of(self.model, self.grid.model, task, plan, outcome, source)
-        trained = "none" if recipe.trained is None else recipe.trained
+        found = result_of(self.model, self.grid.model, self.weights, task, plan, outcome, source)
         found = replace(
             found,
-            model=replace(found.model, weights_sha256=self.weights, trained=trained),
             method=replace(found.method, row=job.case.row, budget=job.case.budget, control=job.control),
         )
         schema.write_result(self.folder / job.file, found)
@@ -202,22 +201,22 @@ class _Runner:
 _RUNNER: _Runner | None = None
 
 
-def _start(grid: Grid, folder: Path, weights: str, command: str, origin: tuple[str, bool]) -> None:
-    """Begins a worker process: its own model, one thread."""
+def _start(numbers: Any, grid: Grid, *given: Any) -> None:
+    """Begins a worker process: its own model, one thread, and its number's turn at the cards."""
     from mmroute.backbones.load import load
 
     global _RUNNER
-    _RUNNER = _Runner(load(grid.model), grid, folder, weights, command, origin)
+    number = numbers.get() % max(torch.cuda.device_count(), 1)
+    model = load(grid.model, device=device_named(grid.device, number), dtype=grid.dtype or None)
+    _RUNNER = _Runner(model, grid, *given)
+
+
+def _unusual(grid: Grid) -> dict[str, Any]:
+    """Settings that name a run only where they are not the usual ones: files of older benches keep their names."""
+    usual = {"min_hops": 0, "device": "cpu", "dtype": ""}
+    return {name: getattr(grid, name) for name, value in usual.items() if getattr(grid, name) != value}
 
 
 def _work(job: Job) -> str:
     assert _RUNNER is not None
     return _RUNNER.run(job)
-
-
-def _weights(model: Any) -> str:
-    """SHA-256 of the weights; empty for models too large to hash at every start."""
-    tensors = dict(model.named_parameters())
-    if sum(tensor.numel() for tensor in tensors.values()) > _HASHED_PARAMETERS:
-        return ""
-    return fingerprint(tensors)

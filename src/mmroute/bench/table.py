@@ -16,10 +16,11 @@ import typer
 from mmroute.bench import engine_schema, schema
 from mmroute.errors import ConfigError, InputError
 
-__all__ = ["engine_table", "fill", "headline", "kinds_of_check", "markdown", "result_table", "table_of"]
+__all__ = ["drawn_table", "engine_table", "fill", "headline", "kinds_of_check", "markdown", "result_table", "table_of"]
 
 _BLOCK = re.compile(r"(<!-- table:([\w./-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 _HEADLINE = re.compile(r"(<!-- headline -->\n)(.*?)(<!-- /headline -->)", re.DOTALL)
+_UNCOMMITTED = "made from source that was not committed; commit, then run again"
 HEADLINE_TABLE, HEADLINE_RECIPE = "spatial", "dare-lh"
 
 
@@ -39,8 +40,16 @@ def table_of(folder: Path, allow_dirty: bool = False) -> str:
         return engine_table(engine)
     if kinds == {"result/1"}:
         return result_table(_read_results(paths, allow_dirty))
+    if kinds == {"lmms/2"}:
+        from mmroute.bench import lmms_schema  # it writes its table with this module
+
+        runs = [lmms_schema.read_lmms(path) for path in paths]
+        _refuse_dirty(paths, runs, allow_dirty)
+        return lmms_schema.lmms_table(runs)
     if kinds in ({"gate/1"}, {"gate-eval/1"}, {"gateway/1"}):
         return _sections(paths, kinds.pop(), allow_dirty)
+    if kinds == {"drawn/1"}:
+        return drawn_table([schema.read_plain(path) for path in paths], allow_dirty)
     raise InputError(f"{folder}: files of {' and '.join(sorted(kinds))}; keep one kind in a folder")
 
 
@@ -62,6 +71,36 @@ def _sections(paths: list[Path], kind: str, allow_dirty: bool) -> str:
         _refuse_dirty(paths, runs, allow_dirty)
         texts = [gateway_report.section(each) for each in runs]
     return "\n\n".join("\n".join(lines) for lines in texts) + "\n"
+
+
+def drawn_table(runs: list[dict[str, Any]], allow_dirty: bool = False) -> str:
+    """What the pictures of drawn thoughts are worth, one line per recipe and task.
+
+    Raises:
+        InputError: one whose source was not committed.
+    """
+    if any(run["dirty"] for run in runs) and not allow_dirty:
+        raise InputError(f"{', '.join(run['recipe'] for run in runs if run['dirty'])}: {_UNCOMMITTED}")
+    rows = []
+    for run in sorted(runs, key=lambda run: (run["prune"] is not None, run["recipe"])):
+        for task, found in run["tasks"].items():
+            rows.append(
+                [
+                    f"{task}:{run['preset']}",
+                    run["recipe"],
+                    " / ".join(f"{found['keep'][name]:.3f}" for name in ("vision", "text")),
+                    _percent(found["drawn_right"], found["drawn_right_ci95"]),
+                    *(f"{found[name]:.3f}" for name in ("v_acc", "v_red", "v_ratio")),
+                    _percent(found["accuracy"], found["ci95"]),
+                    str(found["n"]),
+                ]
+            )
+    head = ["task", "recipe", "keep vision / text", "items drawn without a fault % [95 %]", "v_acc", "v_red", "v_ratio"]
+    return markdown([*head, "accuracy % [95 %]", "n"], rows)
+
+
+def _percent(share: float, bounds: Sequence[float]) -> str:
+    return f"{100 * share:.1f} [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
 
 
 def _read_results(paths: list[Path], allow_dirty: bool) -> list[schema.Result]:
@@ -98,7 +137,7 @@ def headline(folder: Path, allow_dirty: bool = False) -> str:
 def _refuse_dirty(paths: list[Path], results: Sequence[Any], allow: bool) -> None:
     dirty = [path.name for path, result in zip(paths, results, strict=True) if result.run.dirty]
     if dirty and not allow:
-        raise InputError(f"{', '.join(dirty)}: made from source that was not committed; commit, then run again")
+        raise InputError(f"{', '.join(dirty)}: {_UNCOMMITTED}")
 
 
 def engine_table(results: list[engine_schema.EngineResult]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mmroute.cli._model import Device, Dtype, open_model
 from mmroute.files import write_text
 
 __all__ = ["ask"]
@@ -20,6 +21,8 @@ def ask(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. prune.vision_keep=0.3.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write what happened there, for `mmroute inspect`; .json.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "",
 ) -> None:
     """Answer one question about images."""
     from mmroute import recipe as recipes  # torch costs seconds; --help must not pay them
@@ -31,7 +34,7 @@ def ask(
     settings = recipes.read(recipe, set_)
     check_given(question, image or [])
     pictures = open_images(image or [])  # what cannot be asked is said before a model is loaded
-    with recipes.equip(model, settings) as (routed, think):
+    with recipes.equip(open_model(model, device, dtype), settings) as (routed, think):
         routed.full_trace = trace is not None
         conversation = converse(routed, question, pictures, think)
         answer = routed.answer_many([conversation], think=think)[0]

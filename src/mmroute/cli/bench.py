@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mmroute.cli._model import Device, Dtype, open_model
+
 __all__ = ["bench"]
 
 
@@ -27,13 +29,23 @@ def bench(
     ),
     set_: Annotated[list[str] | None, typer.Option("--set", help="path=value for the recipe; repeatable.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "",
 ) -> None:
     """Compare methods at equal budgets on several tasks. Stop it at any time: it goes on where it was."""
-    from mmroute.backbones.load import load  # torch costs seconds; --help must not pay them
-    from mmroute.bench import gate, grid, report, suite
+    from mmroute.bench import gate, grid, report, suite  # torch costs seconds; --help must not pay them
+    from mmroute.processes import device_named
 
     if gate.is_gate_bench(recipe):
-        others = {"--model": model, "--tasks": tasks, "--methods": methods, "--budgets": budgets, "--jobs": jobs > 1}
+        others: dict[str, object] = {
+            "--model": model,
+            "--tasks": tasks,
+            "--methods": methods,
+            "--budgets": budgets,
+            "--jobs": jobs > 1,
+            "--device": device != "cpu",
+            "--dtype": dtype,
+        }
         _bench_gates(recipe, [name for name, given in others.items() if given], seeds, n, out, dry, tables, set_, json_)
         return
 
@@ -41,8 +53,10 @@ def bench(
     sets = [f"{name}=[{value}]" for name, value in lists.items() if value]
     sets += [f"model={json.dumps(model)}"] if model else []
     sets += [f"n={n}"] if n else []
+    sets += [f"device={device_named(device).type}"] if device != "cpu" else []
+    sets += [f"dtype={dtype}"] if dtype else []
     chosen = grid.read(recipe, [*sets, *(set_ or [])], [m for m in methods.split(",") if m])
-    loaded = load(chosen.model)
+    loaded = open_model(chosen.model, chosen.device, chosen.dtype)
     plan = suite.Suite.plan(chosen, loaded, out / chosen.name)
     left = plan.left()
     typer.echo(

@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from mmroute.calibrate import Gold
+from mmroute.cli._model import Device, Dtype, open_model
 
 __all__ = ["app"]
 
@@ -21,12 +20,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="End stdout with one JSON o
 
 
 @app.command()
-def cliff(task: Tasks, model: Model = "tiny", n: Items = 64, out: Out = None, as_json: AsJson = False) -> None:
+def cliff(
+    task: Tasks,
+    model: Model = "tiny",
+    n: Items = 64,
+    out: Out = None,
+    as_json: AsJson = False,
+    device: Device = "cpu",
+    dtype: Dtype = "",
+) -> None:
     """Behind which layer is the image no longer needed? Writes the curve as JSON and, beside it, SVG."""
     from mmroute import calibrate  # torch costs seconds; --help must not pay them
     from mmroute.bench.schema import write_text
 
-    loaded, batches = _load(model, task, n)
+    loaded = open_model(model, device, dtype)
+    batches = list(calibrate.gold(loaded, task, n))
     found = calibrate.measure_cliff(loaded, batches)
     result = {"model": model, "task": task, **found.to_dict()}
     if out is not None:
@@ -49,22 +57,17 @@ def schedule(
     n: Items = 64,
     out: Out = None,
     as_json: AsJson = False,
+    device: Device = "cpu",
+    dtype: Dtype = "",
 ) -> None:
     """Which share of the image does each layer need, within a budget? Writes a recipe for `--recipe FILE`."""
     from mmroute import calibrate
     from mmroute.bench.schema import write_text
 
-    loaded, batches = _load(model, task, n)
+    loaded = open_model(model, device, dtype)
+    batches = list(calibrate.gold(loaded, task, n))
     found = calibrate.measure_schedule(loaded, batches, budget)
     recipe = found.recipe(f"model {model}, {', '.join(task)}, budget {budget}")
     if out is not None:
         write_text(out, recipe)
     typer.echo(json.dumps({"model": model, "task": task, **found.to_dict()}) if as_json else recipe, nl=as_json)
-
-
-def _load(model: str, tasks: list[str], n: int) -> tuple[Any, "list[Gold]"]:
-    import mmroute
-    from mmroute import calibrate
-
-    loaded = mmroute.load(model)
-    return loaded, list(calibrate.gold(loaded, tasks, n))

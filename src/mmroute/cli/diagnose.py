@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mmroute.cli._model import Device, Dtype, open_model
+
 __all__ = ["app"]
 
 app = typer.Typer(help="Find out what latent steps do.", no_args_is_help=True)
@@ -43,13 +45,17 @@ def interventions(
     out: Out = None,
     set_: Sets = None,
     json_: AsJson = False,
+    device: Device = "cpu",
+    dtype: Dtype = "",
 ) -> None:
     """Zero, shuffle, swap and replace latents: if answers do not care, the latents carry nothing."""
     from mmroute import recipe as recipes  # torch costs seconds; --help must not pay them
     from mmroute.bench import items, latents
 
     plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
-    report = latents.intervene(model, recipes.read(recipe, set_), plan, only or latents.CHANGES, _progress)
+    report = latents.intervene(
+        open_model(model, device, dtype), recipes.read(recipe, set_), plan, only or latents.CHANGES, _progress
+    )
     _finish({**_origin("latents/1", model), **report.to_dict()}, latents.lines(report), out, json_)
 
 
@@ -65,6 +71,8 @@ def survey(
     out: Out = None,
     set_: Sets = None,
     json_: AsJson = False,
+    device: Device = "cpu",
+    dtype: Dtype = "",
 ) -> None:
     """Where latents lie, what the model's head reads off them, and whether they have collapsed."""
     from mmroute import recipe as recipes
@@ -72,7 +80,7 @@ def survey(
 
     plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
     collapse, points, near = latent_space.survey(
-        model,
+        open_model(model, device, dtype),
         recipes.read(recipe, set_),
         plan,
         progress=_progress,
@@ -107,13 +115,15 @@ def gradients(
     out: Out = None,
     set_: Sets = None,
     json_: AsJson = False,
+    device: Device = "cpu",
+    dtype: Dtype = "",
 ) -> None:
     """How strongly the loss pulls at image tokens, words and latents, by layer and stage of the curriculum."""
     from mmroute import recipe as recipes
     from mmroute.bench import gradients, items
 
     plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
-    found = gradients.measure_gradients(model, recipes.read(recipe, set_), plan, _progress)
+    found = gradients.measure_gradients(open_model(model, device, dtype), recipes.read(recipe, set_), plan, _progress)
     _draw(out, lambda: gradients.picture(found))
     _finish({**_origin("gradients/1", model), **found.to_dict()}, gradients.lines(found), out, json_)
 
@@ -131,15 +141,16 @@ def nuclear(
     out: Out = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="path=value for both recipes; repeatable.")] = None,
     json_: AsJson = False,
+    device: Device = "cpu",
+    dtype: Dtype = "",
 ) -> None:
     """Nuclear norms of the attention's gradients and updates while latents are learned, of easy and of hard items."""
-    from mmroute.backbones.load import load
     from mmroute.bench import items, nuclear
     from mmroute.train.curriculum import read_recipe
 
     plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
     recipes = [read_recipe(name, set_) for name in (recipe, against) if name]
-    loaded, right, found = load(model), None, []
+    loaded, right, found = open_model(model, device, dtype), None, []
     for each in recipes:
         one, right = nuclear.measure_nuclear(loaded, each, plan, steps, right=right, progress=_progress)
         found.append(one)
@@ -159,13 +170,15 @@ def router(
     out: Out = None,
     set_: Sets = None,
     json_: AsJson = False,
+    device: Device = "cpu",
+    dtype: Dtype = "",
 ) -> None:
     """What depth routers send through a layer again, and whether it is what the question needs."""
     from mmroute import recipe as recipes
     from mmroute.bench import items, router
 
     plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
-    found = router.measure_router(model, recipes.read(recipe, set_), plan, _progress)
+    found = router.measure_router(open_model(model, device, dtype), recipes.read(recipe, set_), plan, _progress)
     _draw(out, lambda: router.picture(found))
     _finish({**_origin("router/1", model), **found.to_dict()}, router.lines(found), out, json_)
 
@@ -181,13 +194,15 @@ def crops(
     out: Out = None,
     set_: Sets = None,
     json_: AsJson = False,
+    device: Device = "cpu",
+    dtype: Dtype = "",
 ) -> None:
     """Where the window of the closer look falls at each latent step, and whether what is needed lies in it."""
     from mmroute import recipe as recipes
     from mmroute.bench import crops, items
 
     plan = items.Plan(task=task, n=n, seed=seed, batch=batch)
-    found, shown = crops.measure_crops(model, recipes.read(recipe, set_), plan, _progress)
+    found, shown = crops.measure_crops(open_model(model, device, dtype), recipes.read(recipe, set_), plan, _progress)
     _draw(out, lambda: crops.picture(shown, f"{task}, {recipe}: what is copied, and the window of the closer look"))
     _finish({**_origin("crops/1", model), **found.to_dict()}, crops.lines(found), out, json_)
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mmroute.cli._model import Device, Dtype, open_model
+
 __all__ = ["evaluate"]
 
 
@@ -46,6 +48,8 @@ def evaluate(
         Path | None, typer.Option(help="With --ray: folder of answered items; started again, it goes on with them.")
     ] = None,
     target: Annotated[str, typer.Option(help="The large one, likewise.")] = "",
+    device: Device = "cpu",
+    dtype: Dtype = "",
 ) -> None:
     """Score a recipe on a task, with its FLOPs, KV bytes and seconds."""
     from mmroute.errors import ConfigError
@@ -54,14 +58,15 @@ def evaluate(
         _judge_table(outcomes, from_, draft, target, out, json_)
         return
     from mmroute import recipe as recipes  # torch costs seconds; --help must not pay them
-    from mmroute.backbones.load import load
     from mmroute.config import overrides
+    from mmroute.processes import num_processes, refuse_company
 
     about = [text for text in set_ or [] if text.startswith(("task.", "context="))]
     asked = overrides(about)
     chosen = recipes.read(recipe, [text for text in set_ or [] if text not in about])
     if chosen.gate is not None:
-        _score_gate(chosen, draft, target, n, seed, budget, out, json_)
+        refuse_company(f"mmroute eval --recipe {chosen.name}", "a recipe without a gate is shared by processes")
+        _score_gate(chosen, draft, target, n, seed, budget, out, json_, device, dtype)
         return
     if not task:
         raise ConfigError("--task is missing; `mmroute list tasks` shows what there is")
@@ -88,11 +93,14 @@ def evaluate(
         sys.stderr.write(f"\r{name}: {done}/{total}" + ("\n" if done == total else ""))
         sys.stderr.flush()
 
-    loaded, answered = load(model), None
+    loaded, answered = open_model(model, device, dtype), None
     sides = [ours] if theirs is None else [ours, theirs]
     if ray is not None and parts is not None:
-        answered = [spread.on_ray(model, side, plan, parts / f"{side.name}.jsonl", ray, progress) for side in sides]
-    elif spread.num_ranks() > 1:
+        where = {"device": loaded.device.type, "dtype": dtype}  # actors compute as this process does
+        answered = [
+            spread.on_ray(model, side, plan, parts / f"{side.name}.jsonl", ray, progress, **where) for side in sides
+        ]
+    elif num_processes() > 1:
         answered = spread.over_ranks(loaded, sides, plan, progress)
         if answered is None:
             return
@@ -117,7 +125,16 @@ def evaluate(
 
 
 def _score_gate(
-    recipe: Any, draft: str, target: str, n: int, seed: int, budget: float | None, out: Path | None, as_json: bool
+    recipe: Any,
+    draft: str,
+    target: str,
+    n: int,
+    seed: int,
+    budget: float | None,
+    out: Path | None,
+    as_json: bool,
+    device: str,
+    dtype: str,
 ) -> None:
     """One policy on the recipe's own mixture."""
     import time
@@ -133,11 +150,12 @@ def _score_gate(
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     gated, _ = sections(recipe)
     named = dataclasses.replace(gated, draft=draft or gated.draft, target=target or gated.target)
-    found = evaluate(recipe, *open_pair(named), n=n, seed=seed, budget=budget)
+    small, large = (open_model(name, device, dtype or gated.dtype) for name in (named.draft, named.target))
+    found = evaluate(recipe, *open_pair(named, small, large), n=n, seed=seed, budget=budget)
     if out is not None:
         command = shlex.join(["mmroute", *sys.argv[1:]])
         run = schema.run_here(command, *origin, started_at, time.perf_counter() - began)
-        machine = schema.machine_here("cpu", str(named.dtype or "checkpoint"), "sdpa")
+        machine = schema.machine_here(small.device.type, dtype or str(named.dtype or "checkpoint"), "sdpa")
         schema.write_result(out, GateEval(run=run, machine=machine, summary=found))
     for name, value in resolved(found).items():
         typer.echo(f"{name}: {value}", err=as_json)

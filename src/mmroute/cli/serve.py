@@ -22,6 +22,7 @@ def serve(
 ) -> None:
     """Serve a draft and a target as one OpenAI-compatible model, with a page to look at it."""
     from mmroute.config import overrides
+    from mmroute.gate._manifest import MANIFEST, WEIGHTS
     from mmroute.serve import settings as settings_
 
     given: dict[str, Any] = {}
@@ -50,7 +51,10 @@ def serve(
             "--target for a pair that differs",
             err=True,
         )
-    run(settings, read, [path for path in (config, settings.api_keys_file) if path is not None])
+    watched = [path for path in (config, settings.api_keys_file) if path is not None]
+    if settings.rater is not None:  # of a folder; what is bundled or on the Hub does not change under a running gateway
+        watched += [Path(settings.rater) / name for name in (MANIFEST, WEIGHTS)]
+    run(settings, read, watched)
 
 
 def replay(

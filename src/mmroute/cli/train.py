@@ -5,7 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
+from mmroute.cli._model import Device, open_model
+
 __all__ = ["app"]
+
+_TOGETHER = ("vedas",)
+"""Trainers that several processes can share; each other one would be as many whole trainings."""
 
 _Board = Annotated[
     Path | None, typer.Option("--tensorboard", help="Folder for TensorBoard to read; nothing if not given.")
@@ -15,8 +20,16 @@ app = typer.Typer(help="Train models and their parts.", no_args_is_help=True)
 
 
 @app.callback()
-def root() -> None:
+def root(context: typer.Context) -> None:
     """Train models and their parts."""
+    from mmroute.processes import refuse_company
+
+    if context.invoked_subcommand not in _TOGETHER:
+        refuse_company(
+            f"mmroute train {context.invoked_subcommand}",
+            "of the trainers only `mmroute train vedas` is shared by processes; your own loop over a routed model is "
+            "too (docs/extend.md)",
+        )
 
 
 @app.command()
@@ -26,7 +39,7 @@ def backbone(
         "runs/tiny"
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stands.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     tensorboard: _Board = None,
     seed: Annotated[int | None, typer.Option(help="Of weights and data; the recipe's own if not given.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Recipe option, path=value; repeatable.")] = None,
@@ -63,20 +76,18 @@ def vedas(
         Path | None, typer.Option(help="Folder of the run, runs/RECIPE if not given; the result is its `latent`.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stands.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     tensorboard: _Board = None,
     seed: Annotated[int | None, typer.Option(help="Of data; the recipe's own if not given.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Recipe option, path=value; repeatable.")] = None,
 ) -> None:
     """Teach a model to think in latents, in stages; killed at any moment, it goes on with --resume."""
-    from mmroute.backbones.load import load
     from mmroute.train.curriculum import read_recipe
     from mmroute.train.follow import following
-    from mmroute.train.loop import device_named
     from mmroute.train.vedas import train_vedas
 
     settings = read_recipe(recipe, _chosen(changes, task, seed))
-    loaded, run = load(model).to(device_named(device)), out or Path("runs") / settings.name
+    loaded, run = open_model(model, device), out or Path("runs") / settings.name
     with following(tensorboard) as followers:
         folder = train_vedas(settings, loaded, run, resume, followers)
     typer.echo(str(folder))
@@ -103,18 +114,17 @@ def dare(
         Path, typer.Option(help="Folder of the run; the routers come to lie in its folder `router`.")
     ] = Path("runs/dare-lh"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stands.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     tensorboard: _Board = None,
     seed: Annotated[int | None, typer.Option(help="Of data and noise; the recipe's own if not given.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Recipe option, path=value; repeatable.")] = None,
 ) -> None:
     """Train the routers of DARE, and the backbone with them; killed at any moment, it goes on with --resume."""
     from mmroute import recipe as recipes
-    from mmroute.backbones.load import load
     from mmroute.train.dare import train_dare
     from mmroute.train.follow import following
 
-    settings, loaded = recipes.read(recipe, _chosen(changes, task, seed)), load(model, device=device)
+    settings, loaded = recipes.read(recipe, _chosen(changes, task, seed)), open_model(model, device)
     with following(tensorboard) as followers:
         folder = train_dare(settings, loaded, out, resume, followers)
     typer.echo(str(folder))
@@ -131,13 +141,12 @@ def prp(
         "runs/prp-small"
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stands.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     seed: Annotated[int | None, typer.Option(help="Of questions and weights; the recipe's own if not given.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Recipe option, path=value; repeatable.")] = None,
 ) -> None:
     """Train a draft to rate itself and the target before it answers; its own answers stay what they are."""
     from mmroute import recipe as recipes
-    from mmroute.backbones.load import load
     from mmroute.train.prp import train_prp
     from mmroute.train.prp_config import sections
 
@@ -146,6 +155,6 @@ def prp(
         chosen.append(f"train.seed={seed}")
     read = recipes.read(recipe, chosen)
     gated, _ = sections(read)
-    small = load(draft or gated.draft, dtype=gated.dtype, device=device)
-    large = load(target or gated.target, dtype=gated.dtype, device=device)
+    small = open_model(draft or gated.draft, device, gated.dtype)
+    large = open_model(target or gated.target, device, gated.dtype)
     typer.echo(str(train_prp(read, small, large, out, resume)))

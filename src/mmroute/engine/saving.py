@@ -28,7 +28,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 import mmroute
-from mmroute import hub
+from mmroute import hub, repository
 from mmroute.config import options, parse, resolved
 from mmroute.deepen.base import Deepener
 from mmroute.engine.attach import Routed, attach
@@ -184,10 +184,8 @@ def from_pretrained(
     Raises:
         CheckpointMismatch: files are missing, broken or of another format, or they do not fit the model.
     """
-    from mmroute import sharing  # it writes with this module
-
-    if not Path(folder).exists() and sharing.is_hub_id(folder):
-        folder = sharing.fetched(str(folder))
+    if not Path(folder).exists() and repository.is_hub_id(folder):
+        folder = repository.fetched(str(folder), (MANIFEST, WEIGHTS), "routed.save_pretrained")
     folder = Path(folder)
     manifest = read_manifest(folder)
     saved = (("prune", manifest.prune, prune), ("deepen", manifest.deepen, deepen), ("think", manifest.think, None))
@@ -275,6 +273,8 @@ def read_manifest(folder: Path) -> Manifest:
         hint = "give a folder that routed.save_pretrained wrote"
         if (folder / "config.json").is_file():
             hint = "it holds a model: pass it as base, with a folder that routed.save_pretrained wrote"
+        elif (folder / "rater.json").is_file():
+            hint = "it holds a rater of the gate prp: Prp.from_pretrained reads it"
         raise CheckpointMismatch(f"{folder}: {MANIFEST} is missing; {hint}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

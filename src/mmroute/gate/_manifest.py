@@ -13,14 +13,37 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from mmroute import __version__, repository
 from mmroute.errors import CheckpointMismatch
 from mmroute.gate._calibrate import Calibration
 from mmroute.gate._verify import Verifier
 from mmroute.gate.base import score_of
 
-__all__ = ["FORMAT", "Manifest", "first_threshold", "verifier_of"]
+__all__ = ["FORMAT", "MANIFEST", "WEIGHTS", "Manifest", "first_threshold", "folder_of", "shipped", "verifier_of"]
 
 FORMAT = "prp/1"
+MANIFEST, WEIGHTS = "rater.json", "rater.safetensors"
+_ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def shipped(name: str | Path) -> Path | None:
+    """The folder of a rater that comes with this package; None where none has that name."""
+    folder = _ASSETS / name
+    return folder if isinstance(name, str) and (folder / MANIFEST).is_file() else None
+
+
+def folder_of(name: str | Path) -> Path:
+    """Where a rater lies: a bundled name, a folder, or a Hub id, which is fetched.
+
+    Raises:
+        CheckpointMismatch: a Hub id that the Hub does not give.
+    """
+    here = shipped(name)
+    if here is not None:
+        return here
+    if not Path(name).exists() and repository.is_hub_id(name):
+        return repository.fetched(str(name), (MANIFEST, WEIGHTS), "`mmroute train prp`")
+    return Path(name)
 
 
 def first_threshold(facts: Mapping[str, Any], budget: float) -> float | None:
@@ -58,14 +81,20 @@ class Manifest:
             CheckpointMismatch: it is missing, torn, or of another format.
         """
         try:
-            text = (folder / "rater.json").read_bytes()
+            text = (folder / MANIFEST).read_bytes()
             found = json.loads(text)
             if found.get("format") != FORMAT:
-                raise CheckpointMismatch(f"{folder}: format {found.get('format')!r}, this version reads {FORMAT!r}")
+                raise CheckpointMismatch(
+                    f"{folder}: {MANIFEST} is of format {found.get('format')!r}, this version of mmroute "
+                    f"({__version__}) reads {FORMAT!r}; train the rater with it, or install the version that wrote it"
+                )
             config, base, weights = (found[key] for key in ("config", "base", "weights"))
             calibrators = [Calibration.from_dict(each) for each in found["calibrators"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointMismatch(f"{folder}: not a rater ({error}); `mmroute train prp` writes one") from None
+            hint = "`mmroute train prp` writes one"
+            if (folder / "mmroute.json").is_file():
+                hint = "it holds routing parts: mmroute.from_pretrained reads them"
+            raise CheckpointMismatch(f"{folder}: not a rater ({error}); {hint}") from None
         own = {"format", "config", "base", "weights", "calibrators"}
         facts = {key: value for key, value in found.items() if key not in own}
         return cls(config, base, weights, calibrators, facts, text)
@@ -74,6 +103,21 @@ class Manifest:
     def is_written(self) -> bool:
         """Whether the draft writes its ratings, so that any server can serve it."""
         return self.config.get("form") == "tokens"
+
+    @property
+    def pair(self) -> dict[str, str]:
+        """`draft`, `target`, `target_weights`, as far as they are known."""
+        return self.facts.get("pair") or {}
+
+    @property
+    def has_own_draft(self) -> bool:
+        """Whether training changed the draft, so that the one it began with does not fit."""
+        return self.is_written or bool((self.facts.get("train") or {}).get("train_reasoning"))
+
+    @property
+    def drafted_for(self) -> str | None:
+        """The draft that fits, by the name it had in training; None where that one was changed, or is not named."""
+        return None if self.has_own_draft else self.pair.get("draft")
 
     def id_with(self, weights: bytes = b"") -> str:
         """The artifact's name in headers, logs and results."""

@@ -13,7 +13,7 @@ Legend: B rows, R ratings (draft, target), K levels.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -23,16 +23,18 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from mmroute import backbones
+from mmroute.backbones.load import load as load_model
 from mmroute.config import options, resolved
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError, MmrouteError
+from mmroute.gate import _card
 from mmroute.gate._calibrate import Calibration, calibration
 from mmroute.gate._digits import Digits
-from mmroute.gate._manifest import FORMAT, Manifest, first_threshold, verifier_of
+from mmroute.gate._manifest import FORMAT, MANIFEST, WEIGHTS, Manifest, first_threshold, folder_of, verifier_of
 from mmroute.gate._suffix import Suffix
 from mmroute.gate._verify import Verifier
 from mmroute.gate._words import LEVELS
@@ -120,6 +122,7 @@ class Prp(Gate):
         self.calibrators: list[Calibration] = []
         self.facts: dict[str, Any] = {}
         """What else the artifact says: pair, splits, quantiles, figures."""
+        self._read: Manifest | None = None
 
     def bind(self, model: Any, seed: int = 0) -> "Prp":
         """Sits on a draft, with fresh weights where its form has any.
@@ -237,21 +240,11 @@ class Prp(Gate):
         Raises:
             MmrouteError: the folder cannot be written.
         """
-        reader, weights = self._reader(), b""
-        if isinstance(reader, Suffix):
-            weights = tensor_bytes({k: v.detach().cpu().contiguous() for k, v in reader.state_dict().items()})
-        manifest = {
-            "format": FORMAT,
-            "config": resolved(self.config),
-            "base": fingerprint(self.model),
-            "weights": hashlib.sha256(weights).hexdigest(),
-            "calibrators": [c.to_dict() for c in self.calibrators],
-            **self.facts,
-        }
-        text = json.dumps(manifest, indent=1) + "\n"
+        weights = self._weights()
+        text = self._text(weights)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, data in (("rater.safetensors", weights), ("rater.json", text.encode())):
+            for name, data in ((WEIGHTS, weights), (MANIFEST, text)):
                 if not data:
                     continue
                 beside = folder / f".{name}.part"
@@ -261,7 +254,64 @@ class Prp(Gate):
             raise MmrouteError(
                 f"could not write {folder}: {error.strerror or error}; free space or choose another"
             ) from error
-        return hashlib.sha256(weights + text.encode()).hexdigest()[:16]
+        return hashlib.sha256(weights + text).hexdigest()[:16]
+
+    def _weights(self) -> bytes:
+        reader = self._reader()
+        if not isinstance(reader, Suffix):
+            return b""
+        return tensor_bytes({k: v.detach().cpu().contiguous() for k, v in reader.state_dict().items()})
+
+    def _text(self, weights: bytes) -> bytes:
+        """`rater.json`; of a rater that was read and not changed since, as it was read, so that it keeps its id."""
+        facts = {key: value for key, value in self.facts.items() if key != "artifact"}
+        config, base, digest = resolved(self.config), fingerprint(self.model), hashlib.sha256(weights).hexdigest()
+        read = self._read
+        if read is not None and resolved(Prp(**read.config).config) == config:
+            now = (base, digest, self.calibrators, facts)
+            if (read.base, read.weights, read.calibrators, read.facts) == now:
+                return read.text
+        maps = [c.to_dict() for c in self.calibrators]
+        whole = {"format": FORMAT, "config": config, "base": base, "weights": digest, "calibrators": maps, **facts}
+        return (json.dumps(whole, indent=1) + "\n").encode()
+
+    def save_pretrained(self, folder: str | Path, results: Iterable[str | Path] | None = None) -> str:
+        """Writes what `save` writes, with a model card where results are given; returns the artifact's id.
+
+        Args:
+            folder: where to.
+            results: result files of kind `gate/1` or `gate-eval/1` of this very rater, for the card.
+
+        Raises:
+            ConfigError: a result of another rater.
+            MmrouteError: the folder cannot be written.
+        """
+        artifact = self.save(Path(folder))
+        if results is not None:
+            _card.write(Path(folder), results)
+        return artifact
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes, with a model card; see `gate._card.push`."""
+        return _card.push(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, draft: Any = None) -> "Prp":
+        """A trained rater on its draft, from a folder, a bundled name or the Hub.
+
+        Args:
+            name: of the rater; on the Hub `owner/name`.
+            draft: a loaded model, or a folder, Hub id or bundled name; None is the one that the rater names.
+
+        Raises:
+            CheckpointMismatch: as `load`; or there is no such rater, or no such draft.
+        """
+        folder = folder_of(name)
+        if draft is None:
+            draft = Manifest.read(folder).drafted_for
+            if draft is None:
+                raise CheckpointMismatch(f"{name}: {MANIFEST} names no draft that is as it was trained; pass draft=")
+        return cls.load(folder, load_model(draft) if isinstance(draft, str | Path) else draft)
 
     @classmethod
     def load(cls, folder: Path, model: Any) -> "Prp":
@@ -272,21 +322,27 @@ class Prp(Gate):
         """
         found = Manifest.read(folder)
         try:
-            weights = b"" if found.is_written else (folder / "rater.safetensors").read_bytes()
-            state = load(weights) if weights else {}
+            weights = b"" if found.is_written else (folder / WEIGHTS).read_bytes()
+            state = read_tensors(weights) if weights else {}
         except (OSError, SafetensorError) as error:
             raise CheckpointMismatch(f"{folder}: not a rater ({error}); `mmroute train prp` writes one") from None
         if hashlib.sha256(weights).hexdigest() != found.weights:
-            raise CheckpointMismatch(f"{folder}: rater.safetensors is not the file that rater.json was written with")
+            raise CheckpointMismatch(f"{folder}: {WEIGHTS} is not the file that {MANIFEST} was written with")
         if fingerprint(model) != found.base:
             raise CheckpointMismatch(
-                f"{folder}: trained on the draft with weights {found.base[:12]}, this model's are "
+                f"{folder}: trained on the draft {found.pair.get('draft', 'without a name')!r} with weights "
+                f"{found.base[:12]}, this model ({model.config.name_or_path or 'without a name'}) has "
                 f"{fingerprint(model)[:12]}; load the draft it belongs to, or train a rater for this one"
             )
-        made = cls(**found.config).bind(model)
-        if isinstance(made.reader, Suffix):
-            made.reader.load_state_dict(state)
-        made.calibrators = found.calibrators
+        try:
+            made = cls(**found.config).bind(model)
+            if isinstance(made.reader, Suffix):
+                made.reader.load_state_dict(state)
+        except (ConfigError, RuntimeError) as error:
+            raise CheckpointMismatch(
+                f"{folder}: {MANIFEST} and {WEIGHTS} do not fit this version of mmroute ({error}); train it again"
+            ) from None
+        made.calibrators, made._read = found.calibrators, found
         made.facts = {**found.facts, "artifact": found.id_with(weights)}
         return made
 

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from mmroute.serve.replay import ReplayLog
 from mmroute.serve.settings import Settings, UpstreamSettings
+from mmroute.serve.spending import Spending
 from mmroute.serve.turn import Turn
 
 __all__ = ["Book"]
@@ -32,6 +33,8 @@ class Book:
         self.totals = {"ok": 0, "error": 0, "gone": 0}
         self.spent: dict[str, Any] = {"unit": "", "cost": 0.0, "always_target": 0.0}
         """What answered requests cost, and what the target alone would have cost for the same tokens."""
+        self.on_target = Spending()
+        """USD of the target's answers, if it has prices."""
         r = self.registry = CollectorRegistry()
         self.requests = Counter("mmroute_requests", "Chat requests by how they ended", ["route", "outcome"], registry=r)
         self.decisions = Counter("mmroute_decisions", "Routes by reason", ["route", "reason"], registry=r)
@@ -119,6 +122,8 @@ class Book:
             return
         draft, target = self.settings.draft, self.settings.target
         unit, cost, always = "", 0.0, 0.0
+        if turn.route == "target" and _priced(target):
+            self.on_target.add(_usd(target, turn.tokens_in, turn.tokens_out))
         if _priced(draft) and _priced(target):
             unit = "USD"
             always = _usd(target, turn.tokens_in, turn.tokens_out)

@@ -57,6 +57,7 @@ class Chat:
             await race(work, receive)
         finally:
             gateway.tasks.discard(work)
+            gateway.at_target.discard(turn)
             client.stop()
             if not self.decides_only:
                 gateway.book.close(turn)
@@ -126,7 +127,8 @@ class _Exchange:
             self.turn.prompt_hash = hashlib.sha256(text).hexdigest()
             if kept == "full":
                 self.turn.prompt = asked.body["messages"]
-        self.turn.own = asked.over.budget is not None or asked.over.threshold is not None
+        over = asked.over
+        self.turn.own = any(each is not None for each in (over.budget, over.threshold, over.weight))
 
     async def _admit_images(self, asked: Asked) -> None:
         for image in asked.images:

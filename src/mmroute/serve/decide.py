@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mmroute.errors import ConfigError
-from mmroute.gate._policy import Always, Batch, Budget, MicroBatch, Shadow, policy
+from mmroute.gate._policy import Always, Batch, Budget, MicroBatch, Shadow, Utility, policy
 from mmroute.gate._verify import TwoLooks
 from mmroute.gate.base import Decision, Policy, Rating, Route
 from mmroute.serve.schema import Overrides
@@ -75,6 +75,8 @@ class Decider:
         if over.threshold is not None:
             route: Route = "target" if rating.score > over.threshold else "draft"
             return Decision(route, "rating", rating.score, over.threshold)
+        if over.weight is not None:
+            return Utility(weight=over.weight).decide(rating, key=key)
         if over.budget is not None:
             first = over.budget if self.looks is None else self.looks.first_share(over.budget)
             return self.window.decide_at(rating, first, key)

@@ -36,6 +36,7 @@ from mmroute.serve.decide import Decider
 from mmroute.serve.limits import Fetcher
 from mmroute.serve.schema import ApiError
 from mmroute.serve.settings import Keys, Settings
+from mmroute.serve.turn import Turn
 from mmroute.serve.upstreams import HttpUpstream, SessionUpstream, Upstream
 
 __all__ = ["Gateway", "build_app"]
@@ -85,6 +86,9 @@ class Gateway:
         self.retry_budget = RetryBudget(settings.retries.share)
         self.live = self._build(settings, None)
         self.tasks: set[asyncio.Task[None]] = set()
+        self.at_target: set[Turn] = set()
+        """Requests that the target was chosen for and that have not ended: what caps on it count. A call counts
+        itself only once it is made, and between a decision and its call others decide."""
         self.draining = False
         """Nothing new is taken."""
         self.leaving = False
@@ -211,16 +215,12 @@ class Gateway:
         self.book.reloads.labels("ok").inc()
         return True
 
-    async def watch_files(self, paths: list[Path]) -> None:
+    async def watch_files(self, paths: list[Path], every_s: float = 2) -> None:
         """Reloads when one of the files changes; for `reload: poll`."""
-
-        def times() -> list[float]:
-            return [path.stat().st_mtime if path.exists() else 0.0 for path in paths]
-
-        seen = times()
+        seen = [_changed(path) for path in paths]
         while True:
-            await asyncio.sleep(2)
-            now = times()
+            await asyncio.sleep(every_s)
+            now = [_changed(path) for path in paths]
             if now != seen:
                 seen = now
                 await self.reload()
@@ -334,6 +334,13 @@ def _upstreams(settings: Settings) -> dict[str, Upstream]:
     return made
 
 
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # between an editor's two renames there is no file
+        return 0.0
+
+
 def _bundled(settings: Settings) -> bool:
     return settings.draft.url is None and settings.draft.model == "tiny"
 
@@ -356,6 +363,12 @@ def _drawn(kind: str, number: int) -> dict[str, Any]:
 async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return Response(ApiError(error.status_code, error.detail).payload, error.status_code, media_type="application/json")
+
+
+async def _own_error(_: Request, error: Exception) -> Response:
+    """Starlette's own last resort is plain text; the traceback goes to the log all the same."""
+    failed = ApiError(500, "the gateway failed; its log says why", code="internal")
+    return Response(failed.payload, 500, media_type="application/json")
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
@@ -387,7 +400,7 @@ def build_app(settings: Settings, gateway: Gateway | None = None) -> Starlette:
             Route("/example", keyed(made.example)),
             *(Route(path, made.page) for path in _PAGE),
         ],
-        exception_handlers={HTTPException: _http_error, ApiError: _api_error},
+        exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _own_error},
         lifespan=lifespan,
     )
     app.state.gateway = made

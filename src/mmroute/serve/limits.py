@@ -106,7 +106,10 @@ class Fetcher:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.limits, self.domains, self.resolver = limits, domains, resolver
-        self._client = httpx.AsyncClient(transport=transport, timeout=_FETCH_S, trust_env=False)
+        # No connection is kept: it was opened for one name, and another name at the same address is another server.
+        self._client = httpx.AsyncClient(
+            transport=transport, timeout=_FETCH_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
+        )
 
     async def allowed(self, url: str) -> str:
         """An address of the host that may be connected to.

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SESSIONS = 4
 _TOP_LOGPROBS = 20
+_COLDEST = 1e-6
 
 
 class LocalUpstream(SessionUpstream):
@@ -87,8 +88,8 @@ class LocalUpstream(SessionUpstream):
     def first_threshold(self, budget: float) -> float | None:
         return None if self.rater is None else self.rater.start(budget)
 
-    def load_rater(self, folder: Path | None) -> None:
-        self.rater = FirstToken() if folder is None else TrainedRater(folder, self.routed.model)
+    def load_rater(self, name: str | Path | None) -> None:
+        self.rater = FirstToken() if name is None else TrainedRater(name, self.routed.model)
 
     async def ready(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -111,9 +112,9 @@ class LocalUpstream(SessionUpstream):
         job = Job(
             messages=self._messages(body["messages"]),
             limit=body.get("max_completion_tokens") or body.get("max_tokens"),
-            temperature=body.get("temperature") or 0.0,
+            temperature=_temperature(body),
             top_p=body.get("top_p") or 1.0,
-            seed=body.get("seed") or 0,
+            seed=(body.get("seed") or 0) % 2**63,  # as many as a generator takes
             stops=[stops] if isinstance(stops, str) else list(stops),
             id=f"chatcmpl-{request_id}",
             park=park,
@@ -175,12 +176,15 @@ class LocalUpstream(SessionUpstream):
 _OVER = object()
 
 
+def _temperature(body: dict[str, Any]) -> float:
+    """Greedy where dividing by it would leave no numbers."""
+    given = float(body.get("temperature") or 0.0)
+    return 0.0 if 0 <= given < _COLDEST else given
+
+
 def _template(body: dict[str, Any]) -> dict[str, Any]:
     """Of `chat_template_kwargs` the switch that asks for a rating: the others could be words of the processor's own."""
-    given = body.get("chat_template_kwargs") or {}
-    if not isinstance(given, dict):
-        raise Fault("refused", f"chat_template_kwargs is an object, given {given!r}", status=400, ours=True)
-    return {SWITCH: True} if given.get(SWITCH) else {}
+    return {SWITCH: True} if (body.get("chat_template_kwargs") or {}).get(SWITCH) else {}
 
 
 def _top_logprobs(body: dict[str, Any]) -> int | None:

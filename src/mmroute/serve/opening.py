@@ -59,7 +59,6 @@ class Opener:
     async def _first(self, upstream: Upstream, body: dict[str, Any], stream: bool, trace: bool) -> Running:
         seconds = self.settings.timeouts.first_byte_s
         running: Running | None = None
-        upstream.in_flight += 1
         try:
             async with asyncio.timeout(seconds):
                 if isinstance(upstream, SessionUpstream):
@@ -71,8 +70,6 @@ class Opener:
         except BaseException as error:
             if running is not None:
                 await running.aclose()
-            else:
-                upstream.in_flight -= 1
             if isinstance(error, TimeoutError):
                 raise Fault("timeout", f"{upstream.role}: nothing came in {seconds:g} s", status=504) from None
             raise

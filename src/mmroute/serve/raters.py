@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmroute.errors import ConfigError
-from mmroute.gate._manifest import Manifest
+from mmroute.gate._manifest import Manifest, folder_of
 from mmroute.gate._words import PREFIX, SWITCH
 from mmroute.gate.base import Rating
 from mmroute.serve.peek import Rated, expected
@@ -118,7 +118,7 @@ def manifest(settings: Settings) -> Manifest | None:
     """
     if settings.rater is None:
         return None
-    found = Manifest.read(settings.rater)
+    found = Manifest.read(folder_of(settings.rater))
     if settings.draft.url is None:
         return found
     if not found.is_written:

@@ -73,19 +73,22 @@ class Router:
         if len(open_) == 1:
             return self.chosen(open_[0], self.turn.reason), None
         decider = self.live.decider
-        if decider.is_constant:
-            return self.chosen(decider.policy.on_unrated, "always"), None
+        if decider.is_constant and not self.turn.own:
+            route = decider.policy.on_unrated
+            if route == "target" and self._is_full():
+                return self.chosen("draft", "budget_cap"), None
+            return self.chosen(route, "always"), None
         rated, running, reason = await self._rate(asked)
         try:
             self.turn.rated, self.turn.rating_s = rated, self.turn.elapsed
             decision = await decider.decide(rated, self.turn.request_id, asked.over)
             if reason is not None:
                 decision = Decision("target" if reason == "fallback" else decision.route, reason)
-            if decision.route == "target" and self._is_full():
+            if decision.route == "target" and decision.reason != "fallback" and self._is_full():
                 decision = capped(decision)
             self.turn.decision = decision
             self.chosen(decision.route, decision.reason)
-            self.looks_again = decision.route == "draft" and self._can_look_again(rated, decision)
+            self.looks_again = decision.route == "draft" and self._can_look_again(rated, decision, asked)
             if decision.route == "draft":
                 if running is not None and isinstance(running.reply, SessionReply):
                     running.reply.resume()
@@ -99,8 +102,10 @@ class Router:
                 await running.aclose()
             raise
 
-    def _can_look_again(self, rated: Rating | None, decision: Decision) -> bool:
-        return rated is not None and decision.reason == "rating" and self.live.decider.looks is not None
+    def _can_look_again(self, rated: Rating | None, decision: Decision, asked: Asked) -> bool:
+        if rated is None or decision.reason != "rating" or asked.over.weight is not None:
+            return False  # a request with a price of its own keeps no budget that a second look could share
+        return self.live.decider.looks is not None
 
     def look_again(self, running: Running, asked: Asked) -> bool:
         """Whether the target answers after all; the draft's answer has been read to its end."""
@@ -122,13 +127,16 @@ class Router:
         return True
 
     def _is_full(self) -> bool:
-        """Whether the target works on as many requests as it may."""
-        most = self.settings.target_in_flight
-        return most is not None and self.gateway.upstreams["target"].in_flight >= most
+        """Whether the target has as many requests, or has cost as much, as this replica may give it."""
+        most, usd = self.settings.own_target_in_flight, self.settings.own_target_usd_per_hour
+        if most is not None and len(self.gateway.at_target) >= most:
+            return True
+        return usd is not None and self.gateway.book.on_target.last_hour >= usd
 
     def chosen(self, route: Route, reason: str) -> Route:
         self.turn.route, self.turn.reason = route, reason
         self.turn.model = self.gateway.upstreams[route].name
+        (self.gateway.at_target.add if route == "target" else self.gateway.at_target.discard)(self.turn)
         self.gateway.book.decided(self.turn)
         return route
 
@@ -172,7 +180,6 @@ class Router:
         reply = draft.begin(body, self.turn.request_id, park=True, trace=asked.over.debug)
         running = Running(draft, reply)
         running.hide_logprobs = not asked.body.get("logprobs")
-        draft.in_flight += 1
         opened.append(running)
         return await reply.rated(), running
 

@@ -49,7 +49,6 @@ class Running:
     async def aclose(self) -> None:
         if not self._closed:
             self._closed = True
-            self.upstream.in_flight -= 1  # counted up by who began to open it
             await self.reply.aclose()
 
     def put_back(self, chunks: Iterable[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ Unknown fields go on untouched; only `mmroute` is taken out.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,9 @@ __all__ = ["DONE", "ApiError", "Asked", "Overrides", "assemble", "error_body", "
 DONE = b"[DONE]"
 Route = Literal["draft", "target"]
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_DIALS = {"b": "budget", "t": "threshold", "l": "weight", "": "threshold"}
 _AUTO = re.compile(r"auto|prp")
-_DIAL = re.compile(r"(?:auto|prp)-([bt])(\d*\.?\d+)|router-prp-()(\d*\.?\d+)")
+_DIAL = re.compile(r"(?:auto|prp)-([btl])(\d*\.?\d+)|router-prp-()(\d*\.?\d+)")
 
 
 class ApiError(MmrouteError):
@@ -58,6 +60,8 @@ class Overrides:
 
     budget: float | None = None
     threshold: float | None = None
+    weight: float | None = None
+    """Success that one unit of cost must buy; a model's name alone can set it."""
     force: Route | None = None
     debug: bool = False
 
@@ -97,7 +101,7 @@ def parse(raw: bytes, limits: Limits, served: Iterable[str], headers: dict[str, 
         ApiError: 400 for what is no chat request, 404 for a model nobody serves.
     """
     try:
-        body = json.loads(raw)
+        body = json.loads(raw, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
@@ -110,11 +114,14 @@ def parse(raw: bytes, limits: Limits, served: Iterable[str], headers: dict[str, 
         raise ApiError(400, f"{len(messages)} messages given, at most {limits.messages} are read", param="messages")
     if not isinstance(body.get("stream", False), bool | None):
         raise ApiError(400, f"stream is true or false, given {body['stream']!r}", param="stream")
-    if not isinstance(body.get("stream_options") or {}, dict):
-        raise ApiError(400, "stream_options is an object", param="stream_options")
+    _check_options(body)
     images = _images(messages)
     if len(images) > limits.images:
         raise ApiError(400, f"{len(images)} images given, at most {limits.images} are taken", param="messages")
+    try:
+        "".join(_texts(messages)).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "messages hold half a character, a surrogate without its other", param="messages") from None
     model = body.get("model")
     if not isinstance(model, str):
         raise ApiError(400, "model is a name; `auto` lets the gateway choose", param="model")
@@ -123,14 +130,39 @@ def parse(raw: bytes, limits: Limits, served: Iterable[str], headers: dict[str, 
         return Asked(body, model, over, images)
     dial = _DIAL.fullmatch(model)
     if dial is not None:
-        number = float(dial[2] or dial[4])
-        named = {"budget": number} if dial[1] == "b" else {"threshold": number}
+        named = {_DIALS[dial[1] or ""]: float(dial[2] or dial[4])}
         if over.budget is None and over.threshold is None:
             over = replace(over, **_checked(named))
     elif not _AUTO.fullmatch(model):
         known = ", ".join(["auto", "draft", "target", *served])
         raise ApiError(404, f"no model {model!r}; served: {known}", param="model", code="model_not_found")
     return Asked(body, "auto", over, images)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_options(body: dict[str, Any]) -> None:
+    """What routing or a model of this process reads is of its kind; everything else is the server's to judge."""
+    for name in ("n", "max_tokens", "max_completion_tokens", "min_tokens", "seed"):
+        value = body.get(name)
+        if isinstance(value, float) and value.is_integer():
+            body[name] = int(value)
+        elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ApiError(400, f"{name} is a whole number, given {value!r}", param=name)
+    for name in ("temperature", "top_p"):
+        value = body.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not is_number:
+            raise ApiError(400, f"{name} is a number, given {value!r}", param=name)
+    for name in ("stream_options", "chat_template_kwargs"):
+        if not isinstance(body.get(name), dict | None):
+            raise ApiError(400, f"{name} is an object, given {body[name]!r}", param=name)
+    stop = body.get("stop")
+    stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if not all(isinstance(each, str) for each in stops):
+        raise ApiError(400, f"stop is a text or a list of texts, given {stop!r}", param="stop")
 
 
 def _check_depth(value: Any, most: int) -> None:

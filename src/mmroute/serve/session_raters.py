@@ -52,12 +52,12 @@ class FirstToken:
 
 
 class TrainedRater:
-    """A folder of `mmroute train prp` on the draft it was trained on."""
+    """What `mmroute train prp` made, a folder or on the Hub, on the draft it was trained on."""
 
-    def __init__(self, folder: Path, model: Any) -> None:
+    def __init__(self, name: str | Path, model: Any) -> None:
         from mmroute.gate.prp import Prp
 
-        self.gate = Prp.load(folder, model)
+        self.gate = Prp.from_pretrained(name, model)
         self.artifact, self.after = f"prp:{self.gate.facts['artifact']}", self.gate.steps
 
     def rate(self, session: Session, logits: Tensor) -> Rating:

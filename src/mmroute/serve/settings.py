@@ -124,10 +124,17 @@ class Settings(BaseSettings):
     verify_share: float = Field(default=0.25, ge=0, le=1)
     """That part."""
     target_in_flight: int | None = Field(default=None, ge=1)
-    """Most requests the target works on; beyond them the draft answers, reason `budget_cap`."""
-    rater: Path | None = None
-    """Folder that `mmroute train prp` wrote. Without one a local draft's first token rates, untrained, and what a
-    draft behind HTTP writes is taken as it is."""
+    """Most requests that are sent to the target at a time, by all replicas together; beyond them the draft answers,
+    reason `budget_cap`. Who names the target is counted and let through."""
+    target_usd_per_hour: float | None = Field(default=None, gt=0)
+    """Most that answers of the target may have cost in the last hour, by its prices and by all replicas together;
+    beyond it the draft answers. What is being written when it is reached is written to its end."""
+    replicas: int = Field(default=1, ge=1)
+    """Gateways behind one balancer, this one included: each keeps to its part of the caps on the target. Shares are
+    not divided: where each replica sends a share b of its own traffic, all of them together send b of the sum."""
+    rater: str | Path | None = None
+    """Folder that `mmroute train prp` wrote, bundled name, or Hub id. Without one a local draft's first token rates,
+    untrained, and what a draft behind HTTP writes is taken as it is."""
     num_ratings: Literal[1, 2] = 2
     """Digits the draft writes: its own chance, and the target's."""
     peek_logprobs: bool = True
@@ -185,9 +192,26 @@ class Settings(BaseSettings):
             raise ValueError(f"mode {self.mode} asks a server; a local draft is rated inprocess")
         if self.verify != "none" and (self.policy.get("name") != "budget" or self.policy.get("shadow")):
             raise ValueError(f"verify shares a budget, and policy {self.policy} keeps none; give policy.name budget")
+        if self.target_in_flight is not None and self.target_in_flight < self.replicas:
+            raise ValueError(
+                f"target_in_flight {self.target_in_flight} leaves some of {self.replicas} replicas no request at all; "
+                "give at least one for each, or run fewer replicas"
+            )
+        if self.target_usd_per_hour is not None and None in (self.target.price_in, self.target.price_out):
+            raise ValueError("target_usd_per_hour counts by prices; give the target price_in and price_out")
         if self.draft.name == self.target.name:
             raise ValueError(f"draft and target are both served as {self.draft.name!r}; give one a `served` name")
         return self
+
+    @property
+    def own_target_in_flight(self) -> int | None:
+        """This replica's part of `target_in_flight`, rounded down, so that all parts together stay within it."""
+        return None if self.target_in_flight is None else self.target_in_flight // self.replicas
+
+    @property
+    def own_target_usd_per_hour(self) -> float | None:
+        """This replica's part of `target_usd_per_hour`."""
+        return None if self.target_usd_per_hour is None else self.target_usd_per_hour / self.replicas
 
     @property
     def rates_by(self) -> Literal["inprocess", "stream_peek", "rate_call"]:

@@ -69,7 +69,6 @@ class Upstream(ABC):
 
     def __init__(self, role: str, settings: UpstreamSettings, breaker: Breaker) -> None:
         self.role, self.settings, self.breaker = role, settings, breaker
-        self.in_flight = 0
 
     @property
     def name(self) -> str:
@@ -140,7 +139,7 @@ class SessionUpstream(Upstream):
         """The threshold of a share for a policy's first decisions, if it is known from calibration."""
 
     @abstractmethod
-    def load_rater(self, folder: Path | None) -> None:
+    def load_rater(self, name: str | Path | None) -> None:
         """Rates by another artifact from the next request on.
 
         Raises:

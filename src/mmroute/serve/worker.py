@@ -69,6 +69,9 @@ class Turns:
         if job.gone.is_set():
             return
         batch = prepare(routed.model, routed.processor, [job.messages], job.template)
+        # Room is made for what may be written, so it must not be more than the model can ever read.
+        room = routed.model.config.get_text_config(decoder=True).max_position_embeddings
+        limit = min(limit, room - batch["input_ids"].shape[1] + 1)  # the last token is not read
         session = Session(routed, reserve=limit)
         routed.full_trace = job.trace
         logits = session.append(batch)

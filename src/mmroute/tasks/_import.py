@@ -82,7 +82,7 @@ def _with_hops(name: str, field: str, cut: Callable[[str], list[str]]) -> Callab
         task: Any = hub.load("tasks", name)
         splits = [split for split in task.card.splits if any(s.found(folder, split) for s in task.sources)]
         if not splits:
-            wanted = "; or ".join(s.wants(folder, next(iter(task.card.splits))) for s in task.sources)
+            wanted = task.wants(folder, next(iter(task.card.splits)))
             raise InputError(f"{folder}: nothing of {name} is there; it needs {wanted}")
         for split in splits:
             for sample in task.samples_in(folder, split):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mmroute.errors import InputError
 from mmroute.tasks._grid import Cell
 
-__all__ = ["Card", "Choice", "Hop", "Sample", "Score", "Spec", "State"]
+__all__ = ["Card", "Choice", "Hop", "Origin", "Sample", "Score", "Spec", "State"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,18 @@ class Card:
     protocol: Literal["generate", "likelihood", "teacher_forced", "rollout"]
     metric: str
     chance: float
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which data a figure rests on."""
+
+    id: str
+    """Of the data set on the Hub, or the name of the file."""
+    revision: str
+    """The Hub's commit, or `sha256:` of the files that hold the questions (not of pictures apart); empty if unknown."""
+    labels: str = ""
+    """Which labels, where several are about."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from mmroute.errors import ConfigError
-from mmroute.tasks._schema import Card, Sample, Score
+from mmroute.tasks._schema import Card, Origin, Sample, Score
 
 __all__ = ["Task", "group_accuracy", "group_mean", "messages_so_far"]
 
@@ -46,6 +46,19 @@ class Task(ABC):
         correct = None if verdict.correct is None else float(verdict.correct)
         return Score(correct, verdict.prediction, verdict.prediction is not None, scorer or "strict")
 
+    @property
+    def protocol(self) -> str:
+        """How items are answered: `generate`, or `likelihood`, by the most likely option."""
+        return "generate"
+
+    def metrics(self, samples: Sequence[Sample], scores: Sequence[Score]) -> dict[str, float]:
+        """The figures that are usual for the task, beyond plain accuracy; a generated world has none."""
+        return {}
+
+    def origin(self, split: str) -> Origin | None:
+        """Which data a split is; None where it is generated, so that name, version and preset say all."""
+        return None
+
 
 def messages_so_far(
     task: Task, sample: Sample, hop: int, context: Literal["accumulate", "markov2"], style: str | None = None
@@ -73,13 +86,26 @@ def messages_so_far(
     return [*out, {"role": "assistant", "content": blocks}] if blocks else out
 
 
-def group_accuracy(groups: Sequence[str], correct: Sequence[float]) -> float:
-    """Share of groups of which every item is right; an item without a group is a group of its own."""
-    worst: dict[str, float] = {}
+def group_accuracy(groups: Sequence[str], correct: Sequence[float], size: int = 1) -> float:
+    """Share of groups of which every item is right; an item without a group is a group of its own.
+
+    Args:
+        groups: [item]: its group.
+        correct: [item]: 1 or 0.
+        size: items of a whole group; one that a choice of items has cut is left out.
+
+    Returns:
+        In [0, 1]; nan where no group is whole.
+
+    Example:
+        >>> group_accuracy(["a", "a", "b"], [1, 1, 1]), group_accuracy(["a", "a", "b"], [1, 0, 1], size=2)
+        (1.0, 0.0)
+    """
+    members: dict[str, list[float]] = {}
     for i, (group, value) in enumerate(zip(groups, correct, strict=True)):
-        key = group or f"#{i}"
-        worst[key] = min(worst.get(key, 1.0), value)
-    return float(np.mean([v == 1 for v in worst.values()])) if worst else float("nan")
+        members.setdefault(group or f"#{i}", []).append(value)
+    whole = [all(v == 1 for v in values) for values in members.values() if len(values) >= size]
+    return float(np.mean(whole)) if whole else float("nan")
 
 
 def group_mean(groups: Sequence[str], correct: Sequence[float]) -> float:

@@ -6,7 +6,7 @@ A public benchmark subclasses `Task` (those in `hub/` by way of `hub._public.Pub
 
 from mmroute.tasks._generated import Generated
 from mmroute.tasks._relevance import Relevance, relevant_tokens
-from mmroute.tasks._schema import Card, Choice, Hop, Sample, Score, Spec, State
+from mmroute.tasks._schema import Card, Choice, Hop, Origin, Sample, Score, Spec, State
 from mmroute.tasks._task import Task, group_accuracy, group_mean, messages_so_far
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Choice",
     "Generated",
     "Hop",
+    "Origin",
     "Relevance",
     "Sample",
     "Score",

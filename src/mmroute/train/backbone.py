@@ -21,6 +21,7 @@ from torch import Tensor
 from mmroute import hub
 from mmroute.config import resolved
 from mmroute.origin import origin_here
+from mmroute.processes import device_named
 from mmroute.tasks import _skins
 from mmroute.tasks._texts import EOS, MAX_COORDINATE, VOCABULARY
 from mmroute.tasks.base import Generated
@@ -30,7 +31,7 @@ from mmroute.train.examples import IGNORED, Batch, collate, item, on_canvas
 from mmroute.train.fast import Positions, run_text
 from mmroute.train.folder import copy_weights, write_folder
 from mmroute.train.follow import Follower
-from mmroute.train.loop import Journal, Optimisers, Progress, device_named, go_on, rate_at, refuse_old_run, save_state
+from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.naming import naming_loss, place_words
 from mmroute.train.recipe import Phase, Recipe, as_yaml, at
 from mmroute.train.small_model import MERGE, PATCH, build
@@ -54,7 +55,7 @@ def train_backbone(
     Args:
         recipe: from `recipe.load_recipe`.
         out: folder of the run.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda` or `auto`.
         resume: go on from the state in `out`.
         followers: who hears each line of the log.
 
@@ -70,7 +71,7 @@ def train_backbone(
     progress = run.train()
     results = {
         **origin,
-        "device": device,
+        "device": run.device.type,
         "steps": progress.step,
         "cpu_s": progress.cpu_s,
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -100,7 +101,7 @@ class Run:
         Args:
             recipe: what to train; its seed too.
             out: folder of the run; made if missing.
-            device: `cpu` or `cuda`.
+            device: `cpu`, `cuda` or `auto`.
             resume: go on from the folder's state; without a state it starts at the beginning.
             followers: who hears each line of the log.
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mmroute import hub
 from mmroute.config import options
+from mmroute.recipe import Recipe as Routing
 from mmroute.tasks import _skins
 from mmroute.tasks._texts import IMAGE, PAD
 from mmroute.tasks.base import Generated, Spec
@@ -265,7 +266,7 @@ def exam(folder: Path, recipe: Recipe) -> dict[str, Any]:
     task, think = Run.world(recipe), hub.load("think", "boxes")
     specs = [task.spec("test", i) for i in range(recipe.exam_items)]
     longest = max(len(story(task, spec, think)[1]) for spec in specs) + _SLACK
-    found = list(answered(folder, task, think, recipe.exam_items, longest))
+    found = list(answered(folder, task, Routing(think={"name": "boxes"}), recipe.exam_items, longest))
     right = [
         [_near(box, hop.boxes[0]) for box, hop in zip(answer.boxes, sample.hops, strict=False)]
         + [False] * abs(len(answer.boxes) - len(sample.hops))

@@ -8,7 +8,6 @@ import errno
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ __all__ = [
     "Learning",
     "Optimisers",
     "Progress",
-    "device_named",
     "go_on",
     "load_moments",
     "load_state",
@@ -42,17 +40,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-def device_named(name: str) -> torch.device:
-    """What `--device` says; of several processes on a machine each takes its own.
-
-    Raises:
-        ConfigError: neither `cpu` nor `cuda`, or there is none.
-    """
-    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"--device is cpu, or cuda where there is one (given {name!r})")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device("cpu")
 
 
 @contextmanager

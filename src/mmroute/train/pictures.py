@@ -1,6 +1,6 @@
 """Trains a small Chameleon to draw its thoughts: `mmroute train backbone --recipe draw`; and examines one:
 
-python -m mmroute.train.pictures src/mmroute/assets/draw --out results/drawn/frozenlake.json
+python -m mmroute.train.pictures src/mmroute/assets/draw --recipe dare-image --out results/drawn/pictures/dare.json
 
 Each hop of a text is the words of one listed action and the picture of what it leads to; then the answer. Pictures
 enter and leave as codes of the exact atlas tokenizer, so no pixel is drawn in training. With `context: markov2` a text
@@ -14,9 +14,10 @@ Deviates: from scratch instead of LoRA on Anole; no label smoothing; one text pe
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -27,12 +28,15 @@ from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
-from mmroute import hub
+from mmroute import recipe as recipes
 from mmroute.backbones.chameleon import BEGIN, END
+from mmroute.bench.stats import wilson
 from mmroute.config import options, parse, read_yaml
+from mmroute.cost import keep_shares
 from mmroute.errors import ConfigError
 from mmroute.files import write_json
 from mmroute.origin import origin_here
+from mmroute.recipe import Recipe as Routing
 from mmroute.tasks._texts import PAD, VISION_END, VISION_START
 from mmroute.tasks._visual import judge_drawings
 from mmroute.tasks.base import Generated, Spec
@@ -191,20 +195,31 @@ class Run(ScratchRun[Recipe]):
         }
 
 
-def exam(folder: Path, recipe: Recipe) -> dict[str, Any]:
+def exam(folder: Path, recipe: Recipe, routing: Routing | None = None) -> dict[str, Any]:
     """What the finished model answers and draws by itself, item by item of the split test.
 
     Args:
         folder: the checkpoint.
         recipe: it was trained by.
+        routing: how it is routed; unrouted if None. It sees the pictures that it was trained to see.
 
     Returns:
-        Accuracy with its interval; `v_acc`, `v_red`, `v_ratio` as `tasks._visual` defines them, means over items.
+        Accuracy with its interval; `v_acc`, `v_red`, `v_ratio` as `tasks._visual` defines them, means over items;
+        `drawn_right`, the share of items without a fault in any picture, with its interval; `keep`, the shares of
+        vision and text positions that ran, over all layers.
+
+    Raises:
+        ConfigError: the routing thinks in something else than pictures.
     """
     task = Run.world(recipe)
-    think = hub.load("think", "image", context=recipe.context)
+    asked = routing or Routing(think={"name": "image"})
+    if (asked.think or {}).get("name") != "image":
+        raise ConfigError(
+            f"recipe {asked.name} draws nothing to judge; take one with think.name image, or add --set think.name=image"
+        )
+    asked = replace(asked, think={**(asked.think or {}), "context": recipe.context})
     longest = (task.preset.canvas**2 + 4) * (task.preset.hops[1] + 1)
-    found = list(answered(folder, task, think, recipe.exam_items, longest))
+    found = list(answered(folder, task, asked, recipe.exam_items, longest))
     judged = []
     for sample, answer in found:
         pictures = [picture([token - CODES for token in each]) for each in answer.pictures]
@@ -213,24 +228,38 @@ def exam(folder: Path, recipe: Recipe) -> dict[str, Any]:
         name: round(sum(getattr(each, name) for each in judged) / len(judged), 4)
         for name in ("v_acc", "v_red", "v_ratio")
     }
-    return {**accuracy(task, found), **means}
+    right = sum(each.v_steps == each.hops for each in judged)
+    shares = [keep_shares(answer.trace) for _, answer in found]
+    return {
+        **accuracy(task, found),
+        **means,
+        "drawn_right": round(right / len(judged), 4),
+        "drawn_right_ci95": [round(bound, 4) for bound in wilson(right, len(judged))],
+        "keep": {name: round(fmean(share[name] for share in shares), 4) for name in ("vision", "text")},
+    }
 
 
 def main(
     folder: Path,
     out: Annotated[Path, typer.Option(help="Result file.")],
     items: Annotated[int, typer.Option(help="Items of the split test.")] = 200,
+    recipe: Annotated[str, typer.Option(help="How it is routed: name or .yaml file.")] = "image",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="path=value for --recipe; repeatable.")] = None,
 ) -> None:
     """Examines a checkpoint folder that this trainer wrote, by the recipe in it."""
-    recipe = parse(Recipe, {**read_yaml(folder / "recipe.yaml"), "exam_items": items}, "recipe")
+    routing = recipes.read(recipe, set_)
+    trained_by = parse(Recipe, {**read_yaml(folder / "recipe.yaml"), "exam_items": items}, "recipe")
     results = {
         "schema": "drawn/1",
         **origin_here("python -m mmroute.train.pictures"),
-        "preset": recipe.preset,
+        "recipe": routing.name,
+        "prune": routing.prune,
+        "trained": routing.trained or "none",
+        "preset": trained_by.preset,
         "split": "test",
-        "context": recipe.context,
+        "context": trained_by.context,
         "decoding": DECODING,
-        "tasks": {recipe.task: exam(folder, recipe)},
+        "tasks": {trained_by.task: exam(folder, trained_by, routing)},
     }
     write_json(out, results)
 

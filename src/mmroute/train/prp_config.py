@@ -72,7 +72,7 @@ class GateConfig:
     target: str = "small-target"
     """Of the large one."""
     rater: str = ""
-    """Folder, or bundled name, of a trained rater."""
+    """Bundled name, folder or Hub id of a trained rater."""
     form: Literal["suffix", "tokens"] = "suffix"
     """Of a rater that is to be trained; see the gate `prp`."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -10,7 +10,6 @@ Source: none.
 Deviates: the papers name no way to spread; weights, moments and caches are whole on every device.
 """
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmroute.errors import ConfigError, MissingExtra
+from mmroute.processes import num_processes
 
 __all__ = ["Ranks"]
 
@@ -40,7 +40,7 @@ class Ranks:
         Raises:
             MissingExtra: there are others, and accelerate is not installed.
         """
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if num_processes() == 1:
             return cls()
         try:
             from accelerate import PartialState

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from mmroute import hub
 from mmroute.backbones.load import load
+from mmroute.bench.items import Prompts, relevance
 from mmroute.bench.stats import wilson
 from mmroute.config import options, parse, read_yaml, resolved
-from mmroute.engine.attach import attach
 from mmroute.origin import origin_here
+from mmroute.processes import device_named
 from mmroute.reason import Answer
+from mmroute.recipe import Recipe, equip
 from mmroute.tasks.base import Generated, Sample, Spec
-from mmroute.think.base import Thinker
 from mmroute.train.folder import copy_weights, write_stock
 from mmroute.train.follow import Follower
-from mmroute.train.loop import Journal, Optimisers, Progress, device_named, go_on, rate_at, refuse_old_run, save_state
+from mmroute.train.loop import Journal, Optimisers, Progress, go_on, rate_at, refuse_old_run, save_state
 from mmroute.train.recipe import as_yaml, find_recipe, merge
 
 __all__ = ["DECODING", "ScratchRecipe", "ScratchRun", "accuracy", "answered", "family_of", "train_scratch"]
@@ -100,7 +101,7 @@ class ScratchRun(ABC, Generic[R]):
         Args:
             recipe: what to train; its seed too.
             out: folder of the run; made if missing.
-            device: `cpu` or `cuda`.
+            device: `cpu`, `cuda` or `auto`.
             resume: go on from the folder's state; without a state it starts at the beginning.
             followers: who hears each line of the log.
 
@@ -225,7 +226,7 @@ def train_scratch(
         name: of a shipped recipe, or a path.
         changes: laid over it.
         out: folder of the run.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda` or `auto`.
         resume: go on from the state in `out`.
         followers: who hears each line of the log.
 
@@ -242,7 +243,7 @@ def train_scratch(
     progress = run.train()
     results: dict[str, Any] = {
         **origin,
-        "device": device,
+        "device": run.device.type,
         "steps": progress.step,
         "cpu_s": progress.cpu_s,
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -258,23 +259,25 @@ def train_scratch(
 
 
 def answered(
-    folder: Path, task: Generated, think: Thinker, items: int, longest: int
+    folder: Path, task: Generated, routing: Recipe, items: int, longest: int
 ) -> Iterator[tuple[Sample, Answer]]:
     """Items of the split test with what a checkpoint answers by itself, in fp32.
 
     Args:
         folder: the checkpoint.
         task: asks.
-        think: how it thinks.
+        routing: how it is routed and thinks.
         items: how many.
         longest: tokens after which an answer is cut.
     """
     samples = list(task.samples("test", items))
-    with attach(load(folder, dtype=torch.float32)) as routed:
-        for start in range(0, items, _BATCH):
-            part = samples[start : start + _BATCH]
-            chats = [task.messages(sample, think.style) for sample in part]
-            yield from zip(part, routed.answer_many(chats, think=think, max_new_tokens=longest), strict=True)
+    with equip(load(folder, dtype=torch.float32), routing) as (routed, think):
+        for asked in Prompts(samples, _BATCH).batches(routed, task, think):
+            known = relevance(routed, asked.samples, asked.batch)
+            answers = routed.answer_many(
+                asked.chats, think=think, max_new_tokens=longest, relevance=known, prepared=asked.batch
+            )
+            yield from zip(asked.samples, answers, strict=True)
 
 
 def accuracy(task: Generated, found: Sequence[tuple[Sample, Answer]]) -> dict[str, Any]:

@@ -243,11 +243,6 @@ def test_only_chameleon_writes_images():
     backbones.of(model).lock_images(model)
 
 
-def test_llava_with_a_llama_text_model_is_one_of_the_family():
-    model = families.make("llava", kind="llama", layers=1)
-    assert backbones.of(model).text_model(model).config.model_type == "llama"
-
-
 def test_an_unknown_family_is_refused_with_the_list_of_known_ones():
     config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, bos_token_id=1, eos_token_id=2)
     with pytest.raises(UnsupportedBackbone, match=r"'gpt2'; supported: qwen2_vl .*chameleon .*llava"):

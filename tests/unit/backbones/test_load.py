@@ -2,10 +2,12 @@
 
 import json
 import logging
+import re
 import shutil
 from types import SimpleNamespace
 
 import families
+import folders
 import pytest
 import torch
 import transformers
@@ -99,19 +101,45 @@ def test_one_missing_file_is_named_alone(file, copied):
     assert not any(f" {other}" in str(caught.value).split("missing")[1] for other in others)
 
 
-def test_sharded_weights_load_and_a_missing_shard_is_named(tiny_folder, copied):
-    model = load(copied)
-    (copied / "model.safetensors").unlink()
-    model.save_pretrained(copied, max_shard_size="200KB")
-    shards = sorted(copied.glob("model-*.safetensors"))
-    assert len(shards) > 1
-    again = load(copied)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+@pytest.mark.parametrize("name", families.NAMES)
+def test_sharded_weights_load_and_a_missing_shard_is_named(name, tiny_folder, tmp_path):
+    folder = folders.write(name, tmp_path / "shards", shard="200KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (folder / "model.safetensors").exists()
+    whole, again = load(tiny_folder(name)).state_dict(), load(folder).state_dict()
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(again[key], value) for key, value in whole.items())
     shards[1].unlink()
-    with pytest.raises(
-        CheckpointMismatch, match=rf"missing {shards[1].name} \(named in model.safetensors.index.json\)"
-    ):
+    named = rf"missing {shards[1].name} \(named in model.safetensors.index.json\)"
+    with pytest.raises(CheckpointMismatch, match=named):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_folder_of_older_releases_loads_with_the_same_processor(name, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder(name), tmp_path / "older")
+    folders.as_older_releases(folder)
+    assert {"preprocessor_config.json", "chat_template.json"} <= {file.name for file in folder.iterdir()}
+    old, new = load(folder), load(tiny_folder(name))
+    assert type(old.processor).__name__ == type(new.processor).__name__
+    assert old.processor.chat_template == new.processor.chat_template
+    asked = user_message("where?", [_picture()])
+    ours, theirs = (prepare(model, model.processor, asked) for model in (old, new))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_pickled_weights_are_not_opened_and_the_command_told_converts_them(tiny_folder, copied):
+    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(CheckpointMismatch, match=r"weights are pickled \(pytorch_model.bin\)") as caught:
         load(copied)
+    told = re.search(r"convert: python -c '(.*)'$", str(caught.value))
+    exec(told[1], {})
+    assert (copied / "model.safetensors").exists()
+    found, whole = load(copied).state_dict(), load(tiny_folder("llava")).state_dict()
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[key], value) for key, value in whole.items())
 
 
 @pytest.mark.parametrize(("marker", "hint"), [("mmroute.json", "routing parts"), ("adapter_config.json", "PEFT")])

@@ -1,6 +1,6 @@
 """Weights that torchao quantised while they were read: the model routes, and what it keeps whole is its own stock.
 
-torchao is nobody's dependency here; without it these are skipped, and `load` says what is missing (`test_load.py`).
+torchao is a dependency of the tests alone; without it `load` says what is missing (`test_load.py`).
 """
 
 from typing import Any
@@ -14,8 +14,6 @@ from PIL import Image
 import mmroute
 from mmroute import backbones, hub
 from mmroute.backbones.images import prepare, user_message
-
-pytest.importorskip("torchao", reason="needs torchao: pip install torchao")
 
 PICTURE = Image.linear_gradient("L").resize((40, 30))
 

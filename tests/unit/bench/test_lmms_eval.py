@@ -131,6 +131,8 @@ def test_generation_gives_texts_counts_and_a_side_file(harness, items, tmp_path)
     assert all(0 < r.token_counts.reasoning_tokens < r.token_counts.output_tokens for r in results)
     lines = [json.loads(line) for line in side.read_text().splitlines()]
     assert [(x["task"], x["doc_id"], x["recipe"]) for x in lines] == [("lake", i, "schedule") for i in range(3)]
+    counts = [(r.token_counts.output_tokens, r.token_counts.reasoning_tokens) for r in results]
+    assert [(x["output_tokens"], x["reasoning_tokens"]) for x in lines] == counts
     assert all(x["flops"] > 0 and x["kv_bytes"] > 0 and 0 < x["keep"]["vision"] < 1 for x in lines)
 
 
@@ -247,7 +249,8 @@ def test_an_item_of_ours_is_asked_in_the_words_that_the_model_knows(harness, ite
     task, docs = items
     made = docs[0]
     (row,) = [{**_rows.row_of(made), "images": made.images}]
-    model = harness.Routed("tiny")
+    side = tmp_path / "traces.jsonl"
+    model = harness.Routed("tiny", traces=str(side))
     model.task_dict = {"lake": {"test": [row]}}
 
     def plain(doc):
@@ -256,6 +259,7 @@ def test_an_item_of_ours_is_asked_in_the_words_that_the_model_knows(harness, ite
         ]
 
     (result,) = model.generate_until([Instance(("c", plain, {"max_new_tokens": 8}, 0, "lake", "test"))])
+    assert json.loads(side.read_text())["id"] == made.id
     with recipes.equip(model.loaded, model.recipe) as (routed, think):
         (answer,) = routed.answer_many([task.messages(made, think.style)], think=think)
     assert result.text == answer.text != ""

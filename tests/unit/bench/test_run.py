@@ -11,8 +11,9 @@ from mmroute.backbones.load import load
 from mmroute.bench import run, schema, timing
 from mmroute.cli.evaluate import evaluate
 from mmroute.errors import ConfigError, InputError
-from mmroute.recipe import read
+from mmroute.recipe import equip, read
 from mmroute.tasks.base import Choice, Hop, Sample, Score, Task
+from mmroute.train.delta import fingerprint
 
 SHORT = ["think.name=text", "think.max_new_tokens=6"]
 
@@ -251,3 +252,17 @@ def test_the_command_reports_a_wrong_task_before_it_loads_a_model():
 def test_the_command_hands_settings_to_the_task_before_it_loads_a_model(setting, message):
     with pytest.raises(ConfigError, match=message):
         evaluate(task="maze", recipe="none", n=1, seed=0, model="absent", batch=1, split="test", set_=[setting])
+
+
+def test_both_files_say_which_weights_answered_and_whose_routers(model, tmp_path):
+    options = ["prune.first_layer=0", "prune.cutoff_layer=3", "think.max_new_tokens=3"]
+    with equip(model, read("dare-lh", [*options, "trained=null"])) as (routed, _):
+        routed.controller.pruner.export()
+        routed.save_pretrained(tmp_path / "router")
+    router = str(tmp_path / "router")
+    ours = read("dare-lh", [*options, f"trained={router}"])
+    found = run.evaluate(model, ours, plan(n=2, rounds=1), against=read("none", SHORT))
+    assert found.baseline is not None
+    assert (found.result.model.trained, found.baseline.model.trained) == (router, "none")
+    weights = fingerprint(dict(model.named_parameters()))
+    assert found.result.model.weights_sha256 == found.baseline.model.weights_sha256 == weights

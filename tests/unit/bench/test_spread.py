@@ -80,6 +80,42 @@ def test_ray_needs_a_folder_for_its_answers():
         evaluate(task="frozenlake", n=1, ray=2, parts=None, budget=None, outcomes=None, set_=[])
 
 
+@pytest.mark.parametrize(
+    ("actors", "device", "has", "needs"),
+    [
+        (3, "cpu", {"CPU": 4.0}, {}),
+        (8, "cuda", {"CPU": 4.0, "GPU": 8.0}, {"num_gpus": 1}),
+        (2, "cpu", {"CPU": 4.0, "GPU": 8.0}, {}),
+    ],
+)
+def test_an_actor_on_cuda_asks_for_a_card_of_its_own(actors, device, has, needs):
+    assert spread.actor_needs(actors, device, has) == needs
+
+
+@pytest.mark.parametrize(
+    ("actors", "device", "has", "said"),
+    [
+        (4, "cpu", {"CPU": 4.0}, "--ray 4, but 3 actors fit: the cluster's CPUs less one"),
+        (9, "cuda", {"CPU": 64.0, "GPU": 8.0}, "--ray 9 --device cuda, but 8 actors fit: one on each card"),
+        (1, "cuda", {"CPU": 64.0}, "--ray 1 --device cuda, but 0 actors fit"),
+    ],
+)
+def test_more_actors_than_the_cluster_has_room_for_are_refused(actors, device, has, said):
+    with pytest.raises(InputError, match=said):
+        spread.actor_needs(actors, device, has)
+
+
+@pytest.mark.parametrize("where", [{"device": "cuda"}, {"dtype": "bfloat16"}])
+def test_answers_of_another_device_or_dtype_are_not_gone_on_with(tmp_path, where):
+    file = tmp_path / "parts.jsonl"
+    spread.Parts(file, RECIPE, plan(), "tiny").close()
+    with pytest.raises(InputError, match="holds answers to another run"):
+        spread.Parts(file, RECIPE, plan(), "tiny", **where)
+    other = tmp_path / "other.jsonl"
+    spread.Parts(other, RECIPE, plan(), "tiny", **where).close()
+    spread.Parts(other, RECIPE, plan(), "tiny", **where).close()
+
+
 def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"mmroute\[ray\]"):

@@ -298,6 +298,15 @@ def test_the_command_narrows_runs_and_ends_in_one_line_of_json(recipe, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("change", [{"device": "cuda"}, {"dtype": "bfloat16"}])
+def test_another_device_or_dtype_is_another_run_and_the_usual_ones_keep_their_names(recipe, model, tmp_path, change):
+    usual, other = (grid.read(str(recipe), [f"{k}={v}" for k, v in set_.items()]) for set_ in ({}, change))
+    names = [{job.file for job in suite.Suite.plan(each, model, tmp_path).jobs} for each in (usual, other)]
+    assert names[0].isdisjoint(names[1])
+    said = grid.read(str(recipe), ["device=cpu", "min_hops=0"])
+    assert {job.file for job in suite.Suite.plan(said, model, tmp_path).jobs} == names[0]
+
+
 def test_several_processes_write_what_one_writes(recipe, model, done, tmp_path):
     """Worker processes know no `colours`; the bundled task and model serve."""
     sets = ["tasks=[frozenlake]", "model=tiny", "n=4", "seeds=[0]", "vision=[0.5]", "text=[1.0]"]

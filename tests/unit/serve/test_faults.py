@@ -282,7 +282,47 @@ def test_when_the_client_leaves_the_upstream_stops(phase):
             await r.idle()
             assert sum(c.cancelled for c in r.counts()) >= 1
             assert r.gateway.book.totals == {"ok": 0, "error": 0, "gone": 1}
-            assert all(up.in_flight == 0 for up in r.gateway.upstreams.values())
+            assert not r.gateway.at_target
+
+    asyncio.run(run())
+
+
+WAITS = {
+    "between two attempts": ({}, {"target": {"fail": 503, "retry_after": 1}}),
+    "for a place": ({"limits": {"in_flight": 1, "queue_s": 20}}, {}),
+    "for a batch": ({"policy": {"name": "microbatch", "max_n": 9, "max_wait_ms": 1500}}, {}),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_when_the_client_leaves_while_it_waits_nothing_is_called_for_it_any_more(wait):
+    settings, fault = WAITS[wait]
+
+    async def run():
+        async with rig(SEND, **settings) as r:
+            slow = asking("slow", model="draft", script={"draft": {"first_s": 1}})
+            ahead = (
+                [asyncio.create_task(r.http.post("/v1/chat/completions", json=slow))] if "limits" in settings else []
+            )
+            while len(r.gateway.tasks) < len(ahead):
+                await asyncio.sleep(0.005)
+            body = asking("?", script=fault)
+            leaving = asyncio.create_task(r.http.post("/v1/chat/completions", json=body))
+            while len(r.gateway.tasks) <= len(ahead):
+                await asyncio.sleep(0.005)
+            if fault:
+                while not r.target.counts.failed:
+                    await asyncio.sleep(0.005)
+            await asyncio.sleep(0.3)
+            before = r.draft.counts.started, r.target.counts.started
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            await asyncio.gather(*ahead)
+            await asyncio.sleep(1.5)  # the second attempt, the place, the batch: their time has come
+            assert (r.draft.counts.started, r.target.counts.started) == before
+            assert r.gateway.book.totals == {"ok": len(ahead), "error": 0, "gone": 1}
+            assert (await r.http.post("/v1/chat/completions", json=asking("next"))).status_code == 200
+            await r.idle()
 
     asyncio.run(run())
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import itertools
 import json
 import struct
 import zlib
@@ -54,6 +55,13 @@ BAD = {
     "no model": ({"messages": asking("x")["messages"]}, 400, "model"),
     "an unknown model": ({**asking("x"), "model": "gpt-9"}, 404, "served: auto, draft, target, small, large"),
     "a wrong stream": ({**asking("x"), "stream": "yes"}, 400, "stream"),
+    "no number": (b'{"model":"auto","messages":[{"role":"user","content":"x"}],"temperature":NaN}', 400, "NaN"),
+    "half a character": (b'{"model":"auto","messages":[{"role":"user","content":"\\ud83d"}]}', 400, "half a character"),
+    "an infinite temperature": (
+        b'{"model":"auto","messages":[{"role":"user","content":"x"}],"temperature":1e999}',
+        400,
+        "temperature is a number",
+    ),
     "a wrong budget": ({**asking("x"), "mmroute": {"budget": 1.5}}, 400, "budget"),
     "a wrong option": ({**asking("x"), "mmroute": {"buget": 0.5}}, 400, "buget"),
     "a wrong force": ({**asking("x"), "mmroute": {"force": "both"}}, 400, "force"),
@@ -103,6 +111,27 @@ def test_bad_input_gets_its_status_and_an_openai_envelope_and_reaches_no_model()
             assert r.draft.counts.started == r.target.counts.started == 0
             good = await r.http.post("/v1/chat/completions", json=asking("?"))
             assert good.status_code == 200
+
+    asyncio.run(run())
+
+
+ODD = ("x", 5, -1, 1.5, True, [1], [None], {}, {"a": 1}, [{}], None)
+READ = (
+    *("n", "stop", "chat_template_kwargs", "stream_options", "stream", "tools", "functions", "response_format"),
+    *("logprobs", "top_logprobs", "tool_choice", "logit_bias", "presence_penalty", "echo", "max_tokens"),
+    *("max_completion_tokens", "min_tokens", "seed", "temperature", "top_p", "mmroute"),
+)
+
+
+def test_an_option_of_an_odd_kind_is_passed_on_or_refused_and_never_the_gateways_failure():
+    async def run():
+        async with rig(KEEP, circuit={"failures": 10**6, "window_calls": 10**6}) as r:
+            for name, odd in itertools.product(READ, ODD):
+                reply = await r.http.post("/v1/route", json=asking("?", **{name: odd}))
+                said = reply.json().get("error") or {}
+                assert said.get("code") != "internal", (name, odd)
+                assert reply.status_code == 200 or set(said) == {"message", "type", "param", "code"}, (name, odd)
+            assert (await r.http.post("/v1/chat/completions", json=asking("?", max_tokens=2.0))).status_code == 200
 
     asyncio.run(run())
 

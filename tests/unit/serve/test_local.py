@@ -195,6 +195,28 @@ def test_what_a_local_model_does_not_do_is_refused(models, sample, change, statu
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("odd", [{"max_tokens": 10**12}, {"seed": 10**30, "temperature": 1.0}, {"temperature": 1e-300}])
+def test_what_is_beyond_any_model_is_answered_within_what_it_can(models, sample, odd):
+    async def run():
+        text, chunks = await spoken(await models["target"].open({"messages": as_openai(sample), **odd}, True, "x"))
+        assert text
+        assert [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]][-1] == "stop"
+
+    asyncio.run(run())
+
+
+def test_an_answer_ends_where_the_model_can_read_no_further(models):
+    async def run():
+        room = models["target"].routed.model.config.get_text_config(decoder=True).max_position_embeddings
+        long = [{"role": "user", "content": "start " * (room - 20)}]
+        body = {"messages": long, "max_tokens": 50}
+        _, chunks = await spoken(await models["target"].open(body, True, "x"))
+        assert chunks[-1]["usage"]["total_tokens"] == room + 1  # its last token is written and not read
+        assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+
+    asyncio.run(run())
+
+
 def test_the_first_token_rates_by_how_sure_it_is():
     import torch
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+from collections import Counter
 
 import httpx2
 import openai
@@ -214,6 +215,32 @@ def test_a_models_name_can_say_how_to_route():
     asyncio.run(run())
 
 
+def test_a_models_name_can_say_what_success_must_be_worth():
+    async def run():
+        for prices, weight, route in (({}, 0.5, "target"), ({}, 0.99, "draft"), ({"price_out": 0.9}, 0.99, "target")):
+            of = {"draft": {"price_in": 0, **prices}, "target": {"price_in": 0, "price_out": 1}} if prices else {}
+            async with rig(SEND, of=of, policy={"name": "threshold", "threshold": 9}) as r:
+                answer = (await r.http.post("/v1/route", json={**asking("?"), "model": f"auto-l{weight}"})).json()
+                gap = 1 - prices.get("price_out", 0.0)  # in units of the target's price
+                assert (answer["route"], answer["reason"]) == (route, "rating")
+                assert answer["threshold"] == pytest.approx(weight * gap)
+
+    asyncio.run(run())
+
+
+def test_a_request_routes_itself_even_where_the_policy_never_asks():
+    async def run():
+        async with rig(SEND, policy={"name": "always", "route": "draft"}) as r:
+            for model, route, reason in (("auto", "draft", "always"), ("auto-t0.1", "target", "rating")):
+                answer = (await r.http.post("/v1/route", json={**asking("?"), "model": model})).json()
+                assert (answer["route"], answer["reason"]) == (route, reason)
+            asks = [r.http.post("/v1/route", json={**asking(f"q{i}"), "model": "auto-b0.5"}) for i in range(60)]
+            routes = [reply.json()["route"] for reply in await asyncio.gather(*asks)]
+            assert 10 < routes.count("target") < 50
+
+    asyncio.run(run())
+
+
 def test_headers_set_what_the_body_leaves_open():
     async def run():
         async with rig(KEEP) as r:
@@ -270,6 +297,54 @@ def test_the_target_takes_no_more_than_it_is_allowed():
             raw = await r.client.chat.completions.with_raw_response.create(**asking("two"))
             assert (raw.headers["x-mmroute-route"], raw.headers["x-mmroute-reason"]) == ("draft", "budget_cap")
             assert (await first).choices[0].message.content == expected_answer("target", "one")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("policy", [{"name": "threshold", "threshold": 0.0}, {"name": "always", "route": "target"}])
+def test_a_replica_keeps_to_its_part_of_the_cap_however_many_come_at_once(policy):
+    async def run():
+        async with rig(SEND, Script(first_s=2), target_in_flight=7, replicas=2, policy=policy) as r:
+            asks = [r.http.post("/v1/chat/completions", json=asking(f"q{i}")) for i in range(12)]
+            replies = await asyncio.gather(*asks)
+            why = Counter((reply.headers["x-mmroute-route"], reply.headers["x-mmroute-reason"]) for reply in replies)
+            assert why.pop(("draft", "budget_cap")) == 9
+            assert [route for route, _ in why] == ["target"]
+            assert r.target.counts.started == 3
+            again = await r.http.post("/v1/route", json=asking("later"))  # ended requests have left their places
+            assert again.json()["route"] == "target"
+            assert not r.gateway.at_target
+
+    asyncio.run(run())
+
+
+def test_a_replica_stops_paying_when_its_part_of_the_hour_is_spent():
+    async def run():
+        prices = {"target": {"price_in": 0.0, "price_out": 1e6 / 8}}  # a dollar an answer of 8 tokens
+        async with rig(SEND, of=prices, target_usd_per_hour=4.0, replicas=2) as r:
+            got = []
+            for i in range(4):
+                reply = await r.http.post("/v1/chat/completions", json=asking(f"q{i}"))
+                got.append((reply.headers["x-mmroute-route"], reply.headers["x-mmroute-reason"]))
+            assert got == [("target", "rating")] * 2 + [("draft", "budget_cap")] * 2
+            named = await r.http.post("/v1/chat/completions", json=asking("?", model="target"))
+            assert named.headers["x-mmroute-route"] == "target"  # who names it is let through, and counted
+            assert r.gateway.book.on_target.last_hour == 3.0
+
+    asyncio.run(run())
+
+
+def test_a_draft_that_has_failed_is_not_asked_again_because_the_target_is_full():
+    async def run():
+        async with rig(SEND, Script(first_s=1), target_in_flight=1) as r:
+            first = asyncio.create_task(r.http.post("/v1/chat/completions", json=asking("one")))
+            while not r.target.counts.running:
+                await asyncio.sleep(0.005)
+            down = asking("two", script={"draft": {"fail": 500}})
+            reply = await r.http.post("/v1/chat/completions", json=down)
+            assert (reply.headers["x-mmroute-route"], reply.headers["x-mmroute-reason"]) == ("target", "fallback")
+            assert r.draft.counts.failed == 1
+            await first
 
     asyncio.run(run())
 

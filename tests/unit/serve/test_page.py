@@ -1,6 +1,7 @@
 """The gateway's page: small, nothing from outside, its parts there; in a browser it asks and shows why, by keyboard."""
 
 import asyncio
+import hashlib
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from browser import NAMES, Browser, executable
 from gateways import rig
 
-from mmroute.bench.gateway_processes import free_port
+from mmroute.bench.gateway_processes import free_port, started
 
 FILES = {p.name: p.read_text(encoding="utf-8") for p in files("mmroute.serve").joinpath("page").iterdir()}
 
@@ -88,6 +89,15 @@ def served(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def locked(tmp_path_factory):
+    """A gateway before scripted servers, that asks for the key k1."""
+    keys = tmp_path_factory.mktemp("locked") / "keys"
+    keys.write_text(f"ann:{hashlib.sha256(b'k1').hexdigest()}\n")
+    with started({"api_keys_file": str(keys), "timeouts": {"rating_s": 30}}) as processes:
+        yield processes.url("gateway")
+
+
+@pytest.fixture(scope="module")
 def browser():
     with Browser() as browser:
         yield browser
@@ -147,6 +157,51 @@ class TestInABrowser:
             )
             self.ask_example(shown)
             assert shown.text("badge").startswith(f"{route}:")
+
+    def test_a_picture_from_outside_is_asked_about_and_the_curves_grow(self, browser, served):
+        shown = browser.open(Address(f"{served}/"))
+        self.until(shown, "!document.getElementById('examples').hidden")
+        self.ask_example(shown)
+        own = shown.value("document.getElementById('preview').src")
+        shown.value("document.getElementById('clear').click()")
+        assert shown.value("document.getElementById('preview').hidden")
+        shown.value(  # as a file manager or a screenshot tool hands it over
+            "(bytes => { const data = new DataTransfer();"
+            "data.items.add(new File([bytes], 'own.png', {type: 'image/png'}));"
+            "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data})); })"
+            f"(Uint8Array.from(atob({own.partition(',')[2]!r}), c => c.charCodeAt(0)))"
+        )
+        self.until(shown, "!document.getElementById('preview').hidden")
+        assert shown.value("document.getElementById('preview').src") == own
+        before = shown.value("fetch('stats').then(r => r.json()).then(s => s.totals.ok)")
+        shown.value("document.getElementById('question').value = 'Which exit is reached?'")
+        shown.value("document.getElementById('form').requestSubmit()")
+        self.until(shown, "document.getElementById('timing').textContent.includes('in all')")
+        assert shown.value("fetch('stats').then(r => r.json()).then(s => s.totals.ok)") == before + 1
+        assert "tokens read" in shown.text("timing")
+        self.until(shown, "document.querySelectorAll('#timeplot ellipse').length >= 2")
+        for name in ("share", "cost"):
+            drawn = shown.value(f"document.querySelector('#{name}plot path.a').getAttribute('d')")
+            assert drawn.count("L") >= 1, name
+        assert "of always asking the target" in shown.text("costtext")
+        assert re.search(r"(draft|target) \d+ ms", shown.text("timetext"))
+        assert shown.faults == []
+
+    def test_a_key_is_asked_for_where_one_is_needed_and_stays_in_the_tab(self, browser, locked):
+        shown = browser.open(Address(f"{locked}/"))
+        self.until(shown, "document.getElementById('models').textContent === 'a key is needed'")
+        assert not shown.value("document.getElementById('keybox').hidden")
+        shown.value("document.getElementById('key').focus()")
+        for letter in "k1":
+            shown.key(letter)
+        shown.key("Enter")
+        self.until(shown, "document.getElementById('models').textContent.includes('rates and answers')")
+        shown.value("document.getElementById('question').value = 'hello'")
+        shown.value("document.getElementById('form').requestSubmit()")
+        self.until(shown, "document.getElementById('timing').textContent.includes('in all')")
+        assert shown.text("text").split()[0] in ("draft", "target")
+        assert shown.value("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+        assert shown.value("location.href") == f"{locked}/"
 
     def test_a_failure_is_said_and_the_page_goes_on(self, browser, served):
         shown = browser.open(Address(f"{served}/"), dark=True, size=(420, 900))

@@ -12,6 +12,7 @@ from mmroute.gate._policy import policy
 from mmroute.serve.breaker import Breaker, RetryBudget
 from mmroute.serve.replay import ReplayLog, read_log, replay
 from mmroute.serve.settings import Circuit, Keys, read, upstream
+from mmroute.serve.spending import Spending
 from mmroute.serve.sse import Decoder, TooLong, encode
 
 # ---- events
@@ -101,6 +102,22 @@ def test_retries_are_a_share_of_requests():
     assert [budget.take() for _ in range(4)] == [True] * 3 + [False]
 
 
+def test_an_hours_spending_slides_and_forgets():
+    clock = Clock()
+    spent = Spending(clock)
+    for minute in range(120):
+        clock.now = 60.0 * minute
+        spent.add(1.0)
+        spent.add(0.5)
+        assert spent.last_hour == 1.5 * min(minute + 1, 61)
+    clock.now += 59.9
+    assert spent.last_hour == 1.5 * 61
+    clock.now = 60.0 * 119 + 3600
+    assert spent.last_hour == 1.5
+    clock.now += 60
+    assert spent.last_hour == 0
+
+
 # ---- settings
 
 
@@ -126,12 +143,23 @@ def test_later_sources_win(tmp_path, monkeypatch):
         ({"mode": "stream_peek"}, "asks a server"),
         ({"mode": "inprocess", "draft": {"model": "x", "url": "http://x"}}, "local draft"),
         ({"draft": {"model": "tiny"}}, "both served as 'tiny'"),
+        ({"replicas": 0}, "serve.replicas"),
+        ({"target_usd_per_hour": 2.0}, "price_in and price_out"),
+        ({"replicas": 3, "target_in_flight": 2}, "at least one for each"),
     ],
     ids=str,
 )
 def test_a_wrong_setting_is_named(given_, words):
     with pytest.raises(ConfigError, match=words):
         read(None, given_)
+
+
+@pytest.mark.parametrize("cap", [3, 4, 7, 64])
+def test_the_parts_of_a_cap_are_never_more_than_the_cap_nor_nothing(cap):
+    part = read(None, {"replicas": 3, "target_in_flight": cap}).own_target_in_flight
+    assert part >= 1
+    assert 3 * part <= cap < 3 * (part + 1)
+    assert read(None, {"replicas": 3}).own_target_in_flight is None
 
 
 def test_an_upstream_is_an_address_with_a_name_or_a_local_model(tmp_path):

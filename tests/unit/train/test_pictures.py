@@ -17,7 +17,7 @@ from mmroute.tasks._visual import judge_drawings
 from mmroute.train.discrepancy import code_distances, token_discrepancy
 from mmroute.train.folder import write_stock
 from mmroute.train.picture_model import CODES, WORDS, Shape, build, make_processor
-from mmroute.train.pictures import Recipe, Run, exam, story
+from mmroute.train.pictures import Recipe, Run, exam, main, story
 from mmroute.train.recipe import as_yaml, find_recipe
 from mmroute.train.scratch import family_of, train_scratch
 from mmroute.train.tile_codes import TILE, code_name, picture
@@ -160,5 +160,15 @@ def test_training_ends_in_a_folder_that_stock_classes_open_and_that_was_examined
     assert found["n"] == 2
     assert {"accuracy", "ci95", "v_acc", "v_red", "v_ratio", "chance"} <= set(found)
     assert found == exam(folder, recipe(steps=1, eval_every=1))
+    assert found["keep"] == {"vision": 1.0, "text": 1.0}
+    assert 0 <= found["drawn_right"] <= found["drawn_right_ci95"][1]
+    out = tmp_path / "routed.json"
+    main(folder, out, items=2, recipe="random", set_=["prune.vision_keep=0.5", "think.name=image"])
+    routed = json.loads(out.read_text())
+    assert (routed["recipe"], routed["prune"]["vision_keep"], routed["trained"]) == ("random", 0.5, "none")
+    assert routed["tasks"]["frozenlake"]["keep"]["vision"] < 0.7
+    assert routed["tasks"]["frozenlake"]["keep"]["text"] == 1
+    with pytest.raises(ConfigError, match="recipe random draws nothing to judge"):
+        main(folder, out, items=2, recipe="random")
     with pytest.raises(ConfigError, match="no list of actions"):
         Run(recipe(task="needle"), tmp_path / "other")

@@ -139,7 +139,7 @@ const REASONS = {
   forced: "The request itself chose the model.", capability: "Only this model can serve such a request.",
   circuit_open: "The other model is being left alone after failures.", fallback: "The other model failed, this one took over.",
   verify: "The draft's finished answer was looked at, and the target was asked after all.",
-  budget_cap: "The target has no place left at the moment.", always: "The policy sends everything here.",
+  budget_cap: "The target has no place left at the moment, or has cost what it may this hour.", always: "The policy sends everything here.",
 };
 function decide(h) {
   const get = name => h.get(`x-mmroute-${name}`);

@@ -1,26 +1,30 @@
 """What every public benchmark shares: where its rows are found, how a prompt is laid out, what is scored and averaged.
 
 A benchmark's own file says where its data is (`sources`), what a row means (`sample`), how it is asked (`prompts`) and
-which averages are usual (`metrics`). Sizes in cards are those published; they are never asserted, since ids drift.
+which averages are usual (`metrics`). Sizes in cards are those published; another number of rows is a warning and never
+an error, since data sets drift.
 
 | option | meaning |
 |---|---|
 | `data_root` | folder with one folder per benchmark: `data/vsr/..`; what is not there is looked for on the Hub |
 | `prompt` | which of the benchmark's prompts; the first by default |
+| `protocol` | `generate`: the model writes; `likelihood`: the option it finds most likely; the card's by default |
 """
 
+import logging
 import re
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from mmroute.config import options, parse
 from mmroute.errors import ConfigError, InputError
 from mmroute.tasks import _parse
-from mmroute.tasks.base import Card, Choice, Sample, Score, Task
+from mmroute.tasks.base import Card, Choice, Origin, Sample, Score, Task
 from mmroute.tasks.hub._fields import answer_index, choices
 from mmroute.tasks.hub._readers import HubRows, Row, Source
 
@@ -29,6 +33,8 @@ __all__ = ["LETTER_PROMPT", "WORD_PROMPT", "YES_NO_PROMPT", "Public", "by", "let
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 YES_NO_PROMPT = "Answer the question using yes or no."
 WORD_PROMPT = "Answer the question using a single word or phrase."
+log = logging.getLogger(__name__)
+
 _TAG = re.compile(r"<image(?: (\d))?>")
 
 Prompt = Callable[[Sample], str]
@@ -64,6 +70,8 @@ class Public(Task):
         """Folder that holds a folder per benchmark."""
         prompt: str = ""
         """Name of the prompt; empty is the first."""
+        protocol: Literal["", "generate", "likelihood"] = ""
+        """How items are answered; empty is the card's way."""
 
     card: ClassVar[Card]
     sources: ClassVar[tuple[Source, ...]]
@@ -82,6 +90,10 @@ class Public(Task):
         if self.prompt not in self.prompts:
             raise ConfigError(f"tasks.{self.name}.prompt: one of {', '.join(self.prompts)} (given {self.prompt!r})")
 
+    @property
+    def protocol(self) -> str:
+        return self.config.protocol or self.card.protocol
+
     # ------------------------------------------------------------------ data
 
     def samples(self, split: str, n: int | None = None, offset: int = 0) -> Iterator[Sample]:
@@ -96,13 +108,26 @@ class Public(Task):
         return Path(self.config.data_root) / self.name
 
     def samples_in(self, folder: Path, split: str) -> Iterator[Sample]:
-        """All samples of a split whose files lie in this folder."""
-        for number, row in enumerate(self.rows(folder, split)):
+        """All samples of a split whose files lie in this folder; a warning where its rows are not as many as published.
+
+        A row is read ahead, so that whoever takes just as many samples as are published hears of more or fewer.
+        """
+        size, rows = self.card.splits[split], self.rows(folder, split)
+        labels = self._labels(self._source(folder, split))
+        after, number = next(rows, None), -1
+        while (row := after) is not None:
+            after, number = next(rows, None), number + 1
+            if after is None and number + 1 < size:
+                log.warning("%s %s: %d rows, %d are published", self.name, split, number + 1, size)
+            elif after is not None and number + 1 == size:
+                log.warning("%s %s: more rows than the %d that are published", self.name, split, size)
             try:
                 made = self.expand(row, split, number)
             except InputError as error:
                 raise InputError(f"{self.name} {split}, row {number}: {error}") from None
-            yield from made
+            yield from (replace(s, meta=s.meta | {"labels": labels}) for s in made)
+        if number < 0:
+            log.warning("%s %s: no rows, %d are published", self.name, split, size)
 
     def rows(self, root: Path, split: str) -> Iterator[Row]:
         """Rows of the first source that is in the folder; else of the Hub.
@@ -110,14 +135,29 @@ class Public(Task):
         Raises:
             InputError: nothing is there; the message says what to fetch.
         """
-        for source in self.sources:
-            if source.found(root, split):
-                return source.rows(root, split)
-        online = next((s for s in self.sources if isinstance(s, HubRows)), None)
-        wanted = "; or ".join(source.wants(root, split) for source in self.sources)
-        if online is None:
+        source, wanted = self._source(root, split), self.wants(root, split)
+        if source is None:
             raise InputError(f"{self.name} {split}: no data. Put there: {wanted}")
-        return _or_explain(online.rows(root, split), f"{self.name} {split}: no data in {root}. Put there: {wanted}")
+        if source.found(root, split):
+            return source.rows(root, split)
+        return _or_explain(source.rows(root, split), f"{self.name} {split}: no data in {root}. Put there: {wanted}")
+
+    def origin(self, split: str) -> Origin | None:
+        """The file or data set that the split is read from; None where there is none."""
+        source = self._source(self.folder, split)
+        return None if source is None else replace(source.origin(self.folder, split), labels=self._labels(source))
+
+    def _source(self, root: Path, split: str) -> Source | None:
+        """The first that is in the folder, else the Hub."""
+        here = (s for s in self.sources if s.found(root, split))
+        return next(here, None) or next((s for s in self.sources if isinstance(s, HubRows)), None)
+
+    def _labels(self, source: Source | None) -> str:
+        return (source.labels if source is not None else "") or self.label_version
+
+    def wants(self, root: Path, split: str) -> str:
+        """What to fetch for a split, and where to put it."""
+        return "; or ".join(source.wants(root, split) for source in self.sources if source.holds(split))
 
     def expand(self, row: Row, split: str, number: int) -> list[Sample]:
         """The samples of one row: one, unless a benchmark asks several questions of a row."""
@@ -193,7 +233,7 @@ class Public(Task):
             answer_index=index,
             answer_text=f"The answer is {label}." if label else "",
             difficulty={},
-            meta={**meta, "source": self.card.ids[0], "license": self.card.license, "labels": self.label_version},
+            meta={**meta, "source": self.card.ids[0], "license": self.card.license},
         )
 
     # ------------------------------------------------------------------ prompts and scores
@@ -204,8 +244,13 @@ class Public(Task):
         Args:
             sample: one of ours.
             style: name of a prompt; the ways to think have none of their own here and get the configured one.
+                `question` is what is asked, with no options and no instruction.
         """
-        text = self.prompts[style if style in self.prompts else self.prompt](sample)
+        if style == "question":
+            told = [str(sample.meta.get(key) or "") for key in ("context", "hint")]
+            text = "\n".join(part for part in (*told, sample.question) if part)
+        else:
+            text = self.prompts[style if style in self.prompts else self.prompt](sample)
         images = [{"type": "image", "image": sample.images[i]} for i in sample.prompt_images]
         content: list[dict[str, Any]] = []
         end, used = 0, set[int]()
@@ -223,7 +268,8 @@ class Public(Task):
         name = scorer or ("default" if "default" in self.scorers else "strict")
         if name in self.scorers:
             verdict = self.scorers[name](sample, completion)
-            correct = None if verdict.correct is None else float(verdict.correct)
+            known_answer = verdict.correct is not None and sample.answer  # some splits hide theirs
+            correct = float(verdict.correct or 0) if known_answer else None
             known = next(k for k, rule in self.scorers.items() if rule is self.scorers[name] and k != "default")
             return Score(correct, verdict.prediction, verdict.prediction is not None, known)
         if name not in _parse.SCORERS:

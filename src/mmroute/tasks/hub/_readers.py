@@ -3,26 +3,32 @@
 A reader is asked for a folder and a split. It says whether its files are there, gives rows as plain dictionaries, and
 says what to fetch when they are not. Pictures come out as Pillow images (embedded) or paths (apart): never as bytes,
 base64 or structs, so that a benchmark's own file need not know which source a row came from.
+
+No file answers for a split that it does not hold: one of some splits names them (`splits`), and one that holds several
+names the column by which their rows are told apart (`by`).
 """
 
 import base64
 import binascii
 import csv
+import hashlib
 import io
 import json
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mmroute.errors import InputError, MissingExtra
+from mmroute.tasks.base import Origin
 
-__all__ = ["HubRows", "JsonlWithImages", "Row", "Source", "Tsv"]
+__all__ = ["HubRows", "JsonlWithImages", "Row", "Source", "SplitColumn", "Tsv"]
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +37,13 @@ Row = dict[str, Any]
 
 class Source(ABC):
     """One place that a benchmark's rows may be in."""
+
+    labels: str = ""
+    """Which labels its rows have, where several are about; empty is the benchmark's own."""
+
+    def holds(self, split: str) -> bool:
+        """Whether this place has the split at all."""
+        return True
 
     @abstractmethod
     def found(self, root: Path, split: str) -> bool:
@@ -48,19 +61,68 @@ class Source(ABC):
     def wants(self, root: Path, split: str) -> str:
         """What to fetch, and where to put it."""
 
+    @abstractmethod
+    def origin(self, root: Path, split: str) -> Origin:
+        """What these rows are, as results name it."""
+
 
 @dataclass(frozen=True)
-class Tsv(Source):
+class SplitColumn:
+    """What tells the splits of one file apart: a row is of the split whose values its column has."""
+
+    name: str
+    values: Mapping[str, Collection[str]]
+    """Our name of a split to what stands in the column."""
+
+    def has(self, row: Row, split: str, where: str) -> bool:
+        """Whether a row is of the split.
+
+        Raises:
+            InputError: the file has no such column, so that its rows cannot be told apart.
+        """
+        if self.name not in row:
+            raise InputError(f"{where}: no column {self.name!r}, which tells {', '.join(self.values)} apart")
+        return str(row[self.name]).strip() in self.values[split]
+
+
+class _OneFile(Source):
+    """Rows of one file, of which a benchmark's splits may be named, counted out, or told apart by a column."""
+
+    splits: Collection[str]
+    by: SplitColumn | None
+
+    @abstractmethod
+    def _file(self, root: Path, split: str) -> Path:
+        """Where it is."""
+
+    def holds(self, split: str) -> bool:
+        known = self.by.values if self.by is not None else self.splits
+        return not known or split in known
+
+    def found(self, root: Path, split: str) -> bool:
+        return self.holds(split) and self._file(root, split).is_file()
+
+    def origin(self, root: Path, split: str) -> Origin:
+        path = self._file(root, split)
+        return Origin(path.name, _revision([path]))
+
+    def _of(self, row: Row, split: str, where: str) -> bool:
+        return self.by is None or self.by.has(row, split, where)
+
+
+@dataclass(frozen=True)
+class Tsv(_OneFile):
     """VLMEvalKit's table: one line per question, pictures as base64 in `image`."""
 
     name: str
     """Of the file, without `.tsv`; `{split}` is replaced."""
+    splits: Collection[str] = ()
+    """Which splits it holds; none named is every split, for a name with `{split}` or a benchmark with one."""
+    by: SplitColumn | None = None
+    """What tells them apart where it holds several."""
 
     def _file(self, root: Path, split: str) -> Path:
         return root / f"{self.name.format(split=split)}.tsv"
-
-    def found(self, root: Path, split: str) -> bool:
-        return self._file(root, split).is_file()
 
     def wants(self, root: Path, split: str) -> str:
         return f"VLMEvalKit's {self._file(root, split).name} in {root}"
@@ -78,11 +140,12 @@ class Tsv(Source):
                 shown[index] = image
                 # A short value is the index of the row that holds the picture.
                 image = shown.get(image, image) if len(image) <= 64 else image
-                yield {**row, "image": _from_base64(image, where)}
+                if self._of(row, split, where):
+                    yield {**row, "image": _from_base64(image, where)}
 
 
 @dataclass(frozen=True)
-class JsonlWithImages(Source):
+class JsonlWithImages(_OneFile):
     """A JSON list or JSON lines, and a folder with the pictures they name."""
 
     file: str
@@ -95,12 +158,12 @@ class JsonlWithImages(Source):
     """Where the pictures are to be had."""
     encoded: bool = False
     """Pictures stand in the lines as base64 instead."""
+    splits: Collection[str] = ()
+    """As of a `Tsv`."""
+    by: SplitColumn | None = None
 
     def _file(self, root: Path, split: str) -> Path:
         return root / self.file.format(split=split)
-
-    def found(self, root: Path, split: str) -> bool:
-        return self._file(root, split).is_file()
 
     def wants(self, root: Path, split: str) -> str:
         pictures = "" if self.encoded else f", with pictures in {root / self.images}"
@@ -112,6 +175,8 @@ class JsonlWithImages(Source):
             where = f"{path}:{number}"
             if not isinstance(row, dict):
                 raise InputError(f"{where}: a JSON object is expected, given {type(row).__name__}")
+            if not self._of(row, split, where):
+                continue
             named = {key: row[key] for key in self.columns if row.get(key)}
             if self.encoded:
                 yield {**row, **{key: _from_base64(value, where) for key, value in named.items()}}
@@ -139,6 +204,7 @@ class HubRows(Source):
     """Our name of a split to theirs, where they differ."""
     join: tuple[str, str, str] | None = None
     """(config of the pictures, column here, column there): questions and pictures are kept apart."""
+    labels: str = ""
 
     def found(self, root: Path, split: str) -> bool:
         return any(self._parts(root, split))
@@ -146,6 +212,19 @@ class HubRows(Source):
     def wants(self, root: Path, split: str) -> str:
         theirs = self.splits.get(split, split)
         return f"the Parquet files of {self.id} ({theirs}) in {root}, or access to the Hub"
+
+    def origin(self, root: Path, split: str) -> Origin:
+        files = list(self._parts(root, split))
+        return Origin(self.id, _revision(files) if files else self._commit(), self.labels)
+
+    def _commit(self) -> str:
+        """The Hub's commit that is read; empty where the Hub does not tell."""
+        try:
+            import datasets
+
+            return str(datasets.load_dataset_builder(self.id, next(iter(self.configs), None)).hash or "")
+        except (ImportError, OSError, ValueError):
+            return ""
 
     def rows(self, root: Path, split: str) -> Iterator[Row]:
         pictures: dict[Any, Any] = {}
@@ -199,6 +278,22 @@ class HubRows(Source):
             raise InputError(f"{self.id} ({theirs}) cannot be read from the Hub: {error}") from None
         for row in loaded:
             yield dict(row)
+
+
+def _revision(files: Sequence[Path]) -> str:
+    """What files hold, whatever they are called."""
+    digest = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        digest.update(_digest(path, stat.st_size, stat.st_mtime_ns))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, changed_ns: int) -> bytes:
+    """Of one file; both sides of a comparison ask for it, and it may have gigabytes."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
 
 
 def _arrow_rows(path: Path) -> Iterator[Row]:

@@ -10,9 +10,12 @@ from typing import ClassVar
 from mmroute.tasks.base import Card, Sample, Score, group_accuracy
 from mmroute.tasks.hub._fields import first, is_yes, pictures
 from mmroute.tasks.hub._public import YES_NO_PROMPT, Public
-from mmroute.tasks.hub._readers import HubRows, JsonlWithImages, Row, Tsv
+from mmroute.tasks.hub._readers import HubRows, JsonlWithImages, Row, SplitColumn, Tsv
 
 __all__ = ["Hallusion"]
+
+# 0: no figure is shown; 1: the figure; 2: an edited copy of it.
+_SHOWS = SplitColumn("visual_input", {"image": ("1", "2"), "non_image": ("0",)})
 
 
 class Hallusion(Public):
@@ -28,9 +31,9 @@ class Hallusion(Public):
         0.5,
     )
     sources = (
-        Tsv("HallusionBench"),
+        Tsv("HallusionBench", splits=("image",)),
         HubRows("lmms-lab/HallusionBench"),
-        JsonlWithImages("HallusionBench.json", columns=("filename",)),
+        JsonlWithImages("HallusionBench.json", columns=("filename",), by=_SHOWS),
     )
     prompts: ClassVar = {"yes_no": lambda s: f"{s.question}\n{YES_NO_PROMPT}"}
 

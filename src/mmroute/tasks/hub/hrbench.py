@@ -1,6 +1,6 @@
 """HR-Bench: pictures of 4K and 8K, single things and several; every question four times with its options turned.
 
-Source: HR-Bench (arXiv 2408.15556). Figures are means over the four cycles.
+Source: HR-Bench (arXiv 2408.15556), by VLMEvalKit's or its own names of tables. Figures are means over the four cycles.
 Deviates: its GPT judge becomes the rule `strict`.
 """
 
@@ -28,8 +28,10 @@ class HRBench(Public):
         0.25,
     )
     sources = (
-        Tsv("{split}"),
-        Tsv("HRBench4K"),
+        Tsv("HRBench4K", splits=("hrbench_4k",)),
+        Tsv("HRBench8K", splits=("hrbench_8k",)),
+        Tsv("hr_bench_4k", splits=("hrbench_4k",)),
+        Tsv("hr_bench_8k", splits=("hrbench_8k",)),
         HubRows("DreamMr/HR-Bench"),
     )
     categories = ("category", "cycle")

@@ -26,7 +26,11 @@ class MathVision(Public):
     card: ClassVar[Card] = Card(
         ("MathLLMs/MathVision",), {"test": 3040, "testmini": 304}, "MIT", "generate", "accuracy", 0.1
     )
-    sources = (Tsv("MathVision"), HubRows("MathLLMs/MathVision"))
+    sources = (
+        Tsv("MathVision", splits=("test",)),
+        Tsv("MathVision_MINI", splits=("testmini",)),
+        HubRows("MathLLMs/MathVision"),
+    )
     prompts: ClassVar = {"boxed": _prompt}
     scorers: ClassVar = {"default": letter_or_text, "value": letter_or_text}
     categories = ("level", "subject")

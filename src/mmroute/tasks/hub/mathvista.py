@@ -22,7 +22,7 @@ class MathVista(Public):
     card: ClassVar[Card] = Card(
         ("AI4Math/MathVista",), {"testmini": 1000, "test": 5141}, "CC-BY-SA-4.0", "generate", "accuracy", 0.18
     )
-    sources = (Tsv("MathVista_MINI"), HubRows("AI4Math/MathVista"))
+    sources = (Tsv("MathVista_MINI", splits=("testmini",)), HubRows("AI4Math/MathVista"))
     prompts: ClassVar = {"query": lambda s: s.meta["query"] or s.question}
     scorers: ClassVar = {"default": letter_or_text, "value": letter_or_text}
     categories = ("question_type",)

@@ -11,7 +11,7 @@ from mmroute.tasks._parse import Verdict
 from mmroute.tasks.base import Card, Sample
 from mmroute.tasks.hub._fields import first, option_texts, pictures
 from mmroute.tasks.hub._public import LETTER_PROMPT, WORD_PROMPT, Public
-from mmroute.tasks.hub._readers import HubRows, Row, Tsv
+from mmroute.tasks.hub._readers import HubRows, Row, SplitColumn, Tsv
 from mmroute.tasks.hub._rules import exact, letter_or_text
 
 __all__ = ["MMMU"]
@@ -74,7 +74,10 @@ class MMMU(Public):
     card: ClassVar[Card] = Card(
         ("MMMU/MMMU",), {"dev": 150, "validation": 900}, "Apache-2.0", "generate", "accuracy", 0.25
     )
-    sources = (Tsv("MMMU_DEV_VAL"), HubRows("MMMU/MMMU", configs=_SUBJECTS))
+    sources = (
+        Tsv("MMMU_DEV_VAL", by=SplitColumn("split", {"dev": ("dev",), "validation": ("validation", "val")})),
+        HubRows("MMMU/MMMU", configs=_SUBJECTS),
+    )
     prompts: ClassVar = {"mixed": _prompt}
     scorers: ClassVar = {"default": _any_gold, "value": _any_gold}
     categories = ("subject",)

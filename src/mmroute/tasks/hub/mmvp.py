@@ -1,6 +1,6 @@
 """MMVP: pairs of pictures that CLIP cannot tell apart, and a question that tells them.
 
-Source: MMVP (arXiv 2401.06209). Labels: the published ones; lmms-lab-eval/MMVP corrects four, its table says so.
+Source: MMVP (arXiv 2401.06209). Labels: the published ones; lmms-lab-eval/MMVP corrects four, and results say so.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class MMVP(Public):
     sources = (
         Tsv("MMVP"),
         HubRows("MMVP/MMVP"),
-        HubRows("lmms-lab-eval/MMVP", splits={"test": "train"}),
+        HubRows("lmms-lab-eval/MMVP", splits={"test": "train"}, labels="lmms-lab-eval, 4 corrected"),
         JsonlWithImages("Questions.jsonl", images="MMVP Images"),
     )
     categories = ()
@@ -45,5 +45,5 @@ class MMVP(Public):
         )
 
     def metrics(self, samples: Sequence[Sample], scores: Sequence[Score]) -> dict[str, float]:
-        pairs = group_accuracy([s.group for s in samples], [s.correct or 0.0 for s in scores])
+        pairs = group_accuracy([s.group for s in samples], [s.correct or 0.0 for s in scores], size=2)
         return super().metrics(samples, scores) | {"pair_accuracy": pairs}

@@ -31,7 +31,11 @@ class ScienceQA(Public):
         "accuracy",
         0.4,
     )
-    sources = (Tsv("ScienceQA_{split}"), HubRows("derek-thomas/ScienceQA"))
+    sources = (
+        Tsv("ScienceQA_TEST", splits=("test",)),
+        Tsv("ScienceQA_VAL", splits=("validation",)),
+        HubRows("derek-thomas/ScienceQA"),
+    )
     prompts: ClassVar = {"hint": _prompt}
     scorers: ClassVar = {"lmms": lmms_exact}
     categories = ("subject", "has_image")

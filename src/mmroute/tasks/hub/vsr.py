@@ -37,7 +37,7 @@ class VSR(Public):
     )
     sources = (
         JsonlWithImages("{split}.jsonl", fetch=_COCO),
-        Tsv("VSR-zeroshot"),
+        Tsv("VSR-zeroshot", splits=("test",)),
         HubRows("cambridgeltl/vsr_zeroshot"),
     )
     prompts: ClassVar = {

@@ -56,7 +56,8 @@ class Winoground(Public):
 
     def metrics(self, samples: Sequence[Sample], scores: Sequence[Score]) -> dict[str, float]:
         out = super().metrics(samples, scores)
-        for kind in ("text", "image", "group"):
+        for kind, size in (("text", 2), ("image", 2), ("group", 4)):
             part = [(s, c) for s, c in zip(samples, scores, strict=True) if kind in (s.meta["kind"], "group")]
-            out[f"{kind}_score"] = group_accuracy([s.group for s, _ in part], [c.correct or 0.0 for _, c in part])
+            right = [c.correct or 0.0 for _, c in part]
+            out[f"{kind}_score"] = group_accuracy([s.group for s, _ in part], right, size)
         return out

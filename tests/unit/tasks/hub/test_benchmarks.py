@@ -241,6 +241,12 @@ def test_mathvista_options_count_by_text_and_letter(tmp_path):
     assert [task.score(samples[0], a).correct for a in ("1.2 cm", "It is 1.23", "1.3")] == [1.0, 1.0, 0.0]
 
 
+def test_an_item_whose_answer_is_hidden_is_neither_right_nor_wrong(tmp_path):
+    task = load("mathvista", tmp_path)
+    hidden = task.sample({"question": "How long?", "answer": ""}, "test", 0)
+    assert task.score(hidden, "1.2").correct is None
+
+
 def test_videos_are_left_out_of_onethinker_and_reasoning_is_kept(tmp_path):
     _, samples = made("onethinker", tmp_path)
     assert [s.question for s in samples] == ["Which is larger?", "What is 2 + 3?"]
