@@ -4,12 +4,13 @@ import importlib.util
 import re
 from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mmroute import backbones, reason
+from mmroute import backbones, hub, reason
 from mmroute.backbones.load import load
 from mmroute.checks import check_pruner
 
@@ -98,6 +99,24 @@ def test_the_stock_trainer_lowers_the_loss_of_a_routed_model(tiny_folder, tmp_pa
     losses = example("train_with_trainer").main(str(tiny_folder("llava")), str(tmp_path), steps=30)
     assert len(losses) == 30
     assert sum(losses[-3:]) < sum(losses[:3]) / 2
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_chameleon_learns_to_draw_its_thoughts(tiny_folder, tmp_path):
+    pytest.importorskip("peft")
+    module, folder = example("train_to_draw"), tiny_folder("chameleon")
+    model = load(folder)
+    sample = next(hub.load("tasks", "frozenlake", hop_images="observed").samples("train", 1))
+    made = module.row(model, sample)
+    learned = made["input_ids"][made["labels"] != -100]
+    codes = torch.isin(learned, torch.tensor(backbones.of(model).image_tokens(model)))
+    assert codes.sum() == len(sample.hops) * families.NUM_SQUARE
+    assert model.config.image_token_id not in made["input_ids"]
+
+    losses = module.main(str(folder), str(tmp_path), steps=40)
+    assert sum(losses[-5:]) < sum(losses[:5])
+    weights = [load(f).model.layers[0].self_attn.q_proj.weight for f in (folder, tmp_path)]
+    assert not torch.equal(*weights)
 
 
 def test_the_guide_names_files_that_are_there():
