@@ -39,7 +39,7 @@ constraints: .venv/dev
 	.venv-lmms/bin/python -m pip uninstall -y torchvision
 	@touch $@
 .venv/ray: .venv/dev
-	$(BIN)/python -m pip install -c constraints.txt -e ".[ray]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[ray]" --group quantised
 	@touch $@
 .venv/dev: .venv/core
 	$(BIN)/python -m pip install -c constraints.txt -e ".[all]" --group dev

@@ -1,6 +1,7 @@
 """Weights that torchao quantised while they were read: the model routes, and what it keeps whole is its own stock.
 
-torchao is a dependency of the tests alone; without it `load` says what is missing (`test_load.py`).
+`make test-all` brings torchao, which costs every command half a second and some noise; without it `load` says what is
+missing (`test_load.py`).
 """
 
 from typing import Any
@@ -15,6 +16,8 @@ import mmroute
 from mmroute import backbones, hub
 from mmroute.backbones.images import prepare, user_message
 from mmroute.bench.record import hash_weights
+
+pytest.importorskip("torchao", reason="make test-all installs torchao")
 
 PICTURE = Image.linear_gradient("L").resize((40, 30))
 
