@@ -1,32 +1,25 @@
 """Compiled layers give what stock layers give, in one graph, and no way of compiling gets around the routing."""
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import families
 import pytest
 import torch
 from cases import Case, grid
-from routing import distance, play
+from compiling import GREEDY, Graphs
+from routing import distance
 
 import mmroute
 from mmroute import hub
 from mmroute.errors import UnsupportedCall
 
-GREEDY = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-
-
-class Graphs:
-    """A backend that runs each graph as it was captured, and counts them: no compiler is needed to see what it gets."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        self.count += 1
-        return graph.forward
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -50,38 +43,14 @@ def test_compiled_layers_equal_stock_layers(case: Case, graphs: Graphs) -> None:
     assert out.past_key_values.lengths() == want.past_key_values.lengths()
 
 
-# Alone, and behind any file that was tried, these two hold; once, late in a whole run, there was a graph a layer.
 @pytest.mark.slow
-@grid(names=("qwen2_5_vl",), attn=("sdpa",), rows=("one",))
-def test_one_graph_serves_all_layers_and_lengths_and_one_more_single_positions(case: Case, graphs: Graphs) -> None:
-    prune = hub.load("prune", "random", vision_keep=0.4, text_keep=0.7)
-    batches, story = [families.make_inputs(case.name, case.model, after=n) for n in (9, 12, 17)], case.story(tail=3)
-    with case.attached(prune) as routed:
-        want = [routed.model(**batch).logits for batch in batches]
-        told = play(routed.model, story, routed.new_cache()).all
-        routed.compile(graphs)
-        out = [routed.model(**batch).logits for batch in batches]
-        assert graphs.count == 1
-        again = play(routed.model, story, routed.new_cache()).all
-        assert graphs.count == 2
-    assert max(distance(a, b) for a, b in zip([*out, again], [*want, told], strict=True)) < 1e-5
-
-
-@pytest.mark.slow
-@grid(names=("qwen2_5_vl",), attn=("sdpa",), rows=("padded",))
-def test_compiled_without_routing_equals_stock(case: Case, graphs: Graphs) -> None:
-    stock = case.model.generate(**case.prompt, **GREEDY)
-    for prune in (None, hub.load("prune", "random", vision_keep=1.0, text_keep=1.0)):
-        with case.attached(prune) as routed:
-            routed.compile(graphs)
-            out = routed.generate(**case.prompt, **GREEDY)
-            assert graphs.count == 2  # the prompt and single positions, whatever is routed
-            with routed.off() as model:
-                off = model.generate(**case.prompt, **GREEDY)
-        assert graphs.count == 2
-        assert torch.equal(out.sequences, stock.sequences)
-        assert max(distance(a, b) for a, b in zip(out.logits, stock.logits, strict=True)) < 1e-5
-        assert all(torch.equal(a, b) for a, b in zip(off.logits, stock.logits, strict=True))
+def test_graphs_are_few_in_a_fresh_process() -> None:
+    file, clean = (
+        Path(__file__).with_name("graph_counts.py"),
+        {k: v for k, v in os.environ.items() if "PYTEST" not in k},
+    )
+    run = subprocess.run([sys.executable, "-m", "pytest", file], env=clean, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @grid(names=("qwen2_5_vl",), attn=("sdpa",), rows=("padded",))
