@@ -136,12 +136,13 @@ def drawn_table(runs: list[dict[str, Any]], allow_dirty: bool = False) -> str:
     if any(run["dirty"] for run in runs) and not allow_dirty:
         raise InputError(f"{', '.join(run['recipe'] for run in runs if run['dirty'])}: {_UNCOMMITTED}")
     rows = []
-    for run in sorted(runs, key=lambda run: (run["prune"] is not None, run["recipe"])):
+    for run in sorted(runs, key=lambda run: (run["prune"] is not None, run["recipe"], run["context"])):
         for task, found in run["tasks"].items():
             rows.append(
                 [
                     f"{task}:{run['preset']}",
                     run["recipe"],
+                    run["context"],
                     " / ".join(f"{found['keep'][name]:.3f}" for name in ("vision", "text")),
                     _percent(found["drawn_right"], found["drawn_right_ci95"]),
                     *(f"{found[name]:.3f}" for name in ("v_acc", "v_red", "v_ratio")),
@@ -149,8 +150,8 @@ def drawn_table(runs: list[dict[str, Any]], allow_dirty: bool = False) -> str:
                     str(found["n"]),
                 ]
             )
-    head = ["task", "recipe", "keep vision / text", "items drawn without a fault % [95 %]", "v_acc", "v_red", "v_ratio"]
-    return markdown([*head, "accuracy % [95 %]", "n"], rows)
+    head = ["task", "recipe", "context", "keep vision / text", "items drawn without a fault % [95 %]"]
+    return markdown([*head, "v_acc", "v_red", "v_ratio", "accuracy % [95 %]", "n"], rows)
 
 
 def _percent(share: float, bounds: Sequence[float]) -> str:

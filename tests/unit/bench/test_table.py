@@ -94,20 +94,21 @@ def test_results_of_uncommitted_source_are_refused(results):
 def test_drawn_thoughts_have_a_line_per_recipe_and_the_unrouted_one_first(tmp_path):
     found = {"n": 200, "accuracy": 0.54, "ci95": [0.4708, 0.6077], "v_acc": 0.4183, "v_red": 0.7392, "v_ratio": 0.0883}
     found |= {"drawn_right": 0.075, "drawn_right_ci95": [0.046, 0.12], "keep": {"vision": 0.625, "text": 0.7849}}
-    run = {"schema": "drawn/1", "dirty": False, "preset": "nano", "tasks": {"frozenlake": found}}
+    run = {"schema": "drawn/1", "dirty": False, "preset": "nano", "context": "markov2", "tasks": {"frozenlake": found}}
     schema.write_json(tmp_path / "a.json", {**run, "recipe": "dare", "prune": {"name": "dare"}})
     schema.write_json(tmp_path / "b.json", {**run, "recipe": "image", "prune": None})
     first, second = table.table_of(tmp_path).splitlines()[2:]
     assert "| image |" in first
     assert second == (
-        "| frozenlake:nano | dare | 0.625 / 0.785 | 7.5 [4.6, 12.0] | 0.418 | 0.739 | 0.088 | 54.0 [47.1, 60.8] | 200 |"
+        "| frozenlake:nano | dare | markov2 | 0.625 / 0.785 | 7.5 [4.6, 12.0] | 0.418 | 0.739 | 0.088 "
+        "| 54.0 [47.1, 60.8] | 200 |"
     )
     schema.write_json(tmp_path / "a.json", {**run, "recipe": "dare", "prune": {"name": "dare"}, "dirty": True})
     with pytest.raises(InputError, match="dare: made from source that was not committed"):
         table.table_of(tmp_path)
 
 
-DRAWN = {"schema": "drawn/1", "dirty": False, "preset": "nano", "recipe": "image", "prune": None, "tasks": {}}
+DRAWN = {"schema": "drawn/1", "dirty": False, "context": "accumulate", "recipe": "image", "prune": None, "tasks": {}}
 
 
 def latent_time(dirty=False):
