@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from mmroute.errors import CheckpointMismatch, ConfigError, MmrouteError
 
@@ -37,10 +43,14 @@ def fetched(name: str, files: Sequence[str], writer: str) -> Path:
         writer: what writes such folders, for the message.
 
     Raises:
-        CheckpointMismatch: it cannot be fetched.
+        CheckpointMismatch: it is not there, or cannot be fetched.
     """
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
+    except RepositoryNotFoundError:
+        raise CheckpointMismatch(
+            f"{name!r} is not on the Hub, or private; check the id, or log in: hf auth login"
+        ) from None
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         cause = str(error).strip().splitlines()[0]
         raise CheckpointMismatch(

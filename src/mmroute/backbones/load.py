@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
@@ -21,7 +19,7 @@ from mmroute.backbones import names, volcano, vq
 from mmroute.backbones.base import QUANTISED
 from mmroute.backbones.chameleon import Chameleon
 from mmroute.errors import CheckpointMismatch, ConfigError, MissingExtra, MmrouteError, UnsupportedBackbone
-from mmroute.repository import is_hub_id
+from mmroute.repository import fetched, is_hub_id
 
 __all__ = ["bundled", "image_only", "load", "locate"]
 
@@ -188,18 +186,7 @@ def locate(model: str | Path) -> tuple[str, Path]:
             f"{name!r} is no folder and no bundled checkpoint (bundled: {listed}); "
             "give a checkpoint folder or a Hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
         )
-    try:
-        return name, Path(snapshot_download(name, allow_patterns=_FETCHED))
-    except RepositoryNotFoundError:
-        raise CheckpointMismatch(
-            f"{name!r} is not on the Hub, or private; check the id, or log in: hf auth login"
-        ) from None
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise CheckpointMismatch(
-            f"{name!r} is no folder, is not in the local cache and cannot be fetched from the Hub ({cause}); "
-            f"give a folder, or fetch it while online: hf download {name}"
-        ) from None
+    return name, fetched(name, _FETCHED, "save_pretrained")
 
 
 def _check_folder(name: str, folder: Path) -> str:

@@ -4,9 +4,7 @@ app = build_app(settings.read(Path("serve.yaml")))      # for any ASGI server; `
 """
 
 import asyncio
-import base64
 import contextlib
-import io
 import logging
 import re
 import time
@@ -15,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from mmroute.serve.breaker import RetryBudget
 from mmroute.serve.chat import Chat
 from mmroute.serve.decide import Decider
 from mmroute.serve.limits import Fetcher
+from mmroute.serve.pages import PAGES, drawn, page
 from mmroute.serve.schema import ApiError
 from mmroute.serve.settings import Keys, Settings
 from mmroute.serve.turn import Turn
@@ -44,12 +42,6 @@ __all__ = ["Gateway", "build_app"]
 log = logging.getLogger(__name__)
 
 _ID = re.compile(r"[\w.:-]{1,128}")
-_PAGE = {
-    "/": ("index.html", "text/html"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/page.css": ("page.css", "text/css"),
-}
-_CSP = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
 @dataclass(frozen=True)
@@ -295,17 +287,7 @@ class Gateway:
         number = request.query_params.get("n", "0")
         if kind not in ("maze", "frozenlake") or not number.isdigit() or int(number) >= 1000:
             raise HTTPException(404, "task is maze or frozenlake, n a number below 1000")
-        return JSONResponse(await asyncio.to_thread(_drawn, kind, int(number)))
-
-    async def page(self, request: Request) -> Response:
-        name, kind = _PAGE[request.url.path]
-        text = files("mmroute.serve").joinpath("page", name).read_text(encoding="utf-8")
-        headers = {
-            "content-security-policy": _CSP,
-            "x-content-type-options": "nosniff",
-            "referrer-policy": "no-referrer",
-        }
-        return Response(text, media_type=kind, headers={**headers, "cache-control": "no-cache"})
+        return JSONResponse(await asyncio.to_thread(drawn, kind, int(number)))
 
     def keyed(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """The endpoint for those who have a key."""
@@ -343,21 +325,6 @@ def _changed(path: Path) -> float:
 
 def _bundled(settings: Settings) -> bool:
     return settings.draft.url is None and settings.draft.model == "tiny"
-
-
-def _drawn(kind: str, number: int) -> dict[str, Any]:
-    from mmroute import hub  # torch
-
-    task = hub.load("tasks", kind)
-    sample = next(task.samples("test", 1, offset=number))
-    words, images = [], []
-    for block in task.messages(sample, "cot")[0]["content"]:
-        words.append(block["text"] if block["type"] == "text" else "<image>")
-        if block["type"] == "image":
-            data = io.BytesIO()
-            block["image"].save(data, "PNG")
-            images.append(f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}")
-    return {"question": " ".join(words), "images": images, "answer": sample.answer_text.removeprefix("answer: ")}
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
@@ -398,7 +365,7 @@ def build_app(settings: Settings, gateway: Gateway | None = None) -> Starlette:
             Route("/version", keyed(made.version)),
             Route("/stats", keyed(made.stats)),
             Route("/example", keyed(made.example)),
-            *(Route(path, made.page) for path in _PAGE),
+            *(Route(path, page) for path in PAGES),
         ],
         exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _own_error},
         lifespan=lifespan,
