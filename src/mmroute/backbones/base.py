@@ -143,6 +143,10 @@ class Family(ABC):
         """Token ids that bracket images; never pruned, so what follows always knows where one began and ended."""
         return []
 
+    def windowed(self, model: Any) -> list[Any]:
+        """The vision tower's attention modules where it splits patches by `cu_seqlens`; see `engine.windows`."""
+        return []
+
     def shape(self, model: Any) -> Shape:
         """The sizes of the text model that costs depend on."""
         config = model.config.get_text_config(decoder=True)

@@ -36,6 +36,9 @@ class Qwen2VL(Family):
         brackets = (model.config.vision_start_token_id, model.config.vision_end_token_id)
         return [i for i in brackets if i is not None and i < vocab]
 
+    def windowed(self, model: Any) -> list[Any]:
+        return [block.attn for block in model.model.visual.blocks]
+
     def positions(
         self,
         model: Any,

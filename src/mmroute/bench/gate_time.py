@@ -64,7 +64,7 @@ def timed(
         target: likewise.
         rater: a `Prp` on this draft.
         sent: (n,) which of the questions of `seed` the target answers.
-        num: how many of them are timed: the first of either kind, in proportion.
+        num: how many of them are timed: of either kind in proportion, spread over all.
         seed: which.
         at_once: questions in a batch.
         rounds: counted ones; one more warms up.
@@ -105,10 +105,18 @@ def timed(
 
 
 def _in_proportion(sent: np.ndarray, num: int) -> list[int]:
-    """The first questions of either kind, as many of each as its share asks: few at random would be mostly luck."""
+    """Questions of either kind, as many of each as its share asks: few at random would be mostly luck.
+
+    Spread over all of them: questions of one image follow each other, from the shortest answer to the longest.
+    """
     away, kept = np.flatnonzero(sent), np.flatnonzero(~sent)
     ours = round(len(away) / len(sent) * num)
-    return sorted([*away[:ours].tolist(), *kept[: num - ours].tolist()])
+    return sorted([*_spread(away, ours), *_spread(kept, num - ours)])
+
+
+def _spread(index: np.ndarray, num: int) -> list[int]:
+    """`num` of them at even distances."""
+    return index[np.arange(num) * len(index) // max(num, 1)].tolist()
 
 
 @torch.no_grad()

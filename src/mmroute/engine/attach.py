@@ -20,6 +20,7 @@ from mmroute.engine.attention import register
 from mmroute.engine.compiled import Compiled
 from mmroute.engine.controller import Controller, prepare_cache
 from mmroute.engine.layer import routed_forward
+from mmroute.engine.windows import InOneCall
 from mmroute.errors import ConfigError, UnsupportedCall
 from mmroute.prune.base import Pruner
 from mmroute.think.base import Thinker
@@ -173,6 +174,7 @@ class Routed:
         self.think: Thinker | None = None
         """How `answer` reasons unless told otherwise."""
         self._handles: list[RemovableHandle] = []
+        self._windows: InOneCall
         self._base = ""
         self._own_forward: dict[int, Any] = {}
 
@@ -195,6 +197,7 @@ class Routed:
         ]
         if c.tower is not None:
             self._handles += c.tower.watch()
+        self._windows = InOneCall(c.family.windowed(model), lambda: c.is_off)
         model.save_pretrained = types.MethodType(_save_with_parts, model)
         model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
         model.mmroute = self.parts
@@ -215,6 +218,7 @@ class Routed:
                 )
         for handle in self._handles:
             handle.remove()
+        self._windows.end()
         for i, layer in enumerate(c.text.layers):
             del layer._stock_forward
             if i in self._own_forward:

@@ -61,6 +61,7 @@ class Suffix(nn.Module):
             random = torch.randn(rank, linear.in_features, generator=draw)
             self.down[key] = nn.Parameter(random / linear.in_features**0.5)
             self.up[key] = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self._lora = sum(p.numel() for group in (self.down, self.up) for p in group.values())
         self.to(next(text.parameters()).device)
 
     @contextmanager
@@ -68,10 +69,11 @@ class Suffix(nn.Module):
         """The LoRA adds to every linear layer of the text model, until the block ends."""
 
         def hook(key: str) -> Any:
+            down, up = self.down[key], self.up[key]  # looked up once a rating, not once a call
+
             def add(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
                 x = args[0]
-                down, up = self.down[key].to(x.dtype), self.up[key].to(x.dtype)
-                return out + _SCALE * F.linear(F.linear(x, down), up)
+                return out + _SCALE * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
             return add
 
@@ -106,9 +108,8 @@ class Suffix(nn.Module):
 
     def flops(self, shape: Any, context: int) -> float:
         """What one rating costs on a prompt of this many positions: one position, the LoRA and the head."""
-        lora = sum(p.numel() for group in (self.down, self.up) for p in group.values())
         attention = 2 * shape.layers * shape.heads * shape.head_dim * pairs(1, context)
-        return 2.0 * (shape.layers * position_macs(shape) + attention + lora + self.head.weight.numel())
+        return 2.0 * (shape.layers * position_macs(shape) + attention + self._lora + self.head.weight.numel())
 
 
 def _linears(text: Any) -> list[tuple[str, nn.Linear]]:

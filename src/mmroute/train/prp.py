@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from mmroute.bench import deferral, reliability
 from mmroute.bench.outcomes.base import Outcomes, Row, content_hash, pair_up, split_of_group, write_parquet
@@ -94,7 +96,8 @@ def fit(
     total, step = steps * config.max_epochs, 0
     shuffle, draw = np.random.default_rng(config.seed), torch.Generator().manual_seed(config.seed)
     frozen = [p for p in gate.model.parameters() if p.requires_grad]
-    best = Best(rater, config.patience)
+    averaged = AveragedModel(rater, avg_fn=partial(_average, config.average))
+    best = Best(averaged.module, config.patience)
     try:
         for p in frozen:
             p.requires_grad_(False)
@@ -109,17 +112,29 @@ def fit(
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(rater.parameters(), 1.0)
                 optimiser.step()
+                averaged.update_parameters(rater)
                 step += 1
+            gate.reader = cast(Suffix, averaged.module)
             with torch.no_grad():
                 said = torch.cat([rating.read(prompts.rate(gate, part)) for part in held.split(256)])
+            gate.reader = rater
             error = float(((rating.gain(said) - rating.gain(y[held])) ** 2).mean())
             log.info("epoch %d: validation error %.4f", epoch + 1, error)
             if best.is_over(error):
                 break
     finally:
+        gate.reader = rater
         for p in frozen:
             p.requires_grad_(True)
-    return best.put_back()
+    errors = best.put_back()
+    rater.load_state_dict(averaged.module.state_dict())
+    return errors
+
+
+def _average(share: float, mean: Tensor, new: Tensor, num: Tensor) -> Tensor:
+    """A moving mean of weights that forgets its first ones sooner."""
+    kept = min(share, (1 + float(num)) / (10 + float(num)))
+    return kept * mean + (1 - kept) * new
 
 
 def _rate(step: int, total: int, warmup: int) -> float:

@@ -32,6 +32,8 @@ class PrpConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     batch: Annotated[int, Field(ge=2)] = 128
     warmup: Annotated[int, Field(ge=1)] = 30
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Of the weights that are kept: how much of their moving mean stays at a step; 0 keeps the weights themselves."""
     max_epochs: Annotated[int, Field(ge=1)] = 60
     patience: Annotated[int, Field(ge=1)] = 5
     """Epochs without a better validation error after which training ends."""

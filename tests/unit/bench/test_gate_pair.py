@@ -102,7 +102,7 @@ def test_seconds_count_the_draft_always_and_the_target_where_it_answers(
 
 def test_questions_are_timed_in_the_proportion_in_which_they_are_sent() -> None:
     sent = np.array([True] * 3 + [False] * 9)
-    assert gate_time._in_proportion(sent, 4) == [0, 3, 4, 5]
+    assert gate_time._in_proportion(sent, 4) == [0, 3, 6, 9]
     assert gate_time._in_proportion(sent, 12) == list(range(12))
 
 
