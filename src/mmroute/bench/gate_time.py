@@ -33,7 +33,7 @@ Chat = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of one batch, and how many steps its longest answer took."""
+    """Seconds of one batch, and the decode steps of its longest answer, whose first token comes with the prompt."""
 
     prefill_s: float
     rating_s: float
@@ -131,22 +131,22 @@ def _spend(
     read = clock()
     wanted = set(range(len(chats)) if kept is None else kept)
     due = 0 if rater is None else rater.config.decide_after
-    ends, steps, rating = torch.tensor(sorted(end_ids(routed)), device=logits.device), 0, 0.0
+    ends, written, rating = torch.tensor(sorted(end_ids(routed)), device=logits.device), 0, 0.0
     while True:
-        if steps == due:
+        if written == due:
             rating = _rate(rater, session, clock)
             logits = _only(session, logits, [i for i, row in enumerate(session.rows) if row in wanted])
-        if not len(logits) or steps == longest:
+        if not len(logits) or written == longest:
             break
         token = logits.argmax(-1)
-        steps += 1
+        written += 1
         going = (~torch.isin(token, ends)).nonzero()[:, 0].tolist()
         if not going:
-            if steps <= due:  # an answer shorter than the thought that was asked for
+            if written <= due:  # an answer shorter than the thought that was asked for
                 rating = _rate(rater, session, clock)
             break
         logits = session.step(_only(session, token, going))
-    return Spent(read - began, rating, clock() - read - rating, max(steps, 1))
+    return Spent(read - began, rating, clock() - read - rating, max(written - 1, 1))
 
 
 def _rate(rater: Prp | None, session: Session, clock: Callable[[], float]) -> float:

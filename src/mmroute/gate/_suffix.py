@@ -56,11 +56,14 @@ class Suffix(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        """By the layer's name; looked up at every rating, where a dictionary of parameters is slow."""
         for name, linear in _linears(text):
             key = name.replace(".", "/")  # a parameter's name has no dots
             random = torch.randn(rank, linear.in_features, generator=draw)
             self.down[key] = nn.Parameter(random / linear.in_features**0.5)
             self.up[key] = nn.Parameter(torch.zeros(linear.out_features, rank))
+            self._pairs[name] = self.down[key], self.up[key]
         self._lora = sum(p.numel() for group in (self.down, self.up) for p in group.values())
         self.to(next(text.parameters()).device)
 
@@ -68,16 +71,16 @@ class Suffix(nn.Module):
     def _acting(self, text: Any) -> Iterator[None]:
         """The LoRA adds to every linear layer of the text model, until the block ends."""
 
-        def hook(key: str) -> Any:
-            down, up = self.down[key], self.up[key]  # looked up once a rating, not once a call
-
+        def hook(down: Tensor, up: Tensor) -> Any:
             def add(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
                 x = args[0]
-                return out + _SCALE * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+                low = F.linear(x, down.to(x.dtype)).flatten(0, -2)
+                return torch.addmm(out.flatten(0, -2), low, up.to(x.dtype).T, alpha=_SCALE).view_as(out)
 
             return add
 
-        handles = [linear.register_forward_hook(hook(name.replace(".", "/"))) for name, linear in _linears(text)]
+        pairs, layers = self._pairs.items(), text.layers
+        handles = [layers.get_submodule(name).register_forward_hook(hook(*pair)) for name, pair in pairs]
         try:
             yield
         finally:

@@ -117,6 +117,7 @@ class Prp(Gate):
                 )
             self.needs = "early"
         self.model: Any = None
+        self._shape: Any = None
         self.reader: Suffix | Digits | None = None
         """What says the ratings behind a prompt; only the one of `suffix` has weights of its own."""
         self.calibrators: list[Calibration] = []
@@ -130,7 +131,7 @@ class Prp(Gate):
         Raises:
             UnsupportedBackbone: form `tokens`, and a vocabulary that cannot write a rating.
         """
-        config, self.model = self.config, model
+        config, self.model, self._shape = self.config, model, backbones.of(model).shape(model)
         if config.form == "tokens":
             self.reader = Digits.of(model.processor, config.num_ratings)
         else:
@@ -197,7 +198,7 @@ class Prp(Gate):
         raw = read(probs.double()).cpu().numpy()
         each = [c(raw[:, i]) for i, c in enumerate(self.calibrators)] if self.calibrators else list(raw.T)
         target = each[1] if self.config.num_ratings == 2 else None
-        reader, shape = self._reader(), backbones.of(self.model).shape(self.model)
+        reader = self._reader()
         table = probs.cpu().numpy()
         return Ratings(
             score=score_of(self.config.score, each[0], target, cost_weight=self.config.cost_weight, cost_gap=1.0),
@@ -210,7 +211,7 @@ class Prp(Gate):
                 tokens_in=reader.columns,
                 tokens_cached=context,
                 tokens_out=reader.steps,
-                flops=reader.flops(shape, context),
+                flops=reader.flops(self._shape, context),
             ),
         )
 
