@@ -1,5 +1,6 @@
 """The rater on a small random draft: it costs one position, changes nothing, is the same alone, batched and saved."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmroute.gate.prp import Prp, Seat, bucket_prob
 from mmroute.session import Session
 from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._texts import VOCABULARY
+from mmroute.train import rating
 from mmroute.train.folder import write_folder
 from mmroute.train.prompts import Prompts, chats_of
 from mmroute.train.prp import fit
@@ -178,6 +180,22 @@ def test_training_learns_what_prompts_show_and_touches_no_weight_of_the_draft(dr
     assert all(p.requires_grad for p in draft.parameters())
     again = Prp().bind(draft)
     assert fit(again, prompts, y, y, ~held, held, config) == errors
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_the_weights_that_stay_are_the_mean_ones_that_were_judged(draft: Any, chats: list, average: float) -> None:
+    prompts = Prompts.read(draft, chats)
+    gate = Prp().bind(draft)
+    y = labels(12, prompts)
+    held = np.arange(12) % 4 == 0
+    config = PrpConfig(batch=8, max_epochs=3, lr=1e-2, warmup=1, average=average)
+    errors = fit(gate, prompts, y, y, ~held, held, config)
+    with torch.no_grad():
+        said = rating.read(prompts.rate(gate, torch.tensor(np.flatnonzero(held))))
+    known = torch.tensor(y[held], dtype=torch.float32)
+    assert float(((rating.gain(said) - rating.gain(known)) ** 2).mean()) == pytest.approx(min(errors), rel=1e-5)
+    other = fit(Prp().bind(draft), prompts, y, y, ~held, held, replace(config, average=0.9 - average))
+    assert other != errors
 
 
 def test_one_rating_is_draft_rating_learning(draft: Any, chats: list) -> None:
