@@ -179,7 +179,7 @@ def test_scores_are_taken_and_joined_query_by_query() -> None:
 
 def test_the_shipped_bench_names_gates_that_exist() -> None:
     made = read("bench-gate", ["set={}", "gate.draft=some/folder", "gate.policy.budget=0.3"], n=50)
-    assert (made.n, made.train) == (50, 130)
+    assert (made.n, made.train) == (50, 260)
     assert made.set == {"gate.draft": "some/folder", "gate.policy.budget": 0.3}
     assert read("bench-gate", ["train=7"], n=50).train == 7
     for case in made.gates:

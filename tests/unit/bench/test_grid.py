@@ -98,13 +98,15 @@ def test_a_recipe_s_own_budget_is_what_its_pruner_says():
     ]
 
 
-def test_policies_of_one_router_are_methods_without_controls():
+def test_cache_policies_are_methods_without_controls_trained_for_them_or_not():
     chosen = grid.read("bench-kv")
     shape = replace(SHAPE, hidden=128)
     cases = {c.row: c for c in grid.cases(chosen, shape)}
     policies = {row: case.recipe.prune.get("cache_policy") for row, case in cases.items() if case.recipe.prune}
-    assert policies == {row: row for row in ("append", "progressive", "capped")}
-    assert {case.recipe.trained for case in cases.values()} == {None, "dare-lh"}
+    names = ("append", "progressive", "capped", "progressive-untrained", "capped-untrained")
+    assert policies == {row: row.removesuffix("-untrained") for row in names}
+    trained = {row: "dare-lh-capped" if row in ("progressive", "capped") else "dare-lh" for row in names}
+    assert {row: case.recipe.trained for row, case in cases.items()} == {"none": None, **trained}
     assert not any(case.control for case in cases.values())
     assert all(case.control for case in grid.cases(replace(chosen, controls=True), shape) if case.row != "none")
 
