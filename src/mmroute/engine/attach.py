@@ -197,7 +197,7 @@ class Routed:
         ]
         if c.tower is not None:
             self._handles += c.tower.watch()
-        self._windows = InOneCall(c.family.windowed(model), lambda: c.is_off)
+        self._windows = InOneCall(c.family.windowed(model), c)
         model.save_pretrained = types.MethodType(_save_with_parts, model)
         model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
         model.mmroute = self.parts

@@ -10,7 +10,7 @@ Source: none; the papers describe no executor.
 Deviates: equal to the stock tower to rounding, not bit for bit; `routed.off()` and `detach` are the stock tower.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mmroute.engine.controller import Controller
 
 __all__ = ["InOneCall"]
 
@@ -31,11 +33,11 @@ class InOneCall:
     Args:
         attentions: stock modules of one configuration, which split by `cu_seqlens`; left as they are where that names
             another backend than `sdpa`.
-        is_off: asked at every call; where it says yes, the stock code runs.
+        controller: asked at every call; where it is off, the stock code runs.
     """
 
-    def __init__(self, attentions: Sequence[Any], is_off: Callable[[], bool]) -> None:
-        self._is_off = is_off
+    def __init__(self, attentions: Sequence[Any], controller: Controller) -> None:
+        self._controller = controller
         self._configs = [a.config for a in attentions if a.config._attn_implementation == _BASE]
         self._handles: list[RemovableHandle] = []
         if self._configs:
@@ -57,22 +59,21 @@ class InOneCall:
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Makes one piece of all windows; their lengths go through the stock code to `_attend`."""
         ends = kwargs.get("cu_seqlens")
-        if ends is None or len(ends) < 3 or self._is_off():
+        if ends is None or len(ends) < 3 or self._controller.is_off:
             return args, kwargs
         return args, {**kwargs, "cu_seqlens": ends[[0, -1]], "windows": ends.diff().tolist()}
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None = None, **given: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, **given: Any
 ) -> tuple[Tensor, None]:
     """(1, H, P, E) queries, keys and values -> (1, P, H, E); `windows` are the lengths of what follows each other."""
     sdpa = ALL_ATTENTION_FUNCTIONS[_BASE]
     lengths: list[int] = given.pop("windows", [query.shape[2]])
-    given.pop("attention_mask", None)
 
     def run(part: list[Tensor], size: int) -> Tensor:
         batched = [x[0].unflatten(1, (-1, size)).transpose(0, 1) for x in part]  # (W, H, N, E)
-        return sdpa(module, *batched, None, **given)[0].flatten(0, 1)[None]
+        return sdpa(module, *batched, attention_mask, **given)[0].flatten(0, 1)[None]
 
     sizes = sorted(set(lengths))
     if len(sizes) == 1:

@@ -3,6 +3,8 @@
 Source: none.
 """
 
+import copy
+
 import pytest
 import torch
 
@@ -55,6 +57,16 @@ def test_windows_of_one_length_are_one_call(monkeypatch):
     grids = torch.tensor([[1, 4, 4]] * 5)
     with attach(model):
         assert calls(monkeypatch, lambda: read(model, grids)) == len(model.model.visual.blocks)
+
+
+def test_a_copy_is_switched_by_its_own_handle(monkeypatch):
+    model = families.make("qwen2_5_vl", layers=1)
+    before = calls(monkeypatch, lambda: read(model))
+    with attach(model):
+        twin = copy.deepcopy(model)
+        with twin.__dict__["_mmroute"].off():
+            assert calls(monkeypatch, lambda: read(twin)) == before
+            assert calls(monkeypatch, lambda: read(model)) < before
 
 
 def test_another_backend_is_left_alone(monkeypatch):
