@@ -131,7 +131,8 @@ def _spend(
     read = clock()
     wanted = set(range(len(chats)) if kept is None else kept)
     due = 0 if rater is None else rater.config.decide_after
-    ends, written, rating = torch.tensor(sorted(end_ids(routed)), device=logits.device), 0, 0.0
+    ends, rating = torch.tensor(sorted(end_ids(routed)), device=logits.device), 0.0
+    written, steps = 0, 0
     while True:
         if written == due:
             rating = _rate(rater, session, clock)
@@ -146,7 +147,8 @@ def _spend(
                 rating = _rate(rater, session, clock)
             break
         logits = session.step(_only(session, token, going))
-    return Spent(read - began, rating, clock() - read - rating, max(written - 1, 1))
+        steps += 1
+    return Spent(read - began, rating, clock() - read - rating, max(steps, 1))
 
 
 def _rate(rater: Prp | None, session: Session, clock: Callable[[], float]) -> float:

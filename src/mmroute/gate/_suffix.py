@@ -56,16 +56,16 @@ class Suffix(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
-        """By the layer's name; looked up at every rating, where a dictionary of parameters is slow."""
+        keys = {}
         for name, linear in _linears(text):
-            key = name.replace(".", "/")  # a parameter's name has no dots
+            key = keys[name] = name.replace(".", "/")  # a parameter's name has no dots
             random = torch.randn(rank, linear.in_features, generator=draw)
             self.down[key] = nn.Parameter(random / linear.in_features**0.5)
             self.up[key] = nn.Parameter(torch.zeros(linear.out_features, rank))
-            self._pairs[name] = self.down[key], self.up[key]
         self._lora = sum(p.numel() for group in (self.down, self.up) for p in group.values())
         self.to(next(text.parameters()).device)
+        self._pairs = {name: (self.down[key], self.up[key]) for name, key in keys.items()}
+        """By the layer's name; looked up at every rating, where a dictionary of parameters is slow."""
 
     @contextmanager
     def _acting(self, text: Any) -> Iterator[None]:

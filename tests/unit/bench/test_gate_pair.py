@@ -23,11 +23,14 @@ from mmroute.bench.measure import Clock
 from mmroute.bench.outcomes.base import content_hash, read_rows
 from mmroute.cli import app
 from mmroute.config import resolved
+from mmroute.engine.attach import attach
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError
 from mmroute.gate.prp import Prp
+from mmroute.session import Session
 from mmroute.tasks._mixture import Part, draw_mixture
 from mmroute.tasks._solver import solve
 from mmroute.tasks.base import Spec
+from mmroute.train.prompts import chats_of
 from mmroute.train.prp import train_prp
 from mmroute.train.prp_config import sections
 
@@ -98,6 +101,19 @@ def test_seconds_count_the_draft_always_and_the_target_where_it_answers(
     assert ask(np.ones(8, bool))["ratio"] == 2
     half = np.arange(8) % 2 == 0
     assert ask(half)["ratio"] == (1.5 if at_once == 1 else 2)  # a batch calls the target if one row does
+
+
+def test_a_decode_step_is_a_call_behind_the_prompt(
+    pair: tuple[Any, Any], recipe: recipes.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, step = [], Session.step
+    monkeypatch.setattr(Session, "step", lambda *given: called.append(1) or step(*given))
+    gated, _ = sections(recipe)
+    think = recipe.build("think")
+    chats = chats_of(pair[0], draw_mixture(gated.mix, 3, "test", 0), think)
+    with attach(pair[0]) as small:
+        spent = gate_time._spend(small, chats, 5)
+    assert spent.steps == len(called) > 0
 
 
 def test_questions_are_timed_in_the_proportion_in_which_they_are_sent() -> None:
