@@ -21,6 +21,8 @@ from mmroute.rows import Rows
 __all__ = ["RaggedLayer"]
 
 BLOCK = 64
+_FEW = 64
+"""Positions a row up to which writing them by index is faster than a copy for each row (CPU, 4 to 64 rows)."""
 
 
 class _Plan(NamedTuple):
@@ -95,29 +97,38 @@ class RaggedLayer(DynamicLayer):
             pos.narrow(1, first, width).copy_(plan.position)
             if self.score is not None:
                 self.score[:, first : first + width] = float("inf") if plan.score is None else plan.score
-        elif not rows.packed and key_states.shape[2] == 1:  # a decode step of rows with unequal lengths
-            row, slot = torch.arange(B, device=keys.device), torch.tensor(start, device=keys.device)
-            keys[row, :, slot], values[row, :, slot] = key_states[:, :, 0], value_states[:, :, 0]
-            pos[row, slot] = plan.position[:, 0].to(pos.dtype)
-            if self.score is not None:
-                self.score[row, slot] = torch.inf if plan.score is None else plan.score[:, 0].to(self.score.dtype)
+        elif key_states.requires_grad or sum(rows.q) <= _FEW * B:
+            self._write_by_index(key_states, value_states, plan)
         else:
-            at = 0
-            for b, width in enumerate(rows.q):
-                to = slice(start[b], rows.k[b])
-                k, v, p, s = key_states, value_states, plan.position, plan.score
-                if rows.packed:
-                    here = slice(at, at + width)
-                    keys[b, :, to], values[b, :, to], pos[b, to] = k[0, :, here], v[0, :, here], p[here]
-                    if self.score is not None:
-                        self.score[b, to] = float("inf") if s is None else s[here]
-                else:
-                    keys[b, :, to], values[b, :, to], pos[b, to] = k[b], v[b], p[b]
-                    if self.score is not None:
-                        self.score[b, to] = float("inf") if s is None else s[b]
-                at += width
+            self._write_by_row(key_states, value_states, plan)
         self.n = rows.k
         return keys.narrow(2, 0, most), values.narrow(2, 0, most)
+
+    def _write_by_index(self, key_states: Tensor, value_states: Tensor, plan: _Plan) -> None:
+        """Rows of unequal lengths, all at once: one node of a graph, and fast where each brings little."""
+        counts, start = torch.tensor(plan.rows.q), torch.tensor(plan.start)
+        row = torch.repeat_interleave(counts)
+        slot = torch.arange(len(row)) - (counts.cumsum(0) - counts - start)[row]
+        row, slot = row.to(self.pos.device), slot.to(self.pos.device)
+        self.keys[row, :, slot] = key_states.transpose(1, 2).flatten(0, 1)
+        self.values[row, :, slot] = value_states.transpose(1, 2).flatten(0, 1)
+        self.pos[row, slot] = plan.position.flatten().to(self.pos.dtype)
+        if self.score is not None:
+            self.score[row, slot] = torch.inf if plan.score is None else plan.score.flatten().to(self.score.dtype)
+
+    def _write_by_row(self, key_states: Tensor, value_states: Tensor, plan: _Plan) -> None:
+        """The same, a plain copy a row: fast where each brings much."""
+        at = 0
+        for b, width in enumerate(plan.rows.q):
+            to, row, here = slice(plan.start[b], plan.rows.k[b]), b, slice(None)
+            if plan.rows.packed:
+                row, here = 0, slice(at, at + width)
+            self.keys[b, :, to], self.values[b, :, to] = key_states[row, :, here], value_states[row, :, here]
+            flat = slice(at, at + width)  # positions and scores of packed rows have no row
+            self.pos[b, to] = plan.position.flatten()[flat]
+            if self.score is not None:
+                self.score[b, to] = torch.inf if plan.score is None else plan.score.flatten()[flat]
+            at += width
 
     def _grow(self, like: Tensor, lengths: list[int], room: int, scored: bool) -> None:
         batch, need = len(lengths), max(lengths)

@@ -107,15 +107,15 @@ def _attend(
     if not rows.packed:
         out, weights = rectangle(query, key, value, rows.k, rows.fresh)
         return out, None if rows.again else weights
-    parts, start = [], 0
     shared = key.shape[0] == 1 and len(rows.q) > 1  # no cache: the keys are packed as the queries are
-    for b, width in enumerate(rows.q):
-        if width:
-            here = slice(start, start + width)
-            k, v = (key[:, :, here], value[:, :, here]) if shared else (key[b : b + 1], value[b : b + 1])
-            k, v = k[:, :, : rows.k[b]], v[:, :, : rows.k[b]]
-            parts.append(rectangle(query[:, :, here], k, v, [rows.k[b]], width == rows.k[b])[0])
-        start += width
+    # Split, not sliced: the backward pass of a slice fills a gradient of the whole tensor, once for each row.
+    cut = functools.partial(torch.split, split_size_or_sections=rows.q, dim=2)
+    keys, values = (cut(key), cut(value)) if shared else (key.split(1), value.split(1))
+    parts = [
+        rectangle(q, k[:, :, :length], v[:, :, :length], [length], width == length)[0]
+        for q, k, v, width, length in zip(cut(query), keys, values, rows.q, rows.k, strict=True)
+        if width
+    ]
     return torch.cat(parts, dim=1), None  # packed rows have no common map
 
 

@@ -1,10 +1,13 @@
 """One layer's cache against the plainest thing that could hold it: a list of (column, key, value, score) per row."""
 
+from unittest.mock import patch
+
 import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from mmroute import ragged
 from mmroute.ragged import RaggedLayer
 
 K, E = 2, 3
@@ -47,7 +50,9 @@ class LayerAgainstLists(RuleBasedStateMachine):
         else:
             keys = keys.transpose(0, 1)[None]
         rows = self.layer.plan(B, counts, way == "packed", position, score, room=data.draw(st.integers(0, 9)))
-        k, v = self.layer.update(keys, -keys)
+        few = data.draw(st.sampled_from([0, ragged._FEW]))  # written a row at a time, or all by index
+        with patch.object(ragged, "_FEW", few):
+            k, v = self.layer.update(keys, -keys)
         for row, more in zip(self.rows, new, strict=True):
             row += more
         assert rows.q == counts
