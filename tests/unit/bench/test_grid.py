@@ -112,7 +112,7 @@ def test_cache_policies_are_methods_without_controls_trained_for_them_or_not():
 
 
 def test_trained_methods_name_their_folder_or_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"method dare-lh: trained: no routers in 'runs/ablate/dare-lh/router'.*--methods"):
+    with pytest.raises(ConfigError, match=r"method dare-lh: trained: no routers in 'runs/ablate/dare-lh/.*--methods"):
         grid.cases(grid.read("bench-ablate", methods=["none", "dare-lh"]), SHAPE)
 
 
