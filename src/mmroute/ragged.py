@@ -118,16 +118,15 @@ class RaggedLayer(DynamicLayer):
 
     def _write_by_row(self, key_states: Tensor, value_states: Tensor, plan: _Plan) -> None:
         """The same, a plain copy a row: fast where each brings much."""
+        keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
+        position, score = plan.position.flatten(), None if plan.score is None else plan.score.flatten()
         at = 0
         for b, width in enumerate(plan.rows.q):
-            to, row, here = slice(plan.start[b], plan.rows.k[b]), b, slice(None)
-            if plan.rows.packed:
-                row, here = 0, slice(at, at + width)
-            self.keys[b, :, to], self.values[b, :, to] = key_states[row, :, here], value_states[row, :, here]
-            flat = slice(at, at + width)  # positions and scores of packed rows have no row
-            self.pos[b, to] = plan.position.flatten()[flat]
+            here, to = slice(at, at + width), slice(plan.start[b], plan.rows.k[b])
+            self.keys[b, :, to], self.values[b, :, to] = keys[here].transpose(0, 1), values[here].transpose(0, 1)
+            self.pos[b, to] = position[here]
             if self.score is not None:
-                self.score[b, to] = torch.inf if plan.score is None else plan.score.flatten()[flat]
+                self.score[b, to] = torch.inf if score is None else score[here]
             at += width
 
     def _grow(self, like: Tensor, lengths: list[int], room: int, scored: bool) -> None:
