@@ -7,6 +7,7 @@ A cell is (row, column) on the board; a tile id is row * C + column on the canva
 """
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
@@ -21,7 +22,7 @@ from mmroute.tasks._grid import Cell
 from mmroute.tasks._items import Items
 from mmroute.tasks._presets import level_of
 from mmroute.tasks._schema import Choice, Hop, Sample, Spec, State
-from mmroute.tasks._texts import BOS, EOS, IMAGE, VISION_END, VISION_START, Words, board_text, coordinate
+from mmroute.tasks._texts import BOS, EOS, IMAGE, MOVES, VISION_END, VISION_START, Words, board_text, coordinate
 
 __all__ = ["Generated"]
 
@@ -29,6 +30,7 @@ MAX_PROBE_CELLS = 14
 _MODES = ("cot", "direct", "latent", "image", "probe")
 _WORDY = ("cot", "word", "direct")
 """Hop texts that end in the small models' `answer: X`."""
+_GIVEN = re.compile(r"s\d+$|start$|\.$|(?:" + "|".join(MOVES) + ")$")
 
 
 class Generated(Items):
@@ -306,6 +308,13 @@ class Generated(Items):
     @abstractmethod
     def chain(self, spec: Spec) -> list[list[str]]:
         """The written chain in steps; the last T of them are the hops."""
+
+    def outcomes(self, spec: Spec) -> list[list[str]]:
+        """What each step of the chain comes to: its words less those that the question or the step before give.
+
+        One word is one look-up, which a latent can learn to hold; a sentence is not.
+        """
+        return [[word for word in step if not _GIVEN.match(word)] for step in self.chain(spec)]
 
     @abstractmethod
     def ask(self, spec: Spec) -> _prompts.Question:

@@ -56,6 +56,10 @@ class Listed(Generated):
         assert state.cell is not None
         return [self.at(spec, state.cell), state.event]
 
+    def outcomes(self, spec: Spec) -> list[list[str]]:
+        """The place where each step ends: what it met there is one look away, and the answer takes it."""
+        return [[self.at(spec, state.cell)] for state in self.trace(spec) if state.cell is not None]
+
     def describe(self, spec: Spec, hop: int, state: State, style: str) -> str:
         return self.listed(spec)[hop - 1] if style == "action" else self._told(spec, hop, state)
 

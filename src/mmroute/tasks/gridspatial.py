@@ -190,6 +190,16 @@ class GridSpatial(Generated):
                 steps.append([*name, coordinate(*here), "."])
         return steps
 
+    def outcomes(self, spec: Spec) -> list[list[str]]:
+        """Where each object is, and what that settles: a distance, and the verdict or the best candidate so far."""
+        kept = []
+        for step, state in zip(self.chain(spec), self.trace(spec)[1:], strict=True):
+            assert state.cell is not None
+            distance = [state.event[1:]] if state.event.startswith("s") else []
+            settled = [step[-3] if distance else step[-2]] if state.event else []
+            kept.append([self.at(spec, state.cell), *distance, *settled])
+        return kept
+
     def _on_canvas(self, spec: Spec, which: int) -> Cell:
         """Where an object is, counted as coordinates are written."""
         return position(self.at(spec, self._cell(spec, which)))

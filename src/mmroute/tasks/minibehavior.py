@@ -198,6 +198,11 @@ class MiniBehavior(Listed):
         stayed = spec.world["actions"][hop - 1] < PICK and moment.event != "floor"
         return [self.at(spec, moment.seen), moment.event, *([self.at(spec, here)] if stayed else [])]
 
+    def outcomes(self, spec: Spec) -> list[list[str]]:
+        """The place where each step ends, and what was done there."""
+        done = [[] if state.event in ("", "start", "floor") else [state.event] for state in self.trace(spec)]
+        return [place + event for place, event in zip(super().outcomes(spec), done, strict=True)]
+
     def ask(self, spec: Spec) -> Question:
         return Question(
             scene="The picture shows a room from above with walls, an agent, a printer and a table.",

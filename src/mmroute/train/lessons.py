@@ -22,7 +22,7 @@ from mmroute.tokens import Modality
 from mmroute.train.chains import Writer
 from mmroute.train.examples import item
 from mmroute.train.small_model import MERGE
-from mmroute.train.steps import Splitter, merged, split_text, states_of
+from mmroute.train.steps import Splitter, merged, split_text
 
 __all__ = ["Lesson", "Teacher"]
 
@@ -132,7 +132,7 @@ class Teacher(Writer):
         if self._closed(task.question(spec)) or self.small:
             steps = [list(step) for step in chain]
             if cue == "latent" and self.steps == "states":
-                steps = states_of(chain)
+                steps = [[word] for step in task.outcomes(spec) for word in step]
             written = [self._ids(" ".join(step)) for step in steps]
             answer = self._ids(" ".join(words[sum(map(len, chain)) :]))
         else:

@@ -4,14 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
-from mmroute.tasks._texts import MOVES
-
-__all__ = ["Splitter", "merged", "split_text", "states_of"]
+__all__ = ["Splitter", "merged", "split_text"]
 
 T = TypeVar("T")
 Splitter = Literal["given", "sentence", "blank_line"]
-
-_NOT_STATE = re.compile(r"s\d+$|start$|\.$|(?:" + "|".join(MOVES) + ")$")
 
 
 def split_text(steps: Sequence[str], how: Splitter) -> list[str]:
@@ -46,15 +42,3 @@ def merged(steps: Sequence[list[T]], most: int) -> list[list[T]]:
         out.append([item for step in steps[at : at + size] for item in step])
         at += size
     return out
-
-
-def states_of(steps: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Where each step of a generated chain ends up, without the words that the question or the state before give.
-
-    One word is one look-up and a group of its own: a latent learns to hold a state, not a sentence.
-
-    Example:
-        >>> states_of([["start", "r2c1", "."], ["s1", "right", "r2c2", "ice"]])
-        [['r2c1'], ['r2c2'], ['ice']]
-    """
-    return [[word] for step in steps for word in step if not _NOT_STATE.match(word)]

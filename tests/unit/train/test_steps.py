@@ -3,7 +3,7 @@
 import pytest
 
 from mmroute import hub
-from mmroute.train.steps import merged, split_text, states_of
+from mmroute.train.steps import merged, split_text, outcomes
 
 
 @pytest.mark.parametrize(("steps", "most"), [(1, 3), (3, 3), (4, 3), (5, 3), (11, 4), (2, 1)])
@@ -30,7 +30,7 @@ def test_states_are_words_of_the_chain_that_the_question_does_not_give(name):
     task = hub.load("tasks", name)
     for i in range(20):
         spec = task.spec("val", i)
-        chain, states = task.chain(spec), states_of(task.chain(spec))
+        chain, states = task.chain(spec), outcomes(task.chain(spec))
         assert all(len(group) == 1 for group in states)
         words = [w for step in chain for w in step]
         assert [w for w in words if [w] in states] == [g[0] for g in states]
