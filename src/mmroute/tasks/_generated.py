@@ -316,6 +316,10 @@ class Generated(Items):
         """
         return [[word for word in step if not _GIVEN.match(word)] for step in self.chain(spec)]
 
+    def sentences(self, spec: Spec) -> list[list[str]]:
+        """The chain in full sentences of the closed vocabulary, the way people write; here the chain as it is."""
+        return self.chain(spec)
+
     @abstractmethod
     def ask(self, spec: Spec) -> _prompts.Question:
         """The question in plain English, in parts."""

@@ -8,7 +8,7 @@ from mmroute.tasks._generated import Generated
 from mmroute.tasks._grid import Cell
 from mmroute.tasks._presets import Preset
 from mmroute.tasks._schema import Spec, State
-from mmroute.tasks._texts import MOVES, numbered
+from mmroute.tasks._texts import MOVES, numbered, told
 
 __all__ = ["Listed"]
 
@@ -59,6 +59,15 @@ class Listed(Generated):
     def outcomes(self, spec: Spec) -> list[list[str]]:
         """The place where each step ends: what it met there is one look away, and the answer takes it."""
         return [[self.at(spec, state.cell)] for state in self.trace(spec) if state.cell is not None]
+
+    def sentences(self, spec: Spec) -> list[list[str]]:
+        moves, first = self.moves(spec), self.first_step(spec)
+        (start,), *places = self.outcomes(spec)
+        hops = zip(places, moves, self.trace(spec)[1:], strict=False)  # a walk may end before its list does
+        return [
+            told(start),
+            *(told(place[0], first + i, move, state.event) for i, (place, move, state) in enumerate(hops)),
+        ]
 
     def describe(self, spec: Spec, hop: int, state: State, style: str) -> str:
         return self.listed(spec)[hop - 1] if style == "action" else self._told(spec, hop, state)

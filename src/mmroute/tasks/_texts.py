@@ -23,6 +23,7 @@ __all__ = [
     "coordinate",
     "numbered",
     "position",
+    "told",
 ]
 
 BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -75,9 +76,9 @@ VOCABULARY: list[str] = [
     *_PLAIN,
 ]
 _LATER = (*(str(i) for i in range(MAX_COORDINATE)), "same", "<rate>", "\n")
-"""Took the places of the first unused words."""
-VOCABULARY += [*_LATER, *(f"<unused{i}>" for i in range(len(_LATER), SIZE - len(VOCABULARY)))]
-"""Position = token id. The order is part of every trained checkpoint: add words by renaming an unused one."""
+_SENTENCES = ("After", "moving", "I", "am", "at", "row", "column")
+VOCABULARY += [*_LATER, *_SENTENCES]
+"""Position = token id. The order is part of every trained checkpoint, and all `SIZE` words are taken."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,24 @@ def numbered(actions: list[str], first: int = 1) -> list[str]:
         ['s1', 'up', 's2', 'left']
     """
     return [word for i, action in enumerate(actions, start=first) for word in (f"s{i}", action)]
+
+
+def told(place: str, step: int | None = None, move: str = "", met: str = "") -> list[str]:
+    """Where one is, as a full sentence.
+
+    Args:
+        place: coordinate word.
+        step: number of the step that led there; None for the start.
+        move: how.
+        met: what is there.
+
+    Example:
+        >>> " ".join(told("r2c4", 3, "right", "ice"))
+        'After s3 , moving right , I am at row 2 column 4 , ice .'
+    """
+    row, column = position(place)
+    how = [] if step is None else ["After", f"s{step}", ",", "moving", move, ","]
+    return [*how, "I", "am", "at", "row", str(row), "column", str(column), *([",", met] if met else []), "."]
 
 
 _SYMBOL = {"ice": ".", "free": ".", "empty": ".", "floor": ".", "hole": "O", "wall": "#", "start": "S", "goal": "G"} | {

@@ -20,7 +20,7 @@ from mmroute.tasks import _skins
 from mmroute.tasks._grid import Cell, Split, canonical, layout_hash, neighbours, only, split_of, step, turn_moves
 from mmroute.tasks._presets import Preset
 from mmroute.tasks._prompts import Question
-from mmroute.tasks._texts import COLOURS, MOVES
+from mmroute.tasks._texts import COLOURS, MOVES, told
 from mmroute.tasks.base import Card, Choice, Generated, Spec, State
 
 __all__ = ["Arrows"]
@@ -148,6 +148,11 @@ class Arrows(Generated):
             steps.append([f"s{s.step}", arrow, self.at(spec, s.cell)])
             arrow = s.event
         return steps
+
+    def sentences(self, spec: Spec) -> list[list[str]]:
+        first, *rest = self.outcomes(spec)
+        arrows = [state.event for state in self.trace(spec)]
+        return [told(first[0]), *(told(place[0], i, arrows[i - 1]) for i, place in enumerate(rest, start=1))]
 
     def ask(self, spec: Spec) -> Question:
         return Question(

@@ -203,6 +203,9 @@ class MiniBehavior(Listed):
         done = [[] if state.event in ("", "start", "floor") else [state.event] for state in self.trace(spec)]
         return [place + event for place, event in zip(super().outcomes(spec), done, strict=True)]
 
+    def sentences(self, spec: Spec) -> list[list[str]]:
+        return self.chain(spec)  # one does not move by picking up
+
     def ask(self, spec: Spec) -> Question:
         return Question(
             scene="The picture shows a room from above with walls, an agent, a printer and a table.",

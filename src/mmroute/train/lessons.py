@@ -64,7 +64,7 @@ class Teacher(Writer):
         self,
         routed: Routed,
         think: Thinker,
-        steps: Literal["states", "chain"],
+        steps: Literal["states", "chain", "sentences"],
         groups: int | None,
         splitter: Splitter,
     ) -> None:
@@ -131,7 +131,9 @@ class Teacher(Writer):
         chain = task.chain(spec)
         if self._closed(task.question(spec)) or self.small:
             steps = [list(step) for step in chain]
-            if cue == "latent" and self.steps == "states":
+            if cue == "latent" and self.steps == "sentences":
+                steps = task.sentences(spec)
+            elif cue == "latent" and self.steps == "states":
                 steps = [[word] for step in task.outcomes(spec) for word in step]
             written = [self._ids(" ".join(step)) for step in steps]
             answer = self._ids(" ".join(words[sum(map(len, chain)) :]))

@@ -26,7 +26,7 @@ def test_the_vocabulary_has_384_distinct_words_and_qwens_names_first() -> None:
     assert tuple(VOCABULARY[: len(SPECIAL)]) == SPECIAL
     assert "<|image_pad|>" in SPECIAL
     # the order is part of trained checkpoints
-    assert hashlib.sha256(" ".join(VOCABULARY).encode()).hexdigest()[:16] == "d5cbbecede827125"
+    assert hashlib.sha256(" ".join(VOCABULARY).encode()).hexdigest()[:16] == "a2ae0ef577fcc3c0"
 
 
 def test_a_lake_chain_reads_as_the_specification_says() -> None:
@@ -50,6 +50,40 @@ def test_a_blocked_maze_move_writes_the_wall_and_then_where_the_agent_stays() ->
     assert " ".join(words) == (
         "start r2c1 . s1 right r2c2 wall r2c1 s2 up r1c1 free s3 left r1c0 A answer: A <|im_end|>"
     )
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_outcomes_are_words_of_their_step_or_where_it_ends_and_sentences_are_known_words(name: str) -> None:
+    task, known = hub.load("tasks", name), set(VOCABULARY)
+    for spec in specs(task, "train", 20):
+        chain, outcomes = task.chain(spec), task.outcomes(spec)
+        assert len(outcomes) == len(chain)
+        for step, words in zip(chain, outcomes, strict=True):
+            assert words
+            assert set(words) <= {*step, *(w for s in chain for w in s if w.startswith("r"))}
+        assert {w for step in task.sentences(spec) for w in step} <= known
+
+
+def test_outcomes_of_arrows_and_lakes_are_the_places_and_of_gridspatial_what_they_settle() -> None:
+    for name in ("arrows", "frozenlake", "maze"):
+        task = hub.load("tasks", name)
+        for spec in specs(task, "val", 10):
+            places = [[task.at(spec, state.cell)] for state in task.trace(spec) if state.cell is not None]
+            assert task.outcomes(spec) == places
+    grid = hub.load("tasks", "gridspatial")
+    for spec in specs(grid, "val", 40):
+        settled = [words[-1] for words in grid.outcomes(spec)]
+        assert settled[-1] == grid.choices(spec)[spec.answer].label
+
+
+def test_sentences_say_where_each_step_leads() -> None:
+    world = {"grid": [[0, 1, 0]] * 3, "start": [1, 0], "goal": [2, 2], "actions": [0, 3]}
+    spec = Spec("frozenlake", 1, "small", "train", 0, 3, 4, (0, 1), 5, world, 1, "")
+    assert [" ".join(words) for words in hub.load("tasks", "frozenlake").sentences(spec)] == [
+        "I am at row 1 column 1 .",
+        "After s1 , moving up , I am at row 0 column 1 , ice .",
+        "After s2 , moving right , I am at row 0 column 2 , hole .",
+    ]
 
 
 @pytest.mark.parametrize("name", WORLDS)

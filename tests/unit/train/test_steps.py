@@ -1,9 +1,8 @@
-"""Rationales cut into groups: sizes, borders, and which words of a chain name a state."""
+"""Rationales cut into groups: sizes and borders."""
 
 import pytest
 
-from mmroute import hub
-from mmroute.train.steps import merged, split_text, outcomes
+from mmroute.train.steps import merged, split_text
 
 
 @pytest.mark.parametrize(("steps", "most"), [(1, 3), (3, 3), (4, 3), (5, 3), (11, 4), (2, 1)])
@@ -23,17 +22,3 @@ def test_text_is_cut_where_asked():
     assert split_text([text], "blank_line") == ["It is red. It is hot, e.g. fire.", "So 3.5 burns! 4 remain"]
     assert split_text([text], "sentence") == ["It is red.", "It is hot, e.g. fire.", "So 3.5 burns!", "4 remain"]
     assert split_text([" ", ""], "sentence") == []
-
-
-@pytest.mark.parametrize("name", ["arrows", "frozenlake", "maze", "gridspatial"])
-def test_states_are_words_of_the_chain_that_the_question_does_not_give(name):
-    task = hub.load("tasks", name)
-    for i in range(20):
-        spec = task.spec("val", i)
-        chain, states = task.chain(spec), outcomes(task.chain(spec))
-        assert all(len(group) == 1 for group in states)
-        words = [w for step in chain for w in step]
-        assert [w for w in words if [w] in states] == [g[0] for g in states]
-        if name == "arrows":
-            cells = [task.at(spec, state.cell) for state in task.trace(spec)]
-            assert [g[0] for g in states] == cells, "one state for the start and one for each step"
