@@ -57,8 +57,13 @@ class Listed(Generated):
         return [self.at(spec, state.cell), state.event]
 
     def outcomes(self, spec: Spec) -> list[list[str]]:
-        """The place where each step ends: what it met there is one look away, and the answer takes it."""
-        return [[self.at(spec, state.cell)] for state in self.trace(spec) if state.cell is not None]
+        """The number of each step and the place where it ends: what is there is one look away, and the answer takes it.
+
+        Without the number nothing tells which move is next, and places alone were not learned (docs/log.md).
+        """
+        first = self.first_step(spec)
+        places = [self.at(spec, state.cell) for state in self.trace(spec) if state.cell is not None]
+        return [[place] if i == 0 else [f"s{first + i - 1}", place] for i, place in enumerate(places)]
 
     def sentences(self, spec: Spec) -> list[list[str]]:
         moves, first = self.moves(spec), self.first_step(spec)
@@ -66,7 +71,7 @@ class Listed(Generated):
         hops = zip(places, moves, self.trace(spec)[1:], strict=False)  # a walk may end before its list does
         return [
             told(start),
-            *(told(place[0], first + i, move, state.event) for i, (place, move, state) in enumerate(hops)),
+            *(told(place[-1], first + i, move, state.event) for i, (place, move, state) in enumerate(hops)),
         ]
 
     def describe(self, spec: Spec, hop: int, state: State, style: str) -> str:

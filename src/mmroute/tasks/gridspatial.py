@@ -191,14 +191,10 @@ class GridSpatial(Generated):
         return steps
 
     def outcomes(self, spec: Spec) -> list[list[str]]:
-        """Where each object is, and what that settles: a distance, and the verdict or the best candidate so far."""
-        kept = []
-        for step, state in zip(self.chain(spec), self.trace(spec)[1:], strict=True):
-            assert state.cell is not None
-            distance = [state.event[1:]] if state.event.startswith("s") else []
-            settled = [step[-3] if distance else step[-2]] if state.event else []
-            kept.append([self.at(spec, state.cell), *distance, *settled])
-        return kept
+        """The words behind each object's name: where it is, what is compared with what, and what that settles."""
+        candidates = spec.world["candidates"]
+        named = [3 if o in candidates else 2 for o in self._order(spec)]
+        return [step[n:-1] for step, n in zip(self.chain(spec), named, strict=True)]
 
     def _on_canvas(self, spec: Spec, which: int) -> Cell:
         """Where an object is, counted as coordinates are written."""

@@ -199,7 +199,7 @@ class MiniBehavior(Listed):
         return [self.at(spec, moment.seen), moment.event, *([self.at(spec, here)] if stayed else [])]
 
     def outcomes(self, spec: Spec) -> list[list[str]]:
-        """The place where each step ends, and what was done there."""
+        """The number of each step, the place where it ends, and what was done there."""
         done = [[] if state.event in ("", "start", "floor") else [state.event] for state in self.trace(spec)]
         return [place + event for place, event in zip(super().outcomes(spec), done, strict=True)]
 

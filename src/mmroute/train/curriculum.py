@@ -71,9 +71,9 @@ class TrainConfig:
     batch: Annotated[int, Field(ge=1)] = 32
     epoch_items: Annotated[int, Field(ge=0)] = 0
     """Items of one epoch, for stages that count in epochs."""
-    steps: Literal["states", "chain", "sentences"] = "states"
-    """What a rationale consists of: the words that name a state, each a group, the whole steps, or these as full
-    sentences."""
+    steps: Literal["states", "outcomes", "chain", "sentences"] = "states"
+    """What a rationale consists of: of generated worlds what each step comes to, every word a group (`states`) or all
+    of a step's together (`outcomes`), its last word for a latent to hold; the whole steps; or these as sentences."""
     groups: Annotated[int, Field(ge=1)] | None = None
     """Merge the steps to at most this many groups; S in the paper."""
     splitter: Splitter = "given"

@@ -64,7 +64,7 @@ class Teacher(Writer):
         self,
         routed: Routed,
         think: Thinker,
-        steps: Literal["states", "chain", "sentences"],
+        steps: Literal["states", "outcomes", "chain", "sentences"],
         groups: int | None,
         splitter: Splitter,
     ) -> None:
@@ -130,11 +130,7 @@ class Teacher(Writer):
         words = task.words(spec, "cot").response
         chain = task.chain(spec)
         if self._closed(task.question(spec)) or self.small:
-            steps = [list(step) for step in chain]
-            if cue == "latent" and self.steps == "sentences":
-                steps = task.sentences(spec)
-            elif cue == "latent" and self.steps == "states":
-                steps = [[word] for step in task.outcomes(spec) for word in step]
+            steps = self._steps(task, spec) if cue == "latent" else chain
             written = [self._ids(" ".join(step)) for step in steps]
             answer = self._ids(" ".join(words[sum(map(len, chain)) :]))
         else:
@@ -147,3 +143,11 @@ class Teacher(Writer):
         if self.groups is not None and cue == "latent":
             written = merged(written, self.groups)
         return written, [*answer, self.end]
+
+    def _steps(self, task: Generated, spec: Spec) -> list[list[str]]:
+        if self.steps == "sentences":
+            return task.sentences(spec)
+        if self.steps == "chain":
+            return task.chain(spec)
+        outcomes = task.outcomes(spec)
+        return outcomes if self.steps == "outcomes" else [[word] for step in outcomes for word in step]
