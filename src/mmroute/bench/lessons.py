@@ -86,7 +86,7 @@ def opened(model: Any, recipe: Recipe, plan: Plan) -> Iterator[Study]:
     loaded.float()  # as training computes
     try:
         with equip(loaded, recipe) as (routed, think):
-            teacher = Teacher(routed, think, config.steps, config.groups, config.splitter)
+            teacher = Teacher(routed, think, config)
             passes = Passes(routed, think, config)
             yield Study(routed, think, config, passes, teacher, task, samples, specs, plan.batch)
     finally:

@@ -76,6 +76,8 @@ class TrainConfig:
     of a step's together (`outcomes`), its last word for a latent to hold; the whole steps; or these as sentences."""
     groups: Annotated[int, Field(ge=1)] | None = None
     """Merge the steps to at most this many groups; S in the paper."""
+    steps_per_group: Annotated[int, Field(ge=1)] = 1
+    """Steps that a group holds at most, merged evenly: hops that one latent stands for."""
     splitter: Splitter = "given"
     """How a rationale in plain English is cut into steps."""
     latents_per_group: Annotated[int, Field(ge=0)] = 1

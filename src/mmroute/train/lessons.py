@@ -20,9 +20,10 @@ from mmroute.tasks.base import Generated, Spec
 from mmroute.think.base import Thinker
 from mmroute.tokens import Modality
 from mmroute.train.chains import Writer
+from mmroute.train.curriculum import TrainConfig
 from mmroute.train.examples import item
 from mmroute.train.small_model import MERGE
-from mmroute.train.steps import Splitter, merged, split_text
+from mmroute.train.steps import merged, split_text
 
 __all__ = ["Lesson", "Teacher"]
 
@@ -60,16 +61,15 @@ class Lesson:
 class Teacher(Writer):
     """Turns specs into lessons for one attached model."""
 
-    def __init__(
-        self,
-        routed: Routed,
-        think: Thinker,
-        steps: Literal["states", "outcomes", "chain", "sentences"],
-        groups: int | None,
-        splitter: Splitter,
-    ) -> None:
+    def __init__(self, routed: Routed, think: Thinker, config: TrainConfig) -> None:
+        """
+        Args:
+            routed: an attached model with its processor.
+            think: whose cue asks plain models to think in latents.
+            config: how a rationale is cut into groups.
+        """
         super().__init__(routed, think)
-        self.steps, self.groups, self.splitter = steps, groups, splitter
+        self.config = config
         ends = routed.model.generation_config.eos_token_id
         end = (ends[0] if isinstance(ends, list) else ends) if ends is not None else self.tokenizer.eos_token_id
         self.end: int = end
@@ -135,19 +135,20 @@ class Teacher(Writer):
             answer = self._ids(" ".join(words[sum(map(len, chain)) :]))
         else:
             sample = task.sample(spec)
-            pieces = split_text([hop.text for hop in sample.hops], self.splitter)
+            pieces = split_text([hop.text for hop in sample.hops], self.config.splitter)
             written = [self._ids(f"{piece}\n") for piece in pieces]
             answer = self._ids(sample.answer_text)
         if not written:
             raise InputError(f"{task.name}: an item has no steps that latents could replace; use another task")
-        if self.groups is not None and cue == "latent":
-            written = merged(written, self.groups)
+        if cue == "latent":
+            most = -(-len(written) // self.config.steps_per_group)
+            written = merged(written, most if self.config.groups is None else min(most, self.config.groups))
         return written, [*answer, self.end]
 
     def _steps(self, task: Generated, spec: Spec) -> list[list[str]]:
-        if self.steps == "sentences":
+        if self.config.steps == "sentences":
             return task.sentences(spec)
-        if self.steps == "chain":
+        if self.config.steps == "chain":
             return task.chain(spec)
         outcomes = task.outcomes(spec)
-        return outcomes if self.steps == "outcomes" else [[word] for step in outcomes for word in step]
+        return outcomes if self.config.steps == "outcomes" else [[word] for step in outcomes for word in step]

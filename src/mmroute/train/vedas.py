@@ -119,7 +119,7 @@ class VedasRun:
             self.sr = TokenSR(hidden, c.seed).to(model.device) if c.recon_weight else None
             self.learners = Learners(model, self.routed.parts, self.sr, c, self.ranks)
             self.passes = Passes(self.routed, think, c, self.sr, self.ranks)
-            self.teacher = Teacher(self.routed, think, c.steps, c.groups, c.splitter)
+            self.teacher = Teacher(self.routed, think, c)
             fresh = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
             self.progress = go_on(self.state, model, self.learners, fresh)
             log = out / "log.jsonl" if self.ranks.writes else None

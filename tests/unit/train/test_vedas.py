@@ -331,6 +331,24 @@ def test_fewer_latents_than_states_is_refused_with_the_number_needed(model, tmp_
         assert run.passes.work(lesson(run), "all").answer.isfinite()
 
 
+def test_a_rationale_is_cut_as_the_recipe_says(model, tmp_path):
+    def groups(number, **changes):
+        with VedasRun(recipe(tasks={"frozenlake:nano": 1}, **changes), model, tmp_path / f"{number}") as run:
+            task = run.tasks["frozenlake:nano"]
+            spec = next(s for i in range(99) if len(task.chain(s := task.spec("val", i))) == 3)
+            cut = run.teacher.lesson([(task, spec)], "latent").groups[0]
+            return [[VOCABULARY[i] for i in group] for group in cut], task, spec
+
+    states, task, spec = groups(0)
+    first, *hops = task.outcomes(spec)
+    assert states == [[word] for step in [first, *hops] for word in step]
+    assert groups(1, steps="outcomes")[0] == [first, *hops]
+    assert groups(2, steps="chain")[0] == task.chain(spec)
+    assert groups(3, steps="sentences")[0] == task.sentences(spec)
+    assert groups(4, steps="outcomes", steps_per_group=2)[0] == [[*first, *hops[0]], hops[1]]
+    assert groups(5, steps="outcomes", steps_per_group=2, groups=1)[0] == [[*first, *hops[0], *hops[1]]]
+
+
 def test_epochs_are_counted_in_items(model, tmp_path):
     with VedasRun(recipe(stages=[{"name": "x", "epochs": 1.5}], epoch_items=10), model, tmp_path / "a") as run:
         assert run.lengths == [4]  # 15 items of 4
