@@ -52,6 +52,11 @@ class Line:
         """Of the first seed: what maps and curves over hops show."""
         return self.results[0].cost
 
+    @property
+    def ar_steps(self) -> float:
+        """Sequential steps of an answer: latents and generated tokens."""
+        return mean(result.cost.ar_steps for result in self.results)
+
     def share(self, modality: str) -> float:
         """Realised share of a modality's given positions that ran, over layers."""
         return mean(result.cost.keep[modality] for result in self.results)

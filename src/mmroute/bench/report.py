@@ -79,8 +79,9 @@ def _section(sheet: Sheet, folder: Path, name: str) -> str:
         f"Model {first.model.id} ({first.model.layers} layers), {first.task.n} items{long} per task and seed "
         f"({', '.join(map(str, seeds))}), split {first.task.split}, greedy, {first.machine.dtype}. "
         "Asked: mean share of vision (and text) positions that run a layer, or (kv) whose keys stay. FLOPs and KV: "
-        "whole answers, what choosing costs included, over `none`. Chains: right word for word. Differences in points "
-        "of accuracy, paired on the same items, 95 %; random keeps as many positions in every layer, hop and modality. "
+        "whole answers, what choosing costs included, over `none`. AR steps: latents and generated tokens. Chains: "
+        "right word for word. Differences in points of accuracy, paired on the same items, 95 %; random keeps as many "
+        "positions in every layer, hop and modality. "
         "Loyalty: answered as `none` answers.\n"
     )
     if sheet.dirty:
@@ -93,9 +94,9 @@ def _section(sheet: Sheet, folder: Path, name: str) -> str:
 
 
 def _table(sheet: Sheet, task: str) -> str:
-    head = ["method", "checked", "asked", "vision", "text", "FLOPs", "KV", "accuracy % [95 %]", "chains %"]
+    head = ["method", "checked", "asked", "vision", "text", "FLOPs", "KV", "AR steps", "accuracy % [95 %]"]
     forced = any(line.forced is not None for line in sheet.of(task))
-    head += ["forced %"] if forced else []
+    head += ["chains %", "forced %"] if forced else ["chains %"]
     head += ["to none", "to random at its counts", "loyalty %", "n"]
     rows = []
     for line in sheet.of(task):
@@ -108,6 +109,7 @@ def _table(sheet: Sheet, task: str) -> str:
             f"{line.share('text'):.2f}",
             _number(line.flops, 1, 3),
             _number(line.kv, 1, 3),
+            f"{line.ar_steps:.1f}",
             f"{100 * line.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
             _number(line.exact, 100, 1),
         ]
@@ -170,6 +172,7 @@ def _summary(sheet: Sheet) -> dict[str, Any]:
                     "exact": line.exact,
                     "flops": line.flops,
                     "kv": line.kv,
+                    "ar_steps": line.ar_steps,
                     "to_none": line.to_none and [line.to_none.diff, line.to_none.low, line.to_none.high],
                     "to_random": line.to_random and [line.to_random.diff, line.to_random.low, line.to_random.high],
                     "loyalty": line.loyalty,
