@@ -27,10 +27,12 @@ def draw(sheet: Sheet, folder: Path) -> list[Path]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
+    thinks = any(r.method.think != "text" for line in sheet.lines for r in line.results)
     with _style() as plt:
         made = {
             "accuracy-over-flops": _curves(plt, sheet, "FLOPs, of unrouted", lambda line: line.flops),
             "accuracy-over-kv": _curves(plt, sheet, "KV bytes at the end, of unrouted", lambda line: line.kv),
+            "accuracy-over-steps": _curves(plt, sheet, "sequential steps of an answer", _steps) if thinks else None,
             "kv-over-hops": _hops(plt, sheet),
             **{f"keep-{name}": _maps(plt, sheet, name) for name in ("vision", "text", "kv")},
         }
@@ -108,6 +110,10 @@ def _curves(plt: Any, sheet: Sheet, label: str, of: Callable[[Line], float | Non
         axis.set(title=task, xlabel=label, ylabel="accuracy", ylim=(0, 1.02))
     panels[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
+
+
+def _steps(line: Line) -> float:
+    return line.ar_steps
 
 
 def _headline(sheet: Sheet, task: str) -> list[Line]:
