@@ -68,6 +68,8 @@ class TrainConfig:
     start: str | None = None
     """Folder `latent` of an earlier run, or the name of a bundled one: this one begins with its routers and backbone,
     so that replay or depth is added to latents that work."""
+    length_power: Annotated[float, Field(ge=0)] = 0.0
+    """A chain is drawn with a weight of its length to this power: 0 draws all lengths alike, 1 long ones more often."""
     batch: Annotated[int, Field(ge=1)] = 32
     epoch_items: Annotated[int, Field(ge=0)] = 0
     """Items of one epoch, for stages that count in epochs."""

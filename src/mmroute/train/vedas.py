@@ -229,7 +229,12 @@ class VedasRun:
         weights = np.array([self.config.tasks[name] for name in names])
         task = self.tasks[names[int(rng.choice(len(names), p=weights / weights.sum()))]]
         size = task.sizes[int(rng.integers(len(task.sizes)))]
-        length = int(rng.integers(1, task.max_length(size) + 1))
+        most, power = task.max_length(size), self.config.length_power
+        if power:
+            by_length = np.arange(1, most + 1) ** power
+            length = 1 + int(rng.choice(most, p=by_length / by_length.sum()))
+        else:
+            length = int(rng.integers(1, most + 1))
         return [(task, task.stream(rng, size, length)) for _ in range(rows)]
 
     def _count(self, drawn: Sequence[tuple[Generated, Spec]], latents: int | str) -> int:
