@@ -233,7 +233,7 @@ class VedasRun:
         if power:
             by_length = np.arange(1, most + 1) ** power
             length = 1 + int(rng.choice(most, p=by_length / by_length.sum()))
-        else:
+        else:  # a draw of its own, by which the bundled weights were trained
             length = int(rng.integers(1, most + 1))
         return [(task, task.stream(rng, size, length)) for _ in range(rows)]
 

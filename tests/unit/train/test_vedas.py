@@ -349,6 +349,15 @@ def test_a_rationale_is_cut_as_the_recipe_says(model, tmp_path):
     assert groups(5, steps="outcomes", steps_per_group=2, groups=1)[0] == [[*first, *hops[0], *hops[1]]]
 
 
+def test_long_chains_are_drawn_more_often_where_asked(model, tmp_path):
+    means = []
+    for power in (0.0, 3.0):
+        with VedasRun(recipe(length_power=power), model, tmp_path / f"{power}") as run:
+            drawn = [run._drawn(np.random.default_rng(i), 1)[0] for i in range(60)]
+            means.append(np.mean([len(task.chain(spec)) for task, spec in drawn]))
+    assert means[1] > means[0] + 0.3
+
+
 def test_epochs_are_counted_in_items(model, tmp_path):
     with VedasRun(recipe(stages=[{"name": "x", "epochs": 1.5}], epoch_items=10), model, tmp_path / "a") as run:
         assert run.lengths == [4]  # 15 items of 4
