@@ -87,6 +87,9 @@ class TrainConfig:
     answers at once."""
     latent_grad: Annotated[str, Field(pattern=r"^(full|none|truncated:\d+)$")] = "full"
     """How far gradients run back through latents: all steps, none, or the last n (`truncated:n`)."""
+    latent_decay: Share = 1.0
+    """What a gradient is multiplied by at each latent that it runs back through; 1 leaves it, 0 stops it there. Over
+    many latents gradients grow without bound, and a clipped step then follows the longest chain alone."""
     recon_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the closer look; 1.0 in the paper up to 3B, 0.2 at 7B."""
     recon_relative: bool = True

@@ -172,17 +172,18 @@ class Passes:
         return rollout, torch.cat([mind.hidden[:, None], h[:, :-1]], 1), labels
 
     def _cut(self, steps: int) -> Edit | None:
-        """Detaches what is fed back but for the last n steps."""
+        """How much of the gradient runs back through what is fed back: all, a share, or only through the last n."""
         kind, _, number = self.config.latent_grad.partition(":")
-        if kind == "full":
+        decay = self.config.latent_decay
+        if kind == "full" and decay == 1:
             return None
-        first = steps - int(number or 0)
+        first = 0 if kind == "full" else steps - int(number or 0)
 
         def edit(step: int, thought: Thought) -> Thought:
-            if step >= first:
-                return thought
+            share = decay if step >= first else 0.0
             # The closer look goes on learning through the weights of the copies; the answer does not.
-            return replace(thought, embeds=thought.embeds.detach()) if self.sr is None else _latent_cut(thought)
+            whole = share == 0 and self.sr is None
+            return replace(thought, embeds=thought.embeds.detach()) if whole else _latent_cut(thought, share)
 
         return edit
 
@@ -290,7 +291,8 @@ class Passes:
         return self.routed.family.text_model(self.model).embed_tokens(ids)
 
 
-def _latent_cut(thought: Thought) -> Thought:
-    """Only the latent itself is cut off."""
-    embeds = torch.cat([thought.embeds[:, :-1], thought.embeds[:, -1:].detach()], 1)
-    return replace(thought, embeds=embeds)
+def _latent_cut(thought: Thought, share: float) -> Thought:
+    """The same latent with a share of its gradient; its copies keep theirs."""
+    latent = thought.embeds[:, -1:]
+    held = latent.detach()
+    return replace(thought, embeds=torch.cat([thought.embeds[:, :-1], held + share * (latent - held)], 1))
