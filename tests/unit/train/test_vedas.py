@@ -76,11 +76,11 @@ def relative(got, want):
     return max(float((got[n] - want[n]).norm()) for n in want) / scale
 
 
-def worked(model, tmp_path, mode, think=None, deepen=None, **train):
+def worked(model, tmp_path, mode, think=None, deepen=None, latents="all", **train):
     given = recipe(think, deepen, latent_grad=mode, **train)
-    with VedasRun(given, model, tmp_path / mode.replace(":", ""), False) as run:
+    with VedasRun(given, model, tmp_path / f"{mode}{train}".replace(":", ""), False) as run:
         run.model.train()
-        out = run.passes.work(lesson(run), "all")
+        out = run.passes.work(lesson(run), latents)
         return out, gradients(run, out)
 
 
@@ -101,6 +101,19 @@ def test_cutting_off_nothing_is_the_full_gradient(model, tmp_path):
     _, less = worked(model, tmp_path, "truncated:1", deepen=DEPTH)
     assert relative(got, want) == 0
     assert relative(less, want) > 1e-3
+
+
+def test_a_share_of_the_gradient_runs_back_through_each_latent(model, tmp_path):
+    coconut = {"name": "coconut", "num_latents": 6, "stop": "head"}
+    found, losses = {}, set()
+    for share in (0.0, 0.25, 1.0):
+        out, found[share] = worked(model, tmp_path, "full", coconut, latents=1, latent_decay=share)
+        losses.add(out.answer.item())
+    assert len(losses) == 1
+    mixed = {n: 0.75 * g + 0.25 * found[1.0][n] for n, g in found[0.0].items()}
+    assert relative(found[0.25], mixed) < 1e-5  # one latent: linear in the share
+    assert relative(found[0.0], found[1.0]) > 1e-3
+    assert relative(worked(model, tmp_path, "truncated:0", coconut, latents=1)[1], found[0.0]) == 0
 
 
 @pytest.mark.parametrize("detach", [False, True])
