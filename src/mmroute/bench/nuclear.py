@@ -245,10 +245,7 @@ def _backward(run: VedasRun, task: Generated, specs: Sequence[Spec], stage: Stag
     worked = run.passes.work(
         run.teacher.lesson([(task, spec) for spec in specs], "latent"), stage.latents, stage.keep_last
     )
-    loss = worked.answer + at(stage.supervise, done) * worked.supervised
-    if run.sr is not None:
-        loss = loss + run.config.recon_weight * worked.coherence
-    (share * loss).backward()
+    (share * run.loss(worked, at(stage.supervise, done))).backward()
 
 
 def _first(

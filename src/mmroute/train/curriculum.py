@@ -47,7 +47,7 @@ class Stage:
     adamw: Rate = 7e-4
     """Peak rate of the rest under `full`, of everything under `lora`."""
     new: Rate = 1e-3
-    """Peak rate of routers, step vectors, placeholders and the network of the closer look."""
+    """Peak rate of routers, step vectors, placeholders, readouts and the network of the closer look."""
     warmup: Annotated[int, Field(ge=1)] = 20
     floor: Share = 0.05
     """Share of the peak at the end of the cosine."""
@@ -87,6 +87,8 @@ class TrainConfig:
     answers at once."""
     latent_grad: Annotated[str, Field(pattern=r"^(full|none|truncated:\d+)$")] = "full"
     """How far gradients run back through latents: all steps, none, or the last n (`truncated:n`)."""
+    readout_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of reading off a latent the other words of the group it ends, in units of `supervise`."""
     latent_decay: Share = 1.0
     """What a gradient is multiplied by at each latent that it runs back through; 1 leaves it, 0 stops it there. Over
     many latents gradients grow without bound, and a clipped step then follows the longest chain alone."""

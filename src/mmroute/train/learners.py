@@ -5,7 +5,6 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from mmroute.train.coherence import TokenSR
 from mmroute.train.curriculum import Stage, TrainConfig
 from mmroute.train.loop import Optimisers, load_moments, moments
 from mmroute.train.ranks import Ranks
@@ -17,14 +16,14 @@ class Learners:
     """The backbone under Muon and AdamW, and what was added to it under an AdamW of its own."""
 
     def __init__(
-        self, model: nn.Module, parts: nn.Module, sr: TokenSR | None, config: TrainConfig, ranks: Ranks
+        self, model: nn.Module, parts: nn.Module, helpers: nn.Module, config: TrainConfig, ranks: Ranks
     ) -> None:
-        self.model, self.parts, self.sr, self.config, self.ranks = model, parts, sr, config, ranks
+        self.model, self.parts, self.helpers, self.config, self.ranks = model, parts, helpers, config, ranks
         self.reset()
 
     def reset(self) -> None:
         """Optimisers without a past."""
-        new = [*self.parts.parameters(), *([] if self.sr is None else self.sr.parameters())]
+        new = [*self.parts.parameters(), *self.helpers.parameters()]
         mine = {id(p) for p in new}
         self.new_parameters = new
         own = nn.ParameterDict()  # the backbone's, under names that say which are embeddings
@@ -55,8 +54,7 @@ class Learners:
         out = {} if self.backbone is None else {f"backbone.{k}": v for k, v in self.backbone.tensors().items()}
         if self.new is not None:
             out |= moments("new", self.new)
-        if self.sr is not None:
-            out |= {f"sr.{name}": value for name, value in self.sr.state_dict().items()}
+        out |= {f"helpers.{name}": value for name, value in self.helpers.state_dict().items()}
         return out | {f"buffer.{name}": value for name, value in self.parts.named_buffers()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -69,7 +67,6 @@ class Learners:
             self.backbone.load(by_owner["backbone"])
         if self.new is not None:
             load_moments("new", self.new, tensors)
-        if self.sr is not None:
-            self.sr.load_state_dict(by_owner["sr"])
+        self.helpers.load_state_dict(by_owner["helpers"])
         for name, value in self.parts.named_buffers():
             value.copy_(by_owner["buffer"][name])

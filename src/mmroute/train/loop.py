@@ -206,6 +206,9 @@ def rate_at(step: int, steps: int, warmup: int, floor: float) -> float:
     return min(1.0, (step + 1) / warmup) * cosine
 
 
+_NO_STATE = "is no training state of this recipe"
+
+
 def save_state(path: Path, model: nn.Module, optimisers: Learning, progress: Progress) -> None:
     """Writes all that a resumed run needs, in one file that is whole or not there.
 
@@ -228,20 +231,26 @@ def load_state(path: Path, model: nn.Module, optimisers: Learning) -> Progress:
     Raises:
         CheckpointMismatch: not a state of this model.
     """
+    progress = _progress_of(path)
     try:
         with safe_open(path, framework="pt") as file:
-            progress = Progress(**json.loads((file.metadata() or {})["progress"]))
             # Copies: what is mapped would hold on to the old file's room after it is replaced.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors.pop(f"model.{name}"))
     except (SafetensorError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise CheckpointMismatch(
-            f"{path} is no training state of this recipe ({error}); start without --resume"
-        ) from error
+        raise CheckpointMismatch(f"{path} {_NO_STATE} ({error}); start without --resume") from error
     optimisers.load(tensors)
     return progress
+
+
+def _progress_of(path: Path) -> Progress:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Progress(**json.loads((file.metadata() or {})["progress"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise CheckpointMismatch(f"{path} {_NO_STATE} ({error}); start without --resume") from error
 
 
 def refuse_old_run(state: Path, resume: bool) -> None:
@@ -262,7 +271,6 @@ def go_on(state: Path, model: nn.Module, learning: Learning, fresh: Progress) ->
     """
     if not state.exists():
         return fresh
-    saved = load_state(state, model, learning)
-    if saved.recipe != fresh.recipe:
+    if _progress_of(state).recipe != fresh.recipe:  # before anything is put back: another recipe has other parts
         raise ConfigError(f"{state.parent} was started with another recipe; give the same one, or another --out")
-    return saved
+    return load_state(state, model, learning)

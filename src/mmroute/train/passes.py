@@ -22,11 +22,12 @@ from mmroute.errors import ConfigError
 from mmroute.rollout import Edit, Rollout, start
 from mmroute.think.base import LatentThinker, Thought
 from mmroute.tokens import MAX_HOPS
-from mmroute.train.coherence import TokenSR, coherence_loss
+from mmroute.train.coherence import coherence_loss
 from mmroute.train.curriculum import TrainConfig
 from mmroute.train.examples import IGNORED
 from mmroute.train.lessons import Lesson
 from mmroute.train.ranks import Ranks
+from mmroute.train.readout import MAX_WORDS, Helpers
 
 __all__ = ["Passes", "Worked"]
 
@@ -39,6 +40,8 @@ class Worked:
     """Cross-entropy of what is written."""
     supervised: Tensor
     """Cross-entropy of the states that latents stand for; 0 where none does."""
+    readout: Tensor
+    """Cross-entropy of the other words of their groups, as readouts read them; 0 without."""
     coherence: Tensor
     right: list[bool]
     """[row]: whether every written word is the most likely one."""
@@ -54,7 +57,7 @@ class Passes:
         routed: Routed,
         think: LatentThinker,
         config: TrainConfig,
-        sr: TokenSR | None = None,
+        helpers: Helpers | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """
@@ -62,10 +65,12 @@ class Passes:
             routed: an attached model with its processor.
             think: who takes the latent steps; attached with it.
             config: how gradients run, and the closer look.
-            sr: the network of the closer look; None takes none.
+            helpers: networks that training alone uses; None is none.
             ranks: processes that share each lesson; None is this one alone.
         """
-        self.routed, self.think, self.config, self.sr = routed, think, config, sr
+        self.routed, self.think, self.config = routed, think, config
+        self.sr = None if helpers is None else helpers.sr
+        self.readout = None if helpers is None else helpers.readout
         self.ranks = ranks or Ranks()
         self.model: Any = routed.model
 
@@ -93,7 +98,7 @@ class Passes:
         loss = self._mean(logits, labels[learned])
         right = learned.clone()
         right[learned] = logits.argmax(-1) == labels[learned]
-        supervised, share = self._supervised(rollout, lesson, counts, replaced)
+        supervised, readout, share = self._supervised(rollout, lesson, counts, replaced)
         coherence = loss.new_zeros(())
         if self.sr is not None and rollout.thoughts and training:
             c = self.config
@@ -101,7 +106,7 @@ class Passes:
                 self.routed, rollout, rollout.shares, self.sr, lesson.images(), lesson.grids,
                 c.window_share, c.window_cells, c.recon_relative,
             )  # fmt: skip
-        return Worked(loss, supervised, coherence, (right | ~learned).all(1).tolist(), share)
+        return Worked(loss, supervised, readout, coherence, (right | ~learned).all(1).tolist(), share)
 
     @property
     def _deepstack(self) -> bool:
@@ -257,23 +262,36 @@ class Passes:
 
     def _supervised(
         self, rollout: Rollout, lesson: Lesson, counts: list[int], replaced: list[int]
-    ) -> tuple[Tensor, float]:
-        """Each latent against the last word of the group it ends; steps behind the last group repeat its word."""
+    ) -> tuple[Tensor, Tensor, float]:
+        """Each latent against the last word of the group it ends, and readouts against the words in front of it; steps
+        behind the last group repeat its words."""
+        nothing = self._mean(*self._nothing(lesson))
         if not rollout.fed:
-            return self._mean(*self._nothing(lesson)), 0.0
+            return nothing, nothing, 0.0
         c = self.config.latents_per_group
-        want = torch.full((len(counts), len(rollout.fed)), IGNORED)
+        want = torch.full((len(counts), len(rollout.fed), 1 + MAX_WORDS), IGNORED)
         for b, (count, groups, n) in enumerate(zip(counts, lesson.groups, replaced, strict=True)):
             for t in range(c - 1, count, c):
                 if n:
-                    want[b, t] = groups[min(t // c, n - 1)][-1]
+                    words = groups[min(t // c, n - 1)][::-1][: 1 + MAX_WORDS]
+                    want[b, t, : len(words)] = torch.tensor(words)
         want = want.to(lesson.device)
-        learned = want != IGNORED
+        learned = want[..., 0] != IGNORED
         if not bool(learned.any()):
-            return self._mean(*self._nothing(lesson)), 0.0
-        logits = self.head(torch.stack(rollout.fed, 1)[learned])
-        right = (logits.argmax(-1) == want[learned]).float().mean()
-        return self._mean(logits, want[learned]), float(right)
+            return nothing, nothing, 0.0
+        states, want = torch.stack(rollout.fed, 1)[learned], want[learned]
+        logits = self.head(states)
+        right = (logits.argmax(-1) == want[:, 0]).float().mean()
+        return self._mean(logits, want[:, 0]), self._read(states, want[:, 1:], nothing), float(right)
+
+    def _read(self, states: Float[Tensor, "n D"], want: Tensor, nothing: Tensor) -> Tensor:
+        """Cross-entropy of words (n, MAX_WORDS), the one next to the group's last first."""
+        real = want != IGNORED
+        words = int(real.any(0).sum())
+        if self.readout is None or not words:
+            return nothing
+        made = self.readout(states, words).to(states.dtype)
+        return self._mean(self.head(made[real[:, :words]]), want[real])
 
     def _nothing(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
         """No words, as logits and labels."""

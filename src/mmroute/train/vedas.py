@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmroute import recipe as recipes
 from mmroute.config import parse
@@ -30,15 +31,15 @@ from mmroute.origin import origin_here
 from mmroute.tasks.base import Generated, Spec
 from mmroute.think.base import LatentThinker
 from mmroute.train.chains import worlds
-from mmroute.train.coherence import TokenSR
 from mmroute.train.curriculum import Stage, TrainConfig
 from mmroute.train.delta import begun_from
 from mmroute.train.follow import Follower
 from mmroute.train.learners import Learners
 from mmroute.train.lessons import Teacher
 from mmroute.train.loop import Journal, Progress, go_on, rate_at, refuse_old_run, save_state
-from mmroute.train.passes import Passes
+from mmroute.train.passes import Passes, Worked
 from mmroute.train.ranks import Ranks
+from mmroute.train.readout import Helpers
 from mmroute.train.recipe import at
 from mmroute.train.trained import write_trained
 from mmroute.train.tuning import Tuning
@@ -116,9 +117,9 @@ class VedasRun:
             self._stack.callback(self.routed.detach)
             self._stack.enter_context(begun_from(c.start, self.routed, c.backbone))
             hidden = self.routed.controller.shape.hidden
-            self.sr = TokenSR(hidden, c.seed).to(model.device) if c.recon_weight else None
-            self.learners = Learners(model, self.routed.parts, self.sr, c, self.ranks)
-            self.passes = Passes(self.routed, think, c, self.sr, self.ranks)
+            self.helpers = Helpers(hidden, c).to(model.device)
+            self.learners = Learners(model, self.routed.parts, self.helpers, c, self.ranks)
+            self.passes = Passes(self.routed, think, c, self.helpers, self.ranks)
             self.teacher = Teacher(self.routed, think, c)
             fresh = Progress(recipe=json.dumps(asdict(replace(recipe, trained=None))))
             self.progress = go_on(self.state, model, self.learners, fresh)
@@ -205,14 +206,13 @@ class VedasRun:
             latents = int(rng.integers(min(most, max(self._count(drawn, "all"), 1))))
         mine = self.ranks.share(drawn)
         worked = self.passes.work(self.teacher.lesson(mine, "latent"), latents, stage.keep_last)
-        total = worked.answer + weight * worked.supervised
-        if self.sr is not None:
-            total = total + c.recon_weight * worked.coherence
-        total.backward()
+        self.loss(worked, weight).backward()
         entry = {"loss": self.ranks.over_all(worked.answer)}
         if weight:
             entry |= {"supervised": self.ranks.over_all(worked.supervised), "states_right": worked.states_right}
-        if self.sr is not None:
+            if c.readout_weight:
+                entry["readout"] = self.ranks.over_all(worked.readout)
+        if c.recon_weight:
             entry["coherence"] = self.ranks.over_all(worked.coherence)
         rows = round(c.batch * stage.written)
         if rows:
@@ -222,6 +222,12 @@ class VedasRun:
         share = rate_at(progress.phase_step, self.lengths[progress.phase], stage.warmup, stage.floor)
         entry["norm"] = self.learners.step(share, stage)
         return {name: round(value, 5) for name, value in entry.items()} | {"latents": self._count(drawn, latents)}
+
+    def loss(self, worked: Worked, supervise: float) -> Tensor:
+        """What an update goes down, written chains apart."""
+        c = self.config
+        total = worked.answer + supervise * (worked.supervised + c.readout_weight * worked.readout)
+        return total + c.recon_weight * worked.coherence if c.recon_weight else total
 
     def _drawn(self, rng: np.random.Generator, rows: int) -> list[tuple[Generated, Spec]]:
         """Items of one world and length, so that all rows take as many latents."""

@@ -182,7 +182,7 @@ def test_the_closer_look_teaches_the_language_model_and_never_the_tower(model, t
         moved = {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
         assert all(f"model.language_model.layers.{i}.self_attn.{p}_proj.weight" in moved for i in (0, 3) for p in "qk")
         assert not any("visual" in n for n in moved)
-        assert all(p.grad is not None for p in run.sr.parameters())
+        assert all(p.grad is not None for p in run.helpers.sr.parameters())
         assert out.coherence.item() > 0
 
 
@@ -342,6 +342,30 @@ def test_fewer_latents_than_states_is_refused_with_the_number_needed(model, tmp_
         run.passes.work(lesson(run), "all")
     with VedasRun(recipe({**VEDAS, "num_latents": 1}, groups=1), model, tmp_path / "b") as run:
         assert run.passes.work(lesson(run), "all").answer.isfinite()
+
+
+def test_readouts_read_the_words_in_front_of_a_groups_last(model, tmp_path):
+    coconut = {"name": "coconut", "num_latents": 6, "stop": "head"}
+    pairs = {"steps_per_group": 2, "readout_weight": 0.5}
+    with VedasRun(recipe(coconut, **pairs), model, tmp_path / "a") as run:
+        batch = lesson(run)
+        rollout, *_ = run.passes.chunks(batch, [len(g) for g in batch.groups], [len(g) for g in batch.groups], False)
+        maps, losses = run.helpers.readout.maps, []
+        assert torch.equal(maps[0], torch.eye(len(maps[0])))
+        maps.data += torch.randn(maps.shape, generator=torch.Generator().manual_seed(0))
+        out = run.passes.work(batch, "all")
+        for b, groups in enumerate(batch.groups):
+            for t, group in enumerate(groups):
+                for j, word in enumerate(group[-2::-1]):
+                    logits = run.passes.head(maps[j] @ rollout.fed[t][b].float())
+                    losses.append(F.cross_entropy(logits[None], torch.tensor([word])))
+        assert losses
+        assert out.readout.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+        assert run.loss(out, 2.0).item() == pytest.approx((out.answer + 2 * (out.supervised + out.readout / 2)).item())
+        before = maps.detach().clone()
+        run.loss(out, 1.0).backward()
+        run.learners.step(1.0, run.stage)
+        assert not torch.equal(maps[0], before[0])
 
 
 def test_a_rationale_is_cut_as_the_recipe_says(model, tmp_path):
