@@ -57,21 +57,22 @@ class Listed(Generated):
         return [self.at(spec, state.cell), state.event]
 
     def outcomes(self, spec: Spec) -> list[list[str]]:
-        """The number of each step and the place where it ends: what is there is one look away, and the answer takes it.
+        """The place where each step ends and the number of the next: what is there is one look away, and the answer
+        takes it.
 
         Without the number nothing tells which move is next, and places alone were not learned (docs/log.md).
         """
-        first = self.first_step(spec)
-        places = [self.at(spec, state.cell) for state in self.trace(spec) if state.cell is not None]
-        return [[place] if i == 0 else [f"s{first + i - 1}", place] for i, place in enumerate(places)]
+        first, cells = self.first_step(spec), [state.cell for state in self.trace(spec)]
+        places = [self.at(spec, cell) for cell in cells if cell is not None]
+        return [[place, f"s{first + i}"] if i + 1 < len(places) else [place] for i, place in enumerate(places)]
 
     def sentences(self, spec: Spec) -> list[list[str]]:
         moves, first = self.moves(spec), self.first_step(spec)
-        (start,), *places = self.outcomes(spec)
+        start, *places = [words[0] for words in self.outcomes(spec)]
         hops = zip(places, moves, self.trace(spec)[1:], strict=False)  # a walk may end before its list does
         return [
             told(start),
-            *(told(place[-1], first + i, move, state.event) for i, (place, move, state) in enumerate(hops)),
+            *(told(place, first + i, move, state.event) for i, (place, move, state) in enumerate(hops)),
         ]
 
     def describe(self, spec: Spec, hop: int, state: State, style: str) -> str:

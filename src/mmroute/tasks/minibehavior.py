@@ -199,9 +199,9 @@ class MiniBehavior(Listed):
         return [self.at(spec, moment.seen), moment.event, *([self.at(spec, here)] if stayed else [])]
 
     def outcomes(self, spec: Spec) -> list[list[str]]:
-        """The number of each step, the place where it ends, and what was done there."""
+        """The place where each step ends, what was done there, and the number of the next."""
         done = [[] if state.event in ("", "start", "floor") else [state.event] for state in self.trace(spec)]
-        return [place + event for place, event in zip(super().outcomes(spec), done, strict=True)]
+        return [[place, *event, *number] for (place, *number), event in zip(super().outcomes(spec), done, strict=True)]
 
     def sentences(self, spec: Spec) -> list[list[str]]:
         return self.chain(spec)  # one does not move by picking up
