@@ -53,6 +53,8 @@ class Effect:
     high: float
     predicted: float | None = None
     """Share of the answers that are the one the change calls for, where it calls for one."""
+    predicted_crossing: float | None = None
+    """The same where the walk that it calls for crosses itself, as no walk of these worlds does."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _effect(routed: Routed, think: LatentThinker, task: Task, items: list[Item],
             groups[len(item.latents), item.sample.difficulty.get("hops")].append(item)
     before: list[int] = []
     after: list[int] = []
-    called: list[int] = []
+    called: dict[bool, list[int]] = {False: [], True: []}
     several = {key: rows for key, rows in groups.items() if len(rows) > 1}  # who is alone has no donor
     for (steps, _), rows in sorted(several.items(), key=lambda pair: str(pair[0])):
         donors = rows[1:] + rows[:1]  # the same task, difficulty and number of steps
@@ -174,12 +176,14 @@ def _effect(routed: Routed, think: LatentThinker, task: Task, items: list[Item],
                 after.append(int(task.score(item.sample, text).correct or 0))
                 wanted = _called_for(task, item.sample, donor.sample, name)
                 if wanted is not None:
-                    called.append(int(task.score(replace(item.sample, answer=wanted), text).correct or 0))
+                    answer, crosses = wanted
+                    right = task.score(replace(item.sample, answer=answer), text).correct
+                    called[crosses].append(int(right or 0))
     if not after:
         return Effect(0.0, 0, 0.0, 0.0, 0.0)
     difference = stats.paired_bootstrap(after, before)
-    share = fmean(called) if called else None
-    return Effect(fmean(after), len(after), difference.diff, difference.low, difference.high, share)
+    shares = [fmean(called[crosses]) if called[crosses] else None for crosses in (False, True)]
+    return Effect(fmean(after), len(after), difference.diff, difference.low, difference.high, *shares)
 
 
 def _again(
@@ -250,8 +254,9 @@ def forget_latents(cache: RaggedCache) -> None:
                 layer.keep(stays, counts)
 
 
-def _called_for(task: Task, sample: Sample, donor: Sample, name: str) -> str | None:
-    """The answer that a donor's latent calls for on the item's own board; None where it says nothing.
+def _called_for(task: Task, sample: Sample, donor: Sample, name: str) -> tuple[str, bool] | None:
+    """The answer that a donor's latent calls for on the item's own board, and whether the walk there crosses itself;
+    None where it says nothing.
 
     Known for `arrows`, where a state is a cell: a donor's first latent is another start, its last another end.
     """
@@ -261,14 +266,15 @@ def _called_for(task: Task, sample: Sample, donor: Sample, name: str) -> str | N
     path = task.trace(other)
     cell = path[0 if name == "donor_first" else -1].cell
     assert cell is not None
-    here = (cell[0] + other.offset[0] - own.offset[0], cell[1] + other.offset[1] - own.offset[1])
-    if not all(0 <= x < own.n for x in here):
+    walk = [(cell[0] + other.offset[0] - own.offset[0], cell[1] + other.offset[1] - own.offset[1])]
+    if not all(0 <= x < own.n for x in walk[0]):
         return None
     if name == "donor_first":
         for _ in range(own.world["k"]):
-            here = moved(here, own.world["arrows"][here[0]][here[1]])
-    colour = own.world["colours"][here[0]][here[1]]
-    return task.choices(own)[colour].label
+            row, column = walk[-1]
+            walk.append(moved(walk[-1], own.world["arrows"][row][column]))
+    row, column = walk[-1]
+    return task.choices(own)[own.world["colours"][row][column]].label, len(set(walk)) < len(walk)
 
 
 def lines(report: Report) -> list[str]:
@@ -284,5 +290,6 @@ def lines(report: Report) -> list[str]:
     ]
     for name, e in report.effects.items():
         share = "" if e.predicted is None else f"{e.predicted:.3f}"
+        share += "" if e.predicted_crossing is None else f" ({e.predicted_crossing:.3f} on walks that cross)"
         out.append(f"{name:16} {e.accuracy:8.3f}  {e.diff:+.3f} [{e.low:+.3f}, {e.high:+.3f}]   {share}")
     return out

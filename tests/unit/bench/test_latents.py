@@ -149,19 +149,21 @@ def test_what_a_donor_calls_for_is_where_the_own_arrows_lead():
     checked = 0
     for sample, donor in pairwise(samples):
         own, other = (Spec.from_dict(s.meta["spec"]) for s in (sample, donor))
-        assert latents._called_for(task, sample, sample, "donor_first") == sample.answer
-        assert latents._called_for(task, sample, sample, "donor_last") == sample.answer
+        assert latents._called_for(task, sample, sample, "donor_first") == (sample.answer, False)
+        assert latents._called_for(task, sample, sample, "donor_last") == (sample.answer, False)
         assert latents._called_for(task, sample, donor, "zero") is None
         word = task.at(other, task.trace(other)[-1].cell)
         inside = {task.at(own, (r, c)): (r, c) for r in range(own.n) for c in range(own.n)}
         wanted = latents._called_for(task, sample, donor, "donor_last")
         if word in inside:
             r, c = inside[word]
-            assert wanted == task.choices(own)[own.world["colours"][r][c]].label
+            assert wanted == (task.choices(own)[own.world["colours"][r][c]].label, False)
             checked += 1
         else:
             assert wanted is None
     assert checked > 5
+    first = [latents._called_for(task, sample, donor, "donor_first") for sample, donor in pairwise(samples)]
+    assert {crosses for _, crosses in filter(None, first)} == {False, True}
     maze = load_task("maze")
     pair = list(maze.samples("test", 2))
     assert latents._called_for(maze, pair[0], pair[1], "donor_first") is None
@@ -230,6 +232,7 @@ def test_of_a_model_that_reasons_in_cells_both_swaps_call_for_what_comes(monkeyp
     for name in ("donor_first", "donor_last"):
         effect = report.effects[name]
         assert effect.predicted == 1
+        assert effect.predicted_crossing == (1 if name == "donor_first" else None)
         assert effect.accuracy < 0.7, "most donors call for another colour"
         assert effect.high < 0
     assert report.effects["shuffle"].accuracy == report.effects["donor_last"].accuracy, "the last one decides"
