@@ -76,7 +76,7 @@ VOCABULARY: list[str] = [
     *_PLAIN,
 ]
 _LATER = (*(str(i) for i in range(MAX_COORDINATE)), "same", "<rate>", "\n")
-_SENTENCES = ("After", "moving", "I", "am", "at", "row", "column")
+_SENTENCES = ("After", "moving", "I", "am", "at", "which", "is")
 VOCABULARY += [*_LATER, *_SENTENCES]
 """Position = token id. The order is part of every trained checkpoint, and all `SIZE` words are taken."""
 
@@ -131,11 +131,10 @@ def told(place: str, step: int | None = None, move: str = "", met: str = "") -> 
 
     Example:
         >>> " ".join(told("r2c4", 3, "right", "ice"))
-        'After s3 , moving right , I am at row 2 column 4 , ice .'
+        'After s3 , moving right , I am at r2c4 , which is ice .'
     """
-    row, column = position(place)
     how = [] if step is None else ["After", f"s{step}", ",", "moving", move, ","]
-    return [*how, "I", "am", "at", "row", str(row), "column", str(column), *([",", met] if met else []), "."]
+    return [*how, "I", "am", "at", place, *([",", "which", "is", met] if met else []), "."]
 
 
 _SYMBOL = {"ice": ".", "free": ".", "empty": ".", "floor": ".", "hole": "O", "wall": "#", "start": "S", "goal": "G"} | {

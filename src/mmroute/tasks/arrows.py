@@ -150,9 +150,15 @@ class Arrows(Generated):
         return steps
 
     def sentences(self, spec: Spec) -> list[list[str]]:
-        first, *rest = self.outcomes(spec)
-        arrows = [state.event for state in self.trace(spec)]
-        return [told(first[0]), *(told(place[0], i, arrows[i - 1]) for i, place in enumerate(rest, start=1))]
+        first, *rest = self.trace(spec)
+        assert first.cell is not None
+        steps, arrow = [told(self.at(spec, first.cell))], first.event
+        for state in rest:
+            assert state.cell is not None
+            colour = COLOURS[spec.world["colours"][state.cell[0]][state.cell[1]]]
+            steps.append(told(self.at(spec, state.cell), state.step, arrow, colour))
+            arrow = state.event
+        return steps
 
     def ask(self, spec: Spec) -> Question:
         return Question(
