@@ -26,6 +26,7 @@ RECIPES: Mapping[str, str] = {
     "latent": "latent",
     "latent-depth": "latent + depth",
     "vedas": "latent + depth + replay",
+    "pause": "placeholders, nothing fed back",
 }
 """By recipe: what the table calls it; the first is what the others are compared with."""
 ROUNDS = 2
