@@ -84,7 +84,7 @@ def test_without_any_weights_there_is_no_table(folder, monkeypatch):
     monkeypatch.setattr(recipe, "trained_folder", refuse)
     said = []
     assert demo_latents.run(n=2, model=str(folder), say=said.append) == []
-    assert [line.split(":")[0] for line in said] == ["latent", "latent-depth", "vedas"]
+    assert [line.split(":")[0] for line in said] == ["latent", "latent-depth", "vedas", "pause"]
 
 
 def test_the_headline_is_one_command(made, tmp_path):
