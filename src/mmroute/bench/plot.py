@@ -27,7 +27,7 @@ def draw(sheet: Sheet, folder: Path) -> list[Path]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    thinks = any(r.method.think != "text" for line in sheet.lines for r in line.results)
+    thinks = len({r.method.think for line in sheet.lines for r in line.results}) > 1
     with _style() as plt:
         made = {
             "accuracy-over-flops": _curves(plt, sheet, "FLOPs, of unrouted", lambda line: line.flops),
