@@ -98,9 +98,8 @@ def group_sizes(samples: Sequence[Sample]) -> str:
 
 def _method(recipe: Recipe) -> schema.Method:
     parts = {kind: recipe.build(kind) for kind in ("prune", "deepen", "think")}
-    chosen = {kind: (getattr(recipe, kind) or {}).get("name", "none") for kind in parts}
-    if recipe.think is None:
-        chosen["think"] = "text"
+    default = {"prune": "none", "deepen": "none", "think": "text"}
+    chosen = {kind: (getattr(recipe, kind) or {}).get("name", default[kind]) for kind in parts}
     pruner = parts["prune"]
     return schema.Method(
         recipe=recipe.name,
