@@ -27,7 +27,7 @@ from mmroute.train.curriculum import TrainConfig
 from mmroute.train.examples import IGNORED
 from mmroute.train.lessons import Lesson
 from mmroute.train.ranks import Ranks
-from mmroute.train.readout import MAX_WORDS, Helpers
+from mmroute.train.readout import MAX_WORDS, Helpers, Readout
 
 __all__ = ["Passes", "Worked"]
 
@@ -265,9 +265,9 @@ class Passes:
     ) -> tuple[Tensor, Tensor, float]:
         """Each latent against the last word of the group it ends, and readouts against the words in front of it; steps
         behind the last group repeat its words."""
-        nothing = self._mean(*self._nothing(lesson))
+        none = torch.zeros((), device=lesson.device)
         if not rollout.fed:
-            return nothing, nothing, 0.0
+            return self._mean(*self._nothing(lesson)), none, 0.0
         c = self.config.latents_per_group
         want = torch.full((len(counts), len(rollout.fed), 1 + MAX_WORDS), IGNORED)
         for b, (count, groups, n) in enumerate(zip(counts, lesson.groups, replaced, strict=True)):
@@ -278,19 +278,18 @@ class Passes:
         want = want.to(lesson.device)
         learned = want[..., 0] != IGNORED
         if not bool(learned.any()):
-            return nothing, nothing, 0.0
+            return self._mean(*self._nothing(lesson)), none, 0.0
         states, want = torch.stack(rollout.fed, 1)[learned], want[learned]
         logits = self.head(states)
         right = (logits.argmax(-1) == want[:, 0]).float().mean()
-        return self._mean(logits, want[:, 0]), self._read(states, want[:, 1:], nothing), float(right)
+        read = none if self.readout is None else self._read(self.readout, states, want[:, 1:])
+        return self._mean(logits, want[:, 0]), read, float(right)
 
-    def _read(self, states: Float[Tensor, "n D"], want: Tensor, nothing: Tensor) -> Tensor:
+    def _read(self, readout: Readout, states: Float[Tensor, "n D"], want: Tensor) -> Tensor:
         """Cross-entropy of words (n, MAX_WORDS), the one next to the group's last first."""
         real = want != IGNORED
         words = int(real.any(0).sum())
-        if self.readout is None or not words:
-            return nothing
-        made = self.readout(states, words).to(states.dtype)
+        made = readout(states, words).to(states.dtype)
         return self._mean(self.head(made[real[:, :words]]), want[real])
 
     def _nothing(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
