@@ -103,7 +103,7 @@ def read_sheet(folder: Path) -> Sheet:
         budget = r.method.budget
         if budget is not None and not r.method.row.startswith("random@"):
             grouped[_task_of(r), r.method.row, budget.text, budget.vision].append(r)
-    none = {(_task_of(r), r.task.ids_sha256): r for r in kept.values() if r.method.prune == "none" and r.method.row}
+    none = {(_task_of(r), r.task.ids_sha256): r for r in kept.values() if r.method.row == "none"}
     lines = [_line(sorted(same, key=lambda r: r.task.seed), none, kept) for same in grouped.values()]
     # From whole to little; ties by name.
     lines.sort(key=lambda x: (x.task, -x.budget.text, -x.budget.vision, x.row != "none", x.row))
@@ -144,7 +144,7 @@ def _line(
         forced=_share([r.quality.forced for r in results]),
         flops=_ratio([(r.cost.flops_answer, base.cost.flops_answer) for r, base in pairs]),
         kv=_ratio([(r.cost.kv_bytes_end, base.cost.kv_bytes_end) for r, base in pairs]),
-        to_none=None if first.method.prune == "none" else _paired(results, bases),
+        to_none=None if first.method.row == "none" else _paired(results, bases),
         to_random=_paired(results, controls),
         loyalty=_loyalty(pairs),
     )

@@ -317,3 +317,20 @@ def test_several_processes_write_what_one_writes(recipe, model, done, tmp_path):
     for path in (tmp_path / "one").glob("*.json"):
         one, two = schema.read_result(path), schema.read_result(tmp_path / "two" / path.name)
         assert dataclasses.replace(two, run=one.run) == one
+
+
+def test_a_row_that_prunes_nothing_is_compared_with_none_and_not_taken_for_it(done, tmp_path):
+    plan, _, _ = done
+    found = [schema.read_result(path) for path in plan.files()]
+    for i, none in enumerate([r for r in found if r.method.row == "none"]):
+        schema.write_result(tmp_path / f"none-{i}.json", none)
+        method = dataclasses.replace(none.method, row="z-latent", think="coconut")
+        cost = dataclasses.replace(none.cost, flops_answer=2 * none.cost.flops_answer, ar_steps=1.0)
+        schema.write_result(tmp_path / f"other-{i}.json", dataclasses.replace(none, method=method, cost=cost))
+    none, other = compare.read_sheet(tmp_path).lines
+    assert (none.row, none.flops, none.to_none) == ("none", 1.0, None)
+    assert (other.row, other.flops, other.ar_steps) == ("z-latent", 2.0, 1.0)
+    assert other.to_none is not None
+    assert other.to_none.diff == 0
+    page = report._section(compare.read_sheet(tmp_path), tmp_path, "mini")
+    assert "| AR steps |" in page
