@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmroute.cache import Chunk, RaggedCache
+from mmroute.decoding import stop_id
 from mmroute.engine.attach import Routed
 from mmroute.errors import ConfigError
 from mmroute.rollout import Edit, Rollout, start
@@ -44,7 +45,8 @@ class Worked:
     """Cross-entropy of the other words of their groups, as readouts read them; 0 without."""
     coherence: Tensor
     right: list[bool]
-    """[row]: whether every written word is the most likely one."""
+    """[row]: whether every written word is the most likely one and, where all is replaced and nothing learned, the
+    thought would have ended there by itself."""
     states_right: float
     """Share of the supervised latents whose state the head reads off."""
 
@@ -98,6 +100,9 @@ class Passes:
         loss = self._mean(logits, labels[learned])
         right = learned.clone()
         right[learned] = logits.argmax(-1) == labels[learned]
+        good = (right | ~learned).all(1)
+        if not training and latents == "all" and not keep_last:
+            good &= ~self.ends_early(rollout, counts)
         supervised, readout, share = self._supervised(rollout, lesson, counts, replaced)
         coherence = loss.new_zeros(())
         if self.sr is not None and rollout.thoughts and training:
@@ -106,7 +111,7 @@ class Passes:
                 self.routed, rollout, rollout.shares, self.sr, lesson.images(), lesson.grids,
                 c.window_share, c.window_cells, c.recon_relative,
             )  # fmt: skip
-        return Worked(loss, supervised, readout, coherence, (right | ~learned).all(1).tolist(), share)
+        return Worked(loss, supervised, readout, coherence, good.tolist(), share)
 
     @property
     def _deepstack(self) -> bool:
@@ -126,6 +131,17 @@ class Passes:
                 f"{c} each; raise it to {c * max(replaced)}, or merge the steps with train.groups"
             )
         return wanted
+
+    def ends_early(self, rollout: Rollout, counts: list[int]) -> Bool[Tensor, " B"]:
+        """Rows whose own head would have ended the thought before its last step; none where steps are fixed."""
+        early = torch.zeros(len(counts), dtype=torch.bool, device=rollout.mind.hidden.device)
+        cue = stop_id(self.routed, self.think)
+        if cue is None:
+            return early
+        for t, state in enumerate(rollout.fed[1:], start=1):  # nobody asks before the first step
+            going = torch.tensor([count > t for count in counts], device=early.device)
+            early |= going & (self.head(state).argmax(-1) == cue)
+        return early
 
     def prompt(self, lesson: Lesson, cache: RaggedCache) -> Rollout:
         """Enters the prompts; the latent steps are still to be taken."""

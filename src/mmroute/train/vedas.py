@@ -78,7 +78,7 @@ def train_vedas(
             "processes": run.ranks.world,
             "steps": run.progress.step,
             "cpu_s": run.progress.cpu_s,
-            "held_out": "split val, all that is written right, behind a latent for each group; by number of groups",
+            "held_out": "split val, answer and all that is written right, as inference thinks; by number of groups",
             "tasks": run.ranks.told(lambda: run.look(4 * run.config.eval_items)),
         }
         return run.write(results) if run.ranks.writes else run.folder

@@ -368,6 +368,21 @@ def test_readouts_read_the_words_in_front_of_a_groups_last(model, tmp_path):
         assert not torch.equal(maps[0], before[0])
 
 
+def test_a_thought_that_its_own_head_would_end_early_is_not_right(model, tmp_path):
+    coconut = {"name": "coconut", "num_latents": 6, "stop": "head"}
+    with VedasRun(recipe(coconut), model, tmp_path / "a") as run, torch.no_grad():
+        batch = lesson(run)
+        counts = [len(g) for g in batch.groups]
+        rollout, *_ = run.passes.chunks(batch, counts, counts, False)
+        read = [run.passes.head(state).argmax(-1).tolist() for state in rollout.fed]
+        for word in sorted({i for row in read for i in row}):
+            run.think.config = dataclasses.replace(run.think.config, answer_cue=VOCABULARY[word])
+            want = [any(read[t][b] == word for t in range(1, counts[b])) for b in range(len(counts))]
+            assert run.passes.ends_early(rollout, counts).tolist() == want
+        run.think.config = dataclasses.replace(run.think.config, stop="fixed")
+        assert not run.passes.ends_early(rollout, counts).any()
+
+
 def test_a_rationale_is_cut_as_the_recipe_says(model, tmp_path):
     def groups(number, **changes):
         with VedasRun(recipe(tasks={"frozenlake:nano": 1}, **changes), model, tmp_path / f"{number}") as run:
