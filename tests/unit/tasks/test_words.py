@@ -14,7 +14,7 @@ from mmroute.tasks.base import Spec
 @pytest.mark.parametrize(("name", "preset"), existing(["small", "tiny", "nano", "wide", "ood-hops"]))
 def test_every_word_is_in_the_vocabulary(name: str, preset: str) -> None:
     task, known = hub.load("tasks", name, preset=preset), set(VOCABULARY)
-    for spec in [*specs(task, "train", 20), *specs(task, "test", 20)]:
+    for spec in [*specs(task, "train", 20), *specs(task, "test", 8)]:
         for mode in ("cot", "direct", "probe"):
             words = task.words(spec, mode)
             assert set(words.prompt + words.response) <= known
