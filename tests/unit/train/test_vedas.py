@@ -1,12 +1,11 @@
-"""The trainer of latents: gradients of each mode against the longest way, stages, resuming, and what is saved."""
+"""The trainer of latents: stages, resuming, what is trained, and what is saved."""
 
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from latent_runs import DEPTH, VEDAS, recipe, small
 from safetensors.torch import load_file
 
 from mmroute import recipe as recipes
@@ -15,191 +14,20 @@ from mmroute.bench.items import load_task
 from mmroute.engine.saving import from_pretrained
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError
 from mmroute.recipe import equip
-from mmroute.tasks._texts import VOCABULARY
 from mmroute.train.curriculum import read_recipe
 from mmroute.train.delta import tuned
 from mmroute.train.examples import IGNORED
-from mmroute.train.folder import write_folder
-from mmroute.train.small_model import Shape, build
 from mmroute.train.vedas import VedasRun, train_vedas
-
-SMALL = {
-    "hidden": 32,
-    "layers": 4,
-    "heads": 2,
-    "kv_heads": 1,
-    "mlp": 48,
-    "mrope_section": (2, 3, 3),
-    "vision_hidden": 32,
-    "vision_mlp": 48,
-}
-STAGES = [
-    {"name": "written", "latents": 0, "steps": 2, "written": 0.5},
-    {"name": "one", "latents": 1, "steps": 2, "mix": 0.5, "written": 0},
-    {"name": "all", "steps": 2, "supervise": [[0, 1.0]], "written": 0.5},
-]
-TRAIN = {"tasks": {"arrows:nano": 1}, "batch": 4, "stages": STAGES, "save_every": 2, "eval_every": 6, "eval_items": 4}
-VEDAS = {"name": "vedas", "num_latents": 6, "stop": "head", "replay_tokens": 3}
-DEPTH = {"name": "vedas", "deepen_tokens": 5, "chunk_tokens": 2, "scale_init": 0.2}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "m"
-    write_folder(path, build(Shape(**SMALL), VOCABULARY, 0), "x: 1\n", {})
-    return path
+    return small(tmp_path_factory.mktemp("model") / "m")
 
 
 @pytest.fixture
 def model(folder):
     return load(folder, dtype="float32")
-
-
-def recipe(think=None, deepen=None, **train):
-    return recipes.Recipe(name="test", think=think or VEDAS, deepen=deepen, train={**TRAIN, **train})
-
-
-def lesson(run, rows=3, seed=0):
-    return run.teacher.lesson(run._drawn(np.random.default_rng(seed), rows), "latent")
-
-
-def gradients(run, worked):
-    (worked.answer + worked.supervised + worked.coherence).backward()
-    found = {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
-    run.model.zero_grad(set_to_none=True)
-    return found
-
-
-def relative(got, want):
-    assert got.keys() == want.keys()
-    scale = max(float(g.norm()) for g in want.values())
-    return max(float((got[n] - want[n]).norm()) for n in want) / scale
-
-
-def worked(model, tmp_path, mode, think=None, deepen=None, latents="all", **train):
-    given = recipe(think, deepen, latent_grad=mode, **train)
-    with VedasRun(given, model, tmp_path / f"{mode}{train}".replace(":", ""), False) as run:
-        run.model.train()
-        out = run.passes.work(lesson(run), latents)
-        return out, gradients(run, out)
-
-
-@pytest.mark.parametrize("deepen", [None, DEPTH])
-@pytest.mark.parametrize("stop", ["head", "fixed"])
-def test_no_gradient_through_latents_is_one_pass_over_what_they_were(model, tmp_path, deepen, stop):
-    think = {**VEDAS, "stop": stop}
-    once, got = worked(model, tmp_path, "none", think, deepen)
-    chunks, want = worked(model, tmp_path, "truncated:0", think, deepen)
-    assert abs((once.answer - chunks.answer).item()) < 1e-5
-    assert abs((once.supervised - chunks.supervised).item()) < 1e-5
-    assert relative(got, want) < 1e-4  # float32 sums in another order
-
-
-def test_cutting_off_nothing_is_the_full_gradient(model, tmp_path):
-    _, want = worked(model, tmp_path, "full", deepen=DEPTH)
-    _, got = worked(model, tmp_path, "truncated:9", deepen=DEPTH)
-    _, less = worked(model, tmp_path, "truncated:1", deepen=DEPTH)
-    assert relative(got, want) == 0
-    assert relative(less, want) > 1e-3
-
-
-def test_a_share_of_the_gradient_runs_back_through_each_latent(model, tmp_path):
-    coconut = {"name": "coconut", "num_latents": 6, "stop": "head"}
-    found, losses = {}, set()
-    for share in (0.0, 0.25, 1.0):
-        out, found[share] = worked(model, tmp_path, "full", coconut, latents=1, latent_decay=share)
-        losses.add(out.answer.item())
-    assert len(losses) == 1
-    mixed = {n: 0.75 * g + 0.25 * found[1.0][n] for n, g in found[0.0].items()}
-    assert relative(found[0.25], mixed) < 1e-5  # one latent: linear in the share
-    assert relative(found[0.0], found[1.0]) > 1e-3
-    assert relative(worked(model, tmp_path, "truncated:0", coconut, latents=1)[1], found[0.0]) == 0
-
-
-@pytest.mark.parametrize("detach", [False, True])
-def test_gradients_on_the_cache_are_those_of_entering_everything_anew(model, tmp_path, detach):
-    """The stock model, the whole prefix at every step, one row at a time."""
-    K, think = 3, VEDAS
-    out, got = worked(model, tmp_path, "truncated:0" if detach else "full", think)
-    with VedasRun(recipe(think), model, tmp_path / "naive") as run, run.routed.off():
-        model.train()
-        batch = lesson(run)
-        text, scale = model.model.language_model, float(run.think.learned.scale)
-        side = batch.grids[0][0][0]
-        whole, states = [], []
-        for b, (groups, answer) in enumerate(zip(batch.groups, batch.answers, strict=True)):
-            x = batch.inputs["inputs_embeds"][b : b + 1]
-            places = batch.positions[:, b : b + 1]
-            image = (batch.modality[b] == 1).nonzero().flatten().tolist()
-            assert len(image) == side * side
-            visited, place = set(), int(places.max()) + 1
-            text.config._attn_implementation = "eager"
-            for t in range(len(groups) + 1):
-                end = t == len(groups)
-                ids = torch.tensor([answer])
-                if end:
-                    x = torch.cat([x, text.embed_tokens(ids)], 1)
-                    new = torch.arange(place, place + len(answer))
-                    places = torch.cat([places, new.expand(3, 1, -1)], 2)
-                h = text(
-                    inputs_embeds=x, position_ids=places, attention_mask=torch.ones(x.shape[:2]), use_cache=False,
-                    output_attentions=not end,
-                )  # fmt: skip
-                if end:
-                    n = len(answer)
-                    whole.append(model.lm_head(h.last_hidden_state[0, -n - 1 : -1]))
-                    break
-                state = h.last_hidden_state[0, -1]
-                states.append((state, groups[t][-1]))
-                row = torch.stack([a[0, :, -1].mean(0) for a in h.attentions]).mean(0)
-                free = sorted((i for i in image if i not in visited), key=lambda i, r=row: (-float(r[i].detach()), i))
-                picks = sorted(free[:K])
-                visited |= set(picks)
-                weight = row[picks] / row[picks].sum() * K
-                copies, z = x[:, picks] * weight[None, :, None], state[None, None] * scale
-                if detach:
-                    copies, z = copies.detach(), z.detach()
-                x = torch.cat([x, copies, z], 1)
-                places = torch.cat([places, torch.arange(place, place + K + 1).expand(3, 1, -1)], 2)
-                place += K + 1
-        text.config._attn_implementation = "sdpa"
-        labels = torch.tensor([i for answer in batch.answers for i in answer])
-        answer = F.cross_entropy(torch.cat(whole), labels)
-        heads = model.lm_head(torch.stack([s for s, _ in states]))
-        supervised = F.cross_entropy(heads, torch.tensor([w for _, w in states]))
-        assert abs((answer - out.answer).item()) < 1e-5
-        assert abs((supervised - out.supervised).item()) < 1e-5
-        want = gradients(run, dataclasses.replace(out, answer=answer, supervised=supervised, coherence=0.0))
-    assert relative(got, want) < 1e-4  # float32 sums in another order
-
-
-def test_the_closer_look_teaches_the_language_model_and_never_the_tower(model, tmp_path):
-    given = recipe(recon_weight=1.0)
-    with VedasRun(given, model, tmp_path / "a") as run:
-        model.train()
-        out = run.passes.work(lesson(run), "all")
-        out.coherence.backward()
-        moved = {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
-        assert all(f"model.language_model.layers.{i}.self_attn.{p}_proj.weight" in moved for i in (0, 3) for p in "qk")
-        assert not any("visual" in n for n in moved)
-        assert all(p.grad is not None for p in run.helpers.sr.parameters())
-        assert out.coherence.item() > 0
-
-
-def test_the_closer_look_weighs_the_same_on_a_tower_with_larger_tokens(model, tmp_path):
-    """With tower and word embeddings 50 times as large, tokens, copies and closer look are too."""
-    before, errors = {n: p.clone() for n, p in model.named_parameters()}, {}
-    last = [p for n, p in model.named_parameters() if "visual.merger.mlp.2" in n or "embed_tokens" in n]
-    assert len(last) == 3
-    for relative in (True, False):
-        for scale in (1, 50):
-            with torch.no_grad():
-                for n, p in model.named_parameters():
-                    p.copy_(before[n] * (scale if any(p is each for each in last) else 1))
-            with VedasRun(recipe(recon_weight=1.0, recon_relative=relative), model, tmp_path / f"{relative}") as run:
-                errors[relative, scale] = run.passes.work(lesson(run), "all").coherence.item()
-    assert errors[True, 50] == pytest.approx(errors[True, 1], rel=0.3)  # picks may differ
-    assert errors[False, 50] > 100 * errors[False, 1]
 
 
 def test_what_is_trained_is_listed_by_name(model, tmp_path):
@@ -304,21 +132,6 @@ def test_gates_end_a_stage_early_or_the_whole_run(model, tmp_path):
     assert log[-1] == {"step": 4, "stopped": "b"}
 
 
-def test_stages_replace_the_first_groups_and_leave_the_rest_written(model, tmp_path):
-    with VedasRun(recipe(), model, tmp_path / "a") as run:
-        batch = lesson(run)
-        answer = [run.teacher.index["answer:"]]
-        for replaced in range(4):
-            here = [min(replaced, len(g)) for g in batch.groups]
-            _, labels = run.passes.rest(batch, here)
-            for b, groups in enumerate(batch.groups):
-                want = [i for g in groups[here[b] :] for i in g] + batch.answers[b]
-                assert labels[b][labels[b] != IGNORED].tolist() == want
-        assert [a[0] for a in batch.answers] == answer * 3
-        keep = run.passes.work(batch, "all", keep_last=True)
-        assert len(keep.right) == 3
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -333,81 +146,6 @@ def test_a_recipe_that_cannot_be_trained_says_why(model, tmp_path, changes, mess
     think = changes.pop("think", None)
     with pytest.raises(ConfigError, match=message):
         VedasRun(recipe(think, **changes), model, tmp_path / "x")
-
-
-def test_fewer_latents_than_states_is_refused_with_the_number_needed(model, tmp_path):
-    message = r"num_latents allows 1 latents of 1 each; raise it to \d"
-    short = VedasRun(recipe({**VEDAS, "num_latents": 1}), model, tmp_path / "a")
-    with short as run, pytest.raises(ConfigError, match=message):
-        run.passes.work(lesson(run), "all")
-    with VedasRun(recipe({**VEDAS, "num_latents": 1}, groups=1), model, tmp_path / "b") as run:
-        assert run.passes.work(lesson(run), "all").answer.isfinite()
-
-
-def test_readouts_read_the_words_in_front_of_a_groups_last(model, tmp_path):
-    coconut = {"name": "coconut", "num_latents": 6, "stop": "head"}
-    pairs = {"steps_per_group": 2, "readout_weight": 0.5}
-    with VedasRun(recipe(coconut, **pairs), model, tmp_path / "a") as run:
-        batch = lesson(run)
-        rollout, *_ = run.passes.chunks(batch, [len(g) for g in batch.groups], [len(g) for g in batch.groups], False)
-        maps, losses = run.helpers.readout.maps, []
-        assert torch.equal(maps[0], torch.eye(len(maps[0])))
-        maps.data += torch.randn(maps.shape, generator=torch.Generator().manual_seed(0))
-        out = run.passes.work(batch, "all")
-        for b, groups in enumerate(batch.groups):
-            for t, group in enumerate(groups):
-                for j, word in enumerate(group[-2::-1]):
-                    logits = run.passes.head(maps[j] @ rollout.fed[t][b].float())
-                    losses.append(F.cross_entropy(logits[None], torch.tensor([word])))
-        assert losses
-        assert out.readout.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
-        assert run.loss(out, 2.0).item() == pytest.approx((out.answer + 2 * (out.supervised + out.readout / 2)).item())
-        before = maps.detach().clone()
-        run.loss(out, 1.0).backward()
-        run.learners.step(1.0, run.stage)
-        assert not torch.equal(maps[0], before[0])
-
-
-def test_a_thought_that_its_own_head_would_end_early_is_not_right(model, tmp_path):
-    coconut = {"name": "coconut", "num_latents": 6, "stop": "head"}
-    with VedasRun(recipe(coconut), model, tmp_path / "a") as run, torch.no_grad():
-        batch = lesson(run)
-        counts = [len(g) for g in batch.groups]
-        rollout, *_ = run.passes.chunks(batch, counts, counts, False)
-        read = [run.passes.head(state).argmax(-1).tolist() for state in rollout.fed]
-        for word in sorted({i for row in read for i in row}):
-            run.think.config = dataclasses.replace(run.think.config, answer_cue=VOCABULARY[word])
-            want = [any(read[t][b] == word for t in range(1, counts[b])) for b in range(len(counts))]
-            assert run.passes.ends_early(rollout, counts).tolist() == want
-        run.think.config = dataclasses.replace(run.think.config, stop="fixed")
-        assert not run.passes.ends_early(rollout, counts).any()
-
-
-def test_a_rationale_is_cut_as_the_recipe_says(model, tmp_path):
-    def groups(number, **changes):
-        with VedasRun(recipe(tasks={"frozenlake:nano": 1}, **changes), model, tmp_path / f"{number}") as run:
-            task = run.tasks["frozenlake:nano"]
-            spec = next(s for i in range(99) if len(task.chain(s := task.spec("val", i))) == 3)
-            cut = run.teacher.lesson([(task, spec)], "latent").groups[0]
-            return [[VOCABULARY[i] for i in group] for group in cut], task, spec
-
-    states, task, spec = groups(0)
-    first, *hops = task.outcomes(spec)
-    assert states == [[word] for step in [first, *hops] for word in step]
-    assert groups(1, steps="outcomes")[0] == [first, *hops]
-    assert groups(2, steps="chain")[0] == task.chain(spec)
-    assert groups(3, steps="sentences")[0] == task.sentences(spec)
-    assert groups(4, steps="outcomes", steps_per_group=2)[0] == [[*first, *hops[0]], hops[1]]
-    assert groups(5, steps="outcomes", steps_per_group=2, groups=1)[0] == [[*first, *hops[0], *hops[1]]]
-
-
-def test_long_chains_are_drawn_more_often_where_asked(model, tmp_path):
-    means = []
-    for power in (0.0, 3.0):
-        with VedasRun(recipe(length_power=power), model, tmp_path / f"{power}") as run:
-            drawn = [run._drawn(np.random.default_rng(i), 1)[0] for i in range(60)]
-            means.append(np.mean([len(task.chain(spec)) for task, spec in drawn]))
-    assert means[1] > means[0] + 0.3
 
 
 def test_epochs_are_counted_in_items(model, tmp_path):
@@ -439,19 +177,6 @@ def test_a_control_differs_in_what_it_controls_and_takes_as_many_steps(name, aga
     ours, theirs = ({**each, **each.pop("train"), "name": "", "train": None} for each in (control, real))
     assert {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)} == changed
     assert sum(s["steps"] for s in ours["stages"]) == sum(s["steps"] for s in theirs["stages"])
-
-
-def test_recomputing_layers_in_the_backward_pass_changes_no_gradient(model, tmp_path):
-    """The attention on the image is computed inside what is recomputed; the closer look learns through it."""
-    found = []
-    for checkpointing in (False, True):
-        with VedasRun(recipe(deepen=DEPTH, recon_weight=1.0), model, tmp_path / str(checkpointing)) as run:
-            model.train()
-            if checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": False})
-            found.append(gradients(run, run.passes.work(lesson(run), "all")))
-            model.activation_checkpointing_disable()
-    assert relative(found[1], found[0]) == 0
 
 
 def test_the_trained_way_to_think_comes_back_with_the_parts(model, tmp_path, caplog):
