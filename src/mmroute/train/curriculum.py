@@ -89,6 +89,9 @@ class TrainConfig:
     """How far gradients run back through latents: all steps, none, or the last n (`truncated:n`)."""
     readout_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of reading off a latent the other words of the group it ends, in units of `supervise`."""
+    readout_layer: Annotated[int, Field(ge=1)] | None = None
+    """Layer, from 1, behind which those words are read; None is the last. Words that lead to the group's last one are
+    then known before the layers that look that one up."""
     latent_decay: Share = 1.0
     """What a gradient is multiplied by at each latent that it runs back through; 1 leaves it, 0 stops it there. Over
     many latents gradients grow without bound, and a clipped step then follows the longest chain alone."""

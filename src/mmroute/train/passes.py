@@ -8,6 +8,7 @@ Deviates: gradient runs through all latents (`latent_grad: full`), the release c
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from mmroute.train.curriculum import TrainConfig
 from mmroute.train.examples import IGNORED
 from mmroute.train.lessons import Lesson
 from mmroute.train.ranks import Ranks
-from mmroute.train.readout import MAX_WORDS, Helpers, Readout
+from mmroute.train.readout import MAX_WORDS, Helpers, Inner, Readout
 
 __all__ = ["Passes", "Worked"]
 
@@ -85,16 +86,19 @@ class Passes:
             keep_last: leave every row its last group.
 
         Raises:
-            ConfigError: a row needs more latents than the recipe's `think.num_latents`.
+            ConfigError: a row needs more latents than the recipe's `think.num_latents`, or readouts name a layer that
+                the model lacks.
         """
         replaced = [min(len(g) - keep_last, len(g) if latents == "all" else latents) for g in lesson.groups]
         counts = self.counts(replaced, latents)
         training = torch.is_grad_enabled()
         short = max(counts) < MAX_HOPS - 2  # one pass tells no more hops apart
-        if training and self.config.latent_grad == "none" and self.sr is None and short and not self._deepstack:
-            rollout, H, labels = self._one_pass(lesson, counts, replaced)
-        else:
-            rollout, H, labels = self.chunks(lesson, counts, replaced, training)
+        once = training and self.config.latent_grad == "none" and self.sr is None and short and not self._deepstack
+        with self._inner() as inner:
+            if once and inner is None:
+                rollout, H, labels = self._one_pass(lesson, counts, replaced)
+            else:
+                rollout, H, labels = self.chunks(lesson, counts, replaced, training)
         learned = labels != IGNORED
         logits = self.head(H[learned])
         loss = self._mean(logits, labels[learned])
@@ -103,7 +107,8 @@ class Passes:
         good = (right | ~learned).all(1)
         if not training and latents == "all" and not keep_last:
             good &= ~self.ends_early(rollout, counts)
-        supervised, readout, share = self._supervised(rollout, lesson, counts, replaced)
+        between = None if inner is None else self._behind(inner, lesson, len(rollout.fed))
+        supervised, readout, share = self._supervised(rollout, between, lesson, counts, replaced)
         coherence = loss.new_zeros(())
         if self.sr is not None and rollout.thoughts and training:
             c = self.config
@@ -112,6 +117,20 @@ class Passes:
                 c.window_share, c.window_cells, c.recon_relative,
             )  # fmt: skip
         return Worked(loss, supervised, readout, coherence, good.tolist(), share)
+
+    def _inner(self) -> Inner | nullcontext[None]:
+        """Watches the layer that readouts read, where it is not the last."""
+        layer = self.config.readout_layer
+        if self.readout is None or layer is None:
+            return nullcontext()
+        return Inner(self.routed.family.text_model(self.model).layers, layer)
+
+    def _behind(self, inner: Inner, lesson: Lesson, steps: int) -> list[Float[Tensor, "B D"]]:
+        """By step: what the watched layer gave where the state that was fed back was made, under the last norm."""
+        last = lesson.mask.sum(1) - 1
+        ends = [inner.seen[0][torch.arange(len(last), device=last.device), last]]
+        ends += [seen[:, -1] for seen in inner.seen[1:steps]]
+        return [self.routed.family.text_model(self.model).norm(end) for end in ends[:steps]]
 
     @property
     def _deepstack(self) -> bool:
@@ -277,10 +296,15 @@ class Passes:
         return labels.clamp(min=0), labels
 
     def _supervised(
-        self, rollout: Rollout, lesson: Lesson, counts: list[int], replaced: list[int]
+        self,
+        rollout: Rollout,
+        between: list[Float[Tensor, "B D"]] | None,
+        lesson: Lesson,
+        counts: list[int],
+        replaced: list[int],
     ) -> tuple[Tensor, Tensor, float]:
-        """Each latent against the last word of the group it ends, and readouts against the words in front of it; steps
-        behind the last group repeat its words."""
+        """Each latent against the last word of the group it ends, and readouts against the words in front of it, of the
+        states `between` if given; steps behind the last group repeat its words."""
         none = torch.zeros((), device=lesson.device)
         if not rollout.fed:
             return self._mean(*self._nothing(lesson)), none, 0.0
@@ -295,10 +319,13 @@ class Passes:
         learned = want[..., 0] != IGNORED
         if not bool(learned.any()):
             return self._mean(*self._nothing(lesson)), none, 0.0
-        states, want = torch.stack(rollout.fed, 1)[learned], want[learned]
-        logits = self.head(states)
+        want = want[learned]
+        logits = self.head(torch.stack(rollout.fed, 1)[learned])
         right = (logits.argmax(-1) == want[:, 0]).float().mean()
-        read = none if self.readout is None else self._read(self.readout, states, want[:, 1:])
+        read = none
+        if self.readout is not None:
+            states = torch.stack(rollout.fed if between is None else between, 1)[learned]
+            read = self._read(self.readout, states, want[:, 1:])
         return self._mean(logits, want[:, 0]), read, float(right)
 
     def _read(self, readout: Readout, states: Float[Tensor, "n D"], want: Tensor) -> Tensor:

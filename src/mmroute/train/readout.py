@@ -6,14 +6,18 @@ Source: TokenSR is that of Vedas (arXiv 2604.10500, section 3.3). Readouts are o
     (arXiv 2509.20317): a latent that stands for several words is told all of them, not the last alone.
 """
 
+from types import TracebackType
+from typing import Any, Self
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmroute.errors import ConfigError
 from mmroute.train.coherence import TokenSR
 from mmroute.train.curriculum import TrainConfig
 
-__all__ = ["MAX_WORDS", "Helpers", "Readout"]
+__all__ = ["MAX_WORDS", "Helpers", "Inner", "Readout"]
 
 MAX_WORDS = 7
 """Words of a group that are read beside its last one."""
@@ -38,3 +42,32 @@ class Helpers(nn.Module):
         super().__init__()
         self.sr = TokenSR(hidden, config.seed) if config.recon_weight else None
         self.readout = Readout(hidden) if config.readout_weight else None
+
+
+class Inner:
+    """While open, keeps what one layer gives at each call: `seen[call]` is (B, N, D)."""
+
+    def __init__(self, layers: nn.ModuleList, number: int) -> None:
+        """
+        Args:
+            number: of the layer, from 1.
+
+        Raises:
+            ConfigError: there is no such layer.
+        """
+        if number > len(layers):
+            raise ConfigError(
+                f"train.readout_layer is {number}, the model has {len(layers)} layers; give 1 to {len(layers)}, or "
+                "leave it out to read behind the last"
+            )
+        self.seen: list[Float[Tensor, "B N D"]] = []
+        self._handle = layers[number - 1].register_forward_hook(self._keep)
+
+    def _keep(self, _layer: nn.Module, _given: Any, out: Any) -> None:
+        self.seen.append(out[0] if isinstance(out, tuple) else out)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._handle.remove()

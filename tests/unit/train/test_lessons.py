@@ -82,6 +82,31 @@ def test_readouts_read_the_words_in_front_of_a_groups_last(model, tmp_path):
         assert not torch.equal(maps[0], before[0])
 
 
+def test_readouts_of_an_inner_layer_teach_the_layers_up_to_it(model, tmp_path):
+    coconut = {"name": "coconut", "num_latents": 6, "stop": "head"}
+    pairs = {"steps_per_group": 2, "readout_weight": 0.5}
+
+    def readout(name, layer):
+        with VedasRun(recipe(coconut, **pairs, readout_layer=layer), model, tmp_path / name) as run:
+            read = run.passes.work(lesson(run), 1).readout  # one latent: later ones are fed what all layers made
+            read.backward()
+            taught = [m.mlp.up_proj.weight.grad for m in run.routed.family.text_model(model).layers]
+            return read.item(), [grad is not None and bool(grad.any()) for grad in taught]
+
+    count = len(model.model.language_model.layers)
+    last, taught = readout("last", None)
+    assert taught == [True] * count
+    assert readout("by-number", count) == (pytest.approx(last, rel=1e-5), taught)
+    model.zero_grad()
+    inner, taught = readout("inner", 2)
+    assert taught == [True] * 2 + [False] * (count - 2)
+    assert inner != pytest.approx(last, rel=1e-3)
+    message = rf"readout_layer is {count + 1}, the model has {count} layers"
+    beyond = VedasRun(recipe(coconut, **pairs, readout_layer=count + 1), model, tmp_path / "beyond")
+    with beyond as run, pytest.raises(ConfigError, match=message):
+        run.passes.work(lesson(run), "all")
+
+
 def test_a_thought_that_its_own_head_would_end_early_is_not_right(model, tmp_path):
     coconut = {"name": "coconut", "num_latents": 6, "stop": "head"}
     with VedasRun(recipe(coconut), model, tmp_path / "a") as run, torch.no_grad():
