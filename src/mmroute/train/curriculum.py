@@ -75,7 +75,7 @@ class TrainConfig:
     """Items of one epoch, for stages that count in epochs."""
     steps: Literal["states", "outcomes", "chain", "sentences"] = "states"
     """What a rationale consists of: of generated worlds what each step comes to, every word a group (`states`) or all
-    of a step's together (`outcomes`), its last word for a latent to hold; the whole steps; or these as sentences."""
+    of a step's together (`outcomes`); the whole steps; or these as sentences."""
     groups: Annotated[int, Field(ge=1)] | None = None
     """Merge the steps to at most this many groups; S in the paper."""
     steps_per_group: Annotated[int, Field(ge=1)] = 1
@@ -87,6 +87,9 @@ class TrainConfig:
     answers at once."""
     latent_grad: Annotated[str, Field(pattern=r"^(full|none|truncated:\d+)$")] = "full"
     """How far gradients run back through latents: all steps, none, or the last n (`truncated:n`)."""
+    head_reads: Literal["first", "last"] = "last"
+    """Which word of its group the head reads off a latent; readouts read the others. Where hops are written behind
+    latents (`mix`) or the head ends the thought, it is asked for the first."""
     readout_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of reading off a latent the other words of the group it ends, in units of `supervise`."""
     readout_layer: Annotated[int, Field(ge=1)] | None = None

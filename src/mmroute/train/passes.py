@@ -303,8 +303,8 @@ class Passes:
         counts: list[int],
         replaced: list[int],
     ) -> tuple[Tensor, Tensor, float]:
-        """Each latent against the last word of the group it ends, and readouts against the words in front of it, of the
-        states `between` if given; steps behind the last group repeat its words."""
+        """Each latent against one word of the group it ends, and readouts against the others, of the states `between`
+        if given; steps behind the last group repeat its words."""
         none = torch.zeros((), device=lesson.device)
         if not rollout.fed:
             return self._mean(*self._nothing(lesson)), none, 0.0
@@ -313,7 +313,7 @@ class Passes:
         for b, (count, groups, n) in enumerate(zip(counts, lesson.groups, replaced, strict=True)):
             for t in range(c - 1, count, c):
                 if n:
-                    words = groups[min(t // c, n - 1)][::-1][: 1 + MAX_WORDS]
+                    words = self._told(groups[min(t // c, n - 1)])[: 1 + MAX_WORDS]
                     want[b, t, : len(words)] = torch.tensor(words)
         want = want.to(lesson.device)
         learned = want[..., 0] != IGNORED
@@ -328,8 +328,12 @@ class Passes:
             read = self._read(self.readout, states, want[:, 1:])
         return self._mean(logits, want[:, 0]), read, float(right)
 
+    def _told(self, group: list[int]) -> list[int]:
+        """A group's words, what the head reads first and then what readouts do, from the last one back."""
+        return group[::-1] if self.config.head_reads == "last" else [group[0], *group[:0:-1]]
+
     def _read(self, readout: Readout, states: Float[Tensor, "n D"], want: Tensor) -> Tensor:
-        """Cross-entropy of words (n, MAX_WORDS), the one next to the group's last first."""
+        """Cross-entropy of words (n, MAX_WORDS), those at the group's end first."""
         real = want != IGNORED
         words = int(real.any(0).sum())
         made = readout(states, words).to(states.dtype)

@@ -1,9 +1,9 @@
 """What helps latents to learn and is thrown away with the run: the network of the closer look, and readouts of words.
 
-Legend: n latents, J words in front of a group's last, D hidden.
+Legend: n latents, J words of a group beside the one that the head reads, D hidden.
 
 Source: TokenSR is that of Vedas (arXiv 2604.10500, section 3.3). Readouts are ours, after the step decoder of SIM-CoT
-    (arXiv 2509.20317): a latent that stands for several words is told all of them, not the last alone.
+    (arXiv 2509.20317): a latent that stands for several words is told all of them, not one alone.
 """
 
 from types import TracebackType
@@ -20,18 +20,18 @@ from mmroute.train.curriculum import TrainConfig
 __all__ = ["MAX_WORDS", "Helpers", "Inner", "Readout"]
 
 MAX_WORDS = 7
-"""Words of a group that are read beside its last one."""
+"""Words of a group that are read beside the head's."""
 
 
 class Readout(nn.Module):
-    """One linear map for each place before a group's last word; fp32, from the identity."""
+    """One linear map for each of a group's words that the head does not read; fp32, from the identity."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.maps = nn.Parameter(torch.eye(hidden).repeat(MAX_WORDS, 1, 1))
 
     def forward(self, h: Float[Tensor, "n D"], words: int) -> Float[Tensor, "n J D"]:
-        """What the model's head reads each of the `words` words off; the first is the one next to the last."""
+        """What the model's head reads each of the `words` words off; those at the group's end come first."""
         return torch.einsum("nd,jed->nje", h.float(), self.maps[:words])
 
 

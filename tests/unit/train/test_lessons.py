@@ -58,22 +58,27 @@ def test_a_rationale_is_cut_as_the_recipe_says(model, tmp_path):
     assert groups(5, steps="outcomes", steps_per_group=2, groups=1)[0] == [[*first, *hops[0], *hops[1]]]
 
 
-def test_readouts_read_the_words_in_front_of_a_groups_last(model, tmp_path):
+@pytest.mark.parametrize("head", ["first", "last"])
+def test_readouts_read_the_words_of_a_group_that_the_head_does_not(model, tmp_path, head):
     coconut = {"name": "coconut", "num_latents": 6, "stop": "head"}
-    pairs = {"steps_per_group": 2, "readout_weight": 0.5}
+    pairs = {"steps_per_group": 3, "readout_weight": 0.5, "head_reads": head}
     with VedasRun(recipe(coconut, **pairs), model, tmp_path / "a") as run:
-        batch = lesson(run)
+        batch = next(b for i in range(9) if len((b := lesson(run, seed=i)).groups[0][0]) == 3)
         rollout, *_ = run.passes.chunks(batch, [len(g) for g in batch.groups], [len(g) for g in batch.groups], False)
         maps, losses = run.helpers.readout.maps, []
         assert torch.equal(maps[0], torch.eye(len(maps[0])))
         maps.data += torch.randn(maps.shape, generator=torch.Generator().manual_seed(0))
         out = run.passes.work(batch, "all")
+        own = []
         for b, groups in enumerate(batch.groups):
             for t, group in enumerate(groups):
-                for j, word in enumerate(group[-2::-1]):
+                others = group[:-1] if head == "last" else group[1:]
+                word = group[0] if head == "first" else group[-1]
+                own.append(F.cross_entropy(run.passes.head(rollout.fed[t][b])[None], torch.tensor([word])))
+                for j, word in enumerate(reversed(others)):
                     logits = run.passes.head(maps[j] @ rollout.fed[t][b].float())
                     losses.append(F.cross_entropy(logits[None], torch.tensor([word])))
-        assert losses
+        assert out.supervised.item() == pytest.approx(torch.stack(own).mean().item(), rel=1e-4)
         assert out.readout.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
         assert run.loss(out, 2.0).item() == pytest.approx((out.answer + 2 * (out.supervised + out.readout / 2)).item())
         before = maps.detach().clone()
