@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from worlds import WORLDS, specs
+from worlds import WORLDS
 
 from mmroute import hub
 from mmroute.errors import ConfigError
@@ -38,7 +38,12 @@ def test_paraphrases_are_five_different_texts_with_the_same_facts():
 @pytest.mark.parametrize("name", WORLDS)
 def test_para_depends_on_the_item_alone_and_takes_all_wordings(name):
     task = hub.load("tasks", name)
-    made = {s.seed % 5: s for s in specs(task, "val", 160)}
+    made: dict = {}
+    for i in range(160):
+        spec = task.spec("val", i)
+        made.setdefault(spec.seed % 5, spec)
+        if len(made) == 5:
+            break
     assert set(made) == set(range(5))
     for spec in made.values():
         assert blocks(task, spec, "para") == ["<image>", task.ask(spec).reworded(spec.seed % 5)]
