@@ -112,8 +112,10 @@ def _method(recipe: Recipe) -> schema.Method:
 
 def _quality(outcome: Outcome, task: Task) -> schema.Quality:
     by_level: dict[str, list[int]] = defaultdict(list)
+    by_hops: dict[int, list[int]] = defaultdict(list)
     for sample, right in zip(outcome.samples, outcome.correct, strict=True):
         by_level[str(sample.difficulty.get("level", ""))].append(right)
+        by_hops[sample.difficulty.get("hops", 0)].append(right)
     correct = outcome.correct
     return schema.Quality(
         accuracy=mean(correct),
@@ -121,6 +123,7 @@ def _quality(outcome: Outcome, task: Task) -> schema.Quality:
         correct="".join(map(str, correct)),
         parsed=mean(score.parsed for score in outcome.scores),
         by_level={level: mean(values) for level, values in sorted(by_level.items()) if level},
+        by_hops={str(hops): (sum(values), len(values)) for hops, values in sorted(by_hops.items()) if hops > 0},
         predicted=_predicted(outcome),
         exact="".join(map(str, outcome.exact or [])),
         forced="".join(map(str, outcome.forced or [])),

@@ -136,6 +136,8 @@ class Quality:
     parsed: float
     """Share of answers the scorer could read."""
     by_level: Numbers = dataclasses.field(default_factory=dict)
+    by_hops: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """By hops of the right chain: right answers, and items. Older files do not say."""
     predicted: str = ""
     """Per item the index of the choice that was answered, "-" where none was: one character each."""
     exact: str = ""

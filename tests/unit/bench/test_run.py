@@ -44,7 +44,7 @@ class Colours(Task):
                 answer="red",
                 answer_index=0,
                 answer_text="red",
-                difficulty={"level": "hard" if i % 3 else "easy"},
+                difficulty={"level": "hard" if i % 3 else "easy", "hops": (2, 9, 10)[i % 3]},
                 meta={"canvas": [3, 3, 8], "board": [0, 1, 2], "relevant": {"start": [4], "answer": [5]}},
             )
 
@@ -108,6 +108,8 @@ def test_quality_and_the_paired_difference_follow_the_scores(found):
     ours, theirs = (list(map(int, side.quality.correct)) for side in (found.result, found.baseline))
     assert found.result.quality.accuracy == sum(ours) / 5
     assert set(found.result.quality.by_level) == {"easy", "hard"}
+    by_hops = {"2": (ours[0] + ours[3], 2), "9": (ours[1] + ours[4], 2), "10": (ours[2], 1)}
+    assert list(found.result.quality.by_hops.items()) == list(by_hops.items())
     compared = found.result.baseline
     assert compared.diff == pytest.approx((sum(ours) - sum(theirs)) / 5)
     assert compared.only_ours - compared.only_theirs == sum(ours) - sum(theirs)
