@@ -1,24 +1,9 @@
-"""A tiny model and recipes on which latents are trained in tests, and the lessons of such a run."""
-
-from pathlib import Path
+"""Recipes of latent runs on the small model, and their lessons."""
 
 import numpy as np
 
 from mmroute import recipe as recipes
-from mmroute.tasks._texts import VOCABULARY
-from mmroute.train.folder import write_folder
-from mmroute.train.small_model import Shape, build
 
-SMALL = {
-    "hidden": 32,
-    "layers": 4,
-    "heads": 2,
-    "kv_heads": 1,
-    "mlp": 48,
-    "mrope_section": (2, 3, 3),
-    "vision_hidden": 32,
-    "vision_mlp": 48,
-}
 STAGES = [
     {"name": "written", "latents": 0, "steps": 2, "written": 0.5},
     {"name": "one", "latents": 1, "steps": 2, "mix": 0.5, "written": 0},
@@ -27,12 +12,6 @@ STAGES = [
 TRAIN = {"tasks": {"arrows:nano": 1}, "batch": 4, "stages": STAGES, "save_every": 2, "eval_every": 6, "eval_items": 4}
 VEDAS = {"name": "vedas", "num_latents": 6, "stop": "head", "replay_tokens": 3}
 DEPTH = {"name": "vedas", "deepen_tokens": 5, "chunk_tokens": 2, "scale_init": 0.2}
-
-
-def small(path: Path) -> Path:
-    """The model's folder, written there."""
-    write_folder(path, build(Shape(**SMALL), VOCABULARY, 0), "x: 1\n", {})
-    return path
 
 
 def recipe(think=None, deepen=None, **train):

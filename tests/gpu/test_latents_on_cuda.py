@@ -6,22 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from latent_runs import DEPTH, VEDAS
+from small_model import write_small
 
 from mmroute import recipe as recipes
 from mmroute.backbones.load import load
 from mmroute.bench.items import load_task
 from mmroute.recipe import equip
-from mmroute.tasks._texts import VOCABULARY
-from mmroute.train.folder import write_folder
-from mmroute.train.small_model import Shape, build
 from mmroute.train.vedas import VedasRun
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-SMALL = {"hidden": 32, "layers": 4, "heads": 2, "kv_heads": 1, "mlp": 48, "mrope_section": (2, 3, 3),
-         "vision_hidden": 32, "vision_mlp": 48}  # fmt: skip
-THINK = {"name": "vedas", "num_latents": 6, "stop": "head", "replay_tokens": 3}
-DEPTH = {"name": "vedas", "deepen_tokens": 5, "chunk_tokens": 2, "scale_init": 0.2}
 STAGES = [{"name": "all", "steps": 3, "supervise": [[0, 1.0]], "written": 0.5, "warmup": 1}]
 
 
@@ -33,16 +28,14 @@ def _plain_arithmetic() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "m"
-    write_folder(path, build(Shape(**SMALL), VOCABULARY, 0), "x: 1\n", {})  # type: ignore[arg-type]
-    return path
+    return write_small(tmp_path_factory.mktemp("model") / "m")
 
 
 @pytest.mark.parametrize("grad", ["full", "none", "truncated:1"])
 def test_the_first_losses_are_those_of_a_cpu(folder: Path, tmp_path: Path, grad: str) -> None:
     train: dict[str, Any] = {"tasks": {"arrows:nano": 1}, "batch": 4, "stages": STAGES, "latent_grad": grad}
     train |= {"recon_weight": 0.1} if grad == "full" else {}
-    given = recipes.Recipe(name="t", think=THINK, deepen=DEPTH, train=train)
+    given = recipes.Recipe(name="t", think=VEDAS, deepen=DEPTH, train=train)
     losses = {}
     for device in ("cpu", "cuda"):
         with VedasRun(given, load(folder, dtype="float32").to(device), tmp_path / device) as run:
@@ -57,7 +50,7 @@ def test_the_first_losses_are_those_of_a_cpu(folder: Path, tmp_path: Path, grad:
 def test_answers_are_those_of_a_cpu(folder: Path) -> None:
     task = load_task("arrows:nano")
     chats = [task.messages(sample, "latent") for sample in task.samples("test", 6)]
-    given = recipes.Recipe(name="t", think={**THINK, "max_new_tokens": 4}, deepen=DEPTH)
+    given = recipes.Recipe(name="t", think={**VEDAS, "max_new_tokens": 4}, deepen=DEPTH)
     found = {}
     for device in ("cpu", "cuda"):
         with equip(load(folder, dtype="float32").to(device), given) as (routed, think):

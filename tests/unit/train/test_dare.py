@@ -22,19 +22,7 @@ from mmroute.tokens import Modality
 from mmroute.train.dare import DareRun, train_dare
 from mmroute.train.delta import DELTA
 from mmroute.train.examples import IGNORED
-from mmroute.train.folder import write_folder
-from mmroute.train.small_model import Shape, build
 
-SMALL = {
-    "hidden": 32,
-    "layers": 4,
-    "heads": 2,
-    "kv_heads": 1,
-    "mlp": 48,
-    "mrope_section": (2, 3, 3),
-    "vision_hidden": 32,
-    "vision_mlp": 48,
-}
 TRAIN = {
     "tasks": {"frozenlake:nano": 1, "maze:nano": 1},
     "steps": 6,
@@ -44,18 +32,6 @@ TRAIN = {
     "eval_items": 4,
 }
 PRUNE = {"name": "dare", "first_layer": 1, "cutoff_layer": 3, "vision_keep": 0.5, "text_keep": 0.7}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "m"
-    write_folder(path, build(Shape(**SMALL), VOCABULARY, 0), "x: 1\n", {})
-    return path
-
-
-@pytest.fixture
-def model(folder):
-    return load(folder, dtype="float32")
 
 
 def recipe(prune=None, **train):

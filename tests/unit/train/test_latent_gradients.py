@@ -5,20 +5,9 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from latent_runs import DEPTH, VEDAS, lesson, recipe, small
+from latent_runs import DEPTH, VEDAS, lesson, recipe
 
-from mmroute.backbones.load import load
 from mmroute.train.vedas import VedasRun
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return small(tmp_path_factory.mktemp("model") / "m")
-
-
-@pytest.fixture
-def model(folder):
-    return load(folder, dtype="float32")
 
 
 def gradients(run, worked):

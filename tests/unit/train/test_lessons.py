@@ -6,23 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from latent_runs import VEDAS, lesson, recipe, small
+from latent_runs import VEDAS, lesson, recipe
 
-from mmroute.backbones.load import load
 from mmroute.errors import ConfigError
 from mmroute.tasks._texts import VOCABULARY
 from mmroute.train.examples import IGNORED
 from mmroute.train.vedas import VedasRun
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return small(tmp_path_factory.mktemp("model") / "m")
-
-
-@pytest.fixture
-def model(folder):
-    return load(folder, dtype="float32")
 
 
 def test_stages_replace_the_first_groups_and_leave_the_rest_written(model, tmp_path):

@@ -5,11 +5,10 @@ import json
 
 import pytest
 import torch
-from latent_runs import DEPTH, VEDAS, recipe, small
+from latent_runs import DEPTH, VEDAS, recipe
 from safetensors.torch import load_file
 
 from mmroute import recipe as recipes
-from mmroute.backbones.load import load
 from mmroute.bench.items import load_task
 from mmroute.engine.saving import from_pretrained
 from mmroute.errors import CheckpointMismatch, ConfigError, InputError
@@ -18,16 +17,6 @@ from mmroute.train.curriculum import read_recipe
 from mmroute.train.delta import tuned
 from mmroute.train.examples import IGNORED
 from mmroute.train.vedas import VedasRun, train_vedas
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return small(tmp_path_factory.mktemp("model") / "m")
-
-
-@pytest.fixture
-def model(folder):
-    return load(folder, dtype="float32")
 
 
 def test_what_is_trained_is_listed_by_name(model, tmp_path):
